@@ -1,0 +1,220 @@
+"""The method: MeanFlow (Geng et al., arXiv 2505.13447) as one loss and one sampler.
+
+Data x and noise eps are joined by z = (1-t) x + t eps, whose velocity is v = eps - x; t = 1 is
+noise. The network learns the average velocity between two times r <= t,
+
+    u(z, r, t) = 1 / (t-r) * integral of v(z_s, s) ds from r to t            (Eq. 3)
+
+from the identity u = v - (t-r) du/dt (Eq. 6), where du/dt is the derivative along the path, a
+Jacobian-vector product with tangent (v, 0, 1) for (z, r, t) (Eq. 8). One evaluation then turns
+noise into data: z0 = z1 - u(z1, 0, 1).
+
+This module knows no network: ``net`` is any callable (z, r, t, y) -> u. The semantics, down to
+which rows have r = t and which lose their label, are those of the official ImageNet code.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one step, for a batch of B rows whose first ``equal`` have r = t."""
+
+    r: torch.Tensor  # (B,) in [0, 1], never above t
+    t: torch.Tensor  # (B,) in [0, 1], 1 is noise
+    eps: torch.Tensor  # (B, C, H, W) standard normal
+    dropped: torch.Tensor  # (B,) bool, rows whose label is replaced by the null label
+    equal: int  # count of leading rows with r = t
+
+    def part(self, i, n):
+        """Rows i, i + n, i + 2n, ... : the share of process (or micro-batch) i of n.
+
+        Rows with r = t lead the whole, so they lead every part, in equal shares.
+        """
+        rows = slice(i, None, n)
+        equal = len(range(i, self.equal, n))
+        return Draws(self.r[rows], self.t[rows], self.eps[rows], self.dropped[rows], equal)
+
+    def to(self, device):
+        """The same draws on another device."""
+        moved = (x.to(device, non_blocking=True) for x in (self.r, self.t, self.eps, self.dropped))
+        return Draws(*moved, self.equal)
+
+
+class Loss(NamedTuple):
+    """What ``MeanFlow.loss`` returns; only ``loss`` carries a gradient."""
+
+    loss: torch.Tensor  # scalar, adaptively weighted; at p = 1 about 1 whatever the network does
+    error: torch.Tensor  # (B,) |u - target|^2, unweighted: the number to watch
+    velocity_error: torch.Tensor  # (B,) |u - v|^2 against the unguided velocity
+
+
+class MeanFlow:
+    """The training objective.
+
+    num_classes: the null label is num_classes. ratio: share of rows with r < t, in [0, 1]; 0 is
+    plain flow matching. p_mean, p_std: of the logit-normal times; time_sampler: "logit_normal" or
+    "uniform". cfg: effective guidance scale omega' = omega / (1 - kappa); 1 with kappa = 0 is no
+    guidance. kappa: weight of the network's own conditional velocity, in [0, 1). cfg_interval:
+    closed interval of t in which guidance acts. label_drop: probability of a null label. p, c:
+    power and constant of the adaptive weight 1 / (error + c)^p (Eq. 22).
+
+    Raises ValueError for a setting out of its range.
+    """
+
+    def __init__(self, *, num_classes, ratio=0.25, p_mean=-0.4, p_std=1.0,
+                 time_sampler="logit_normal", cfg=1.0, kappa=0.0, cfg_interval=(0.0, 1.0),
+                 label_drop=0.1, p=1.0, c=0.01):
+        def check(ok, name, rule, value):
+            if not ok:
+                raise ValueError(f"{name} must be {rule}, got {value}")
+
+        start, end = cfg_interval
+        check(num_classes >= 1, "num_classes", "at least 1", num_classes)
+        check(0 <= ratio <= 1, "ratio", "in [0, 1]", ratio)
+        check(math.isfinite(p_mean), "p_mean", "finite", p_mean)
+        check(0 < p_std < math.inf, "p_std", "positive and finite", p_std)
+        check(time_sampler in ("logit_normal", "uniform"), "time_sampler",
+              "logit_normal or uniform", time_sampler)
+        check(0 <= cfg < math.inf, "cfg", "0 or more and finite", cfg)
+        check(0 <= kappa < 1, "kappa", "in [0, 1)", kappa)
+        check(0 <= start <= end <= 1, "cfg_interval", "two increasing times in [0, 1]",
+              f"{start} {end}")
+        check(0 <= label_drop <= 1, "label_drop", "in [0, 1]", label_drop)
+        check(0 <= p < math.inf, "p", "0 or more and finite", p)
+        check(0 < c < math.inf, "c", "positive and finite", c)
+        self.num_classes, self.ratio = num_classes, ratio
+        self.p_mean, self.p_std, self.time_sampler = p_mean, p_std, time_sampler
+        self.cfg, self.kappa, self.cfg_interval = cfg, kappa, (start, end)
+        self.omega = cfg * (1 - kappa)  # Eq. 21
+        self.label_drop, self.p, self.c = label_drop, p, c
+
+    # ---- randomness: all of it is here -------------------------------------------------------
+
+    def draw(self, shape, *, device=None, generator=None):
+        """Draws for a batch of this shape (B, C, H, W), float32, on device."""
+        r, t, equal = self.draw_times(shape[0], device=device, generator=generator)
+        dropped = self.draw_dropped(shape[0], device=device, generator=generator)
+        eps = torch.randn(shape, device=device, generator=generator)
+        return Draws(r, t, eps, dropped, equal)
+
+    def draw_times(self, batch, *, device=None, generator=None):
+        """r, t (B,) and the count of leading rows with r = t.
+
+        Two independent draws are sorted and only then the leading rows get r := t, so there t is
+        the larger of the two and not a single draw, as in the official code.
+        """
+        if self.time_sampler == "uniform":
+            pair = torch.rand(2, batch, device=device, generator=generator)
+        else:
+            normal = torch.randn(2, batch, device=device, generator=generator)
+            pair = torch.sigmoid(normal * self.p_std + self.p_mean)
+        r, t = pair.amin(0), pair.amax(0)
+        equal = math.floor(batch * (1 - self.ratio) + 1e-9)  # 10 * (1 - .9) is .9999... in floats
+        r[:equal] = t[:equal]
+        return r, t, equal
+
+    def draw_dropped(self, batch, *, device=None, generator=None):
+        """(B,) bool. As many leading rows as a Bernoulli mask has ones lose their label.
+
+        So with label_drop below 1 - ratio the null label is trained at r = t (all but surely),
+        which is all that guidance asks of it.
+        """
+        count = (torch.rand(batch, device=device, generator=generator) < self.label_drop).sum()
+        return torch.arange(batch, device=device) < count
+
+    # ---- the loss: a function of weights, data and draws -------------------------------------
+
+    def loss(self, net, x, y, draws, *, forward=None):
+        """Loss of the data x (B, C, H, W) with labels y (B,) under these draws.
+
+        net is the bare network: it serves the passes without gradient, which work neither through
+        DistributedDataParallel nor with fused attention. ``forward`` (default: net) carries the
+        gradient and may be the wrapped or compiled network.
+        """
+        t = draws.t[:, None, None, None]
+        z = (1 - t) * x + t * draws.eps
+        v = draws.eps - x
+        y, target = self.target(net, z, v, y, draws)
+        u = (forward or net)(z, draws.r, draws.t, y).to(target.dtype)
+        error = (u - target).square().sum(dim=(1, 2, 3))
+        velocity_error = (u.detach() - v).square().sum(dim=(1, 2, 3))
+        return Loss((self.weight(error) * error).mean(), error.detach(), velocity_error)
+
+    @torch.no_grad()
+    def target(self, net, z, v, y, draws):
+        """The labels after the drop and the regression target v_g - (t-r) du/dt (Eq. 10, 19)."""
+        v_g = self.guided_velocity(net, z, v, y, draws.t)
+        y = torch.where(draws.dropped, self.num_classes, y)
+        v_g = torch.where(draws.dropped[:, None, None, None], v, v_g)  # null label: plain velocity
+        if draws.equal == len(y):
+            return y, v_g
+        # Only rows with r < t need the derivative: they are the tail, one static slice. A copy,
+        # because a view as the primal of a dual tensor fails inside torch.compile.
+        tail = [a[draws.equal:].clone() for a in (z, draws.r, draws.t, y, v_g)]
+        z, r, t, _, tangent = tail
+        du_dt = self.time_derivative(net, *tail)
+        interval = (t - r)[:, None, None, None]
+        return y, torch.cat([v_g[:draws.equal], tangent - interval * du_dt])
+
+    def guided_velocity(self, net, z, v, y, t):
+        """v_g = omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y) (Eq. 20).
+
+        Outside the interval on t it is v. Passes whose coefficient vanishes are not made: none
+        for cfg = 1 and kappa = 0, no null pass for cfg = 1, no labelled pass for kappa = 0.
+        """
+        if self.cfg == 1 and self.kappa == 0:
+            return v
+        v_g = self.omega * v
+        if self.cfg != 1:
+            null = torch.full_like(y, self.num_classes)
+            v_g = v_g + (1 - self.omega - self.kappa) * net(z, t, t, null).to(v.dtype)
+        if self.kappa > 0:
+            v_g = v_g + self.kappa * net(z, t, t, y).to(v.dtype)
+        start, end = self.cfg_interval
+        inside = (t >= start) & (t <= end)
+        return torch.where(inside[:, None, None, None], v_g, v)
+
+    def time_derivative(self, net, z, r, t, y, v_g):
+        """du/dt along the path: the Jacobian-vector product with tangent (v_g, 0, 1) (Eq. 8)."""
+        tangents = (v_g, torch.zeros_like(r), torch.ones_like(t))
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+            _, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
+        return du_dt.to(v_g.dtype)
+
+    def weight(self, error):
+        """The adaptive weight 1 / (error + c)^p, without gradient (Eq. 22)."""
+        return (error.detach() + self.c) ** -self.p
+
+
+@torch.no_grad()
+def sample(net, z1, y, *, steps=1):
+    """Data from noise z1 (B, C, H, W) and labels y (B,), by z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).
+
+    steps: a count of equal steps, or the times themselves, decreasing from 1 (noise) to 0 (data).
+    Raises ValueError for a count below 1 or times that do not decrease within [0, 1].
+    """
+    times = schedule(steps)
+    z = z1
+    for t, r in zip(times[:-1], times[1:], strict=True):
+        u = net(z, z.new_full((len(z),), r), z.new_full((len(z),), t), y)
+        z = z - (t - r) * u.to(z.dtype)
+    return z
+
+
+def schedule(steps):
+    """A count of steps, or times -> the list of times, decreasing. Raises ValueError."""
+    if isinstance(steps, int):
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return [1 - i / steps for i in range(steps)] + [0.0]
+    times = [float(t) for t in steps]
+    within = all(0 <= t <= 1 for t in times)
+    if len(times) < 2 or not within or any(t <= r for t, r in zip(times, times[1:])):
+        raise ValueError(f"steps must be decreasing times in [0, 1] such as 1 0.5 0, got {times}")
+    return times

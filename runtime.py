@@ -1,0 +1,285 @@
+"""What every script needs around its job: processes, device, precision, counted randomness,
+files that appear whole or not at all, the log of rank 0, and the one-line exit.
+
+Nothing else in the repository reads ranks from the environment or picks a device.
+"""
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake of the user's. Its message, one line of option, rule, value and remedy, is all
+    that is printed; the exit code is 2. ``local`` marks one that only this process has seen."""
+
+    def __init__(self, message, *, local=False):
+        super().__init__(" ".join(str(message).split()))
+        self.local = local
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, from rank 0, and whose help prints defaults."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        fail(f"{message}; --help lists the options" if "unrecognized" in message else message)
+
+    def validate(self, build, /, *args, **kwargs):
+        """What build(...) returns; its ValueError, a rule broken by the options, is our error."""
+        try:
+            return build(*args, **kwargs)
+        except ValueError as error:
+            self.error(f"--{error}".replace("_", "-", 1) if _names_option(self, error) else error)
+
+
+def _names_option(parser, error):
+    """Whether the message opens with an option's name, as 'label_drop must be ...' does."""
+    first = str(error).split(" ", 1)[0]
+    return any(action.dest == first for action in parser._actions)
+
+
+def whole(low):
+    """An argparse type: a whole number of at least low."""
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or value >= 2**63:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number, got {text!r}; give {low} or more")
+        return value
+    return parse
+
+
+def real(low, high=math.inf, *, above=False):
+    """An argparse type: a finite number from low (or above it) to high."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or value > high or math.isinf(value):
+            bound = f"above {low:g}" if above else f"{low:g} or more"
+            bound = bound if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}; give one {bound}")
+        return value
+    return parse
+
+
+def run(main, parse_args):
+    """Run a script; a UserError ends it with one line and exit code 2."""
+    try:
+        main(parse_args())
+    except UserError as error:
+        fail(error, everywhere=error.local)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message, *, everywhere=False):
+    """One line on stderr, from rank 0 unless everywhere, and exit code 2."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+        line = " ".join(str(message).split())
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(2)  # the other processes may be inside a collective; torchrun ends them
+    sys.exit(2)
+
+
+# ---- processes, device, precision ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+    precision: str
+
+    @property
+    def main(self):
+        """Whether this is rank 0, the one that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def distributed(self):
+        return self.size > 1
+
+    def barrier(self):
+        if self.distributed:
+            dist.barrier()
+
+    def autocast(self):
+        """Where networks run: bfloat16 for --precision bf16, else as the tensors are."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def progress(self, total, *, initial=0, desc=None, unit="step"):
+        """A progress bar on stderr, on rank 0 only; rarely refreshed where nobody watches."""
+        return tqdm(total=total, initial=initial, desc=desc, unit=unit, disable=not self.main,
+                    dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30)
+
+
+@contextlib.contextmanager
+def start(precision="fp32"):
+    """The World of this process, set up from torchrun's environment (one process without it).
+
+    precision: fp32, tf32 (fp32 with TensorFloat-32 products on GPUs) or bf16 (autocast). Leaves
+    the process group behind a barrier: without it gloo aborts now and then at exit.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node must be at most the number of GPUs, "
+                            f"{torch.cuda.device_count()}; this is process {local_rank + 1}; "
+                            f"start fewer", local=True)
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    world = World(rank, size, device, precision)
+    if not world.distributed:
+        yield world
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30),
+        device_id=device if device.type == "cuda" else None)
+    yield world
+    world.barrier()
+    dist.destroy_process_group()
+
+
+def generator(seed, *counters, device="cpu"):
+    """A generator that is a function of (seed, counters) alone, such as (seed, step, "noise").
+
+    Nothing has to be carried from step to step, so a resumed run draws what an uninterrupted one
+    would. PyTorch's CPU generator keeps 32 bits of its seed, hence the hash.
+    """
+    digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+# ---- files and the log ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary path beside path; on leaving, what was written there takes path's name.
+
+    Nobody ever sees half a file under its final name: the data is on disk before the rename.
+    Raises UserError where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
+                        f"folder you may write", local=True) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def make_folder(option, path):
+    """Create the folder that an option names, with its parents. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} must be a folder that can be written, got {path} "
+                        f"({error.strerror}); choose another") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{option} must be a folder that can be written, got {path} (no "
+                        f"permission); choose another")
+
+
+class Log:
+    """log.txt, metrics.jsonl and TensorBoard events of a run; active on rank 0 only.
+
+    Records later than ``step``, left by a run that ended after its last checkpoint, are dropped:
+    they are about to be written again.
+    """
+
+    def __init__(self, folder, *, active, step=0):
+        self.active = active
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        folder = Path(folder)
+        self.metrics_path = folder / "metrics.jsonl"
+        if self.metrics_path.exists():
+            kept = [line for line in self.metrics_path.read_text().splitlines(keepends=True)
+                    if _step_of(line) <= step]
+            with whole_file(self.metrics_path) as path:
+                path.write_text("".join(kept))
+        self.text = open(folder / "log.txt", "a", buffering=1)
+        self.metrics = open(self.metrics_path, "a", buffering=1)
+        self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def say(self, line):
+        """One line, to stderr and log.txt."""
+        if self.active:
+            tqdm.write(line, file=sys.stderr)
+            self.text.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+
+    def record(self, step, **values):
+        """One metrics.jsonl object and one TensorBoard scalar per value."""
+        if self.active:
+            self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self):
+        if self.active:
+            for file in (self.text, self.metrics, self.board):
+                file.close()
+
+
+def _step_of(line):
+    """The step of a metrics line; a line torn by a crash counts as too late to keep."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def describe(world):
+    """The first lines of a log: what runs, where, on what."""
+    folder = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", folder, "describe", "--always", "--dirty"],
+                            capture_output=True, text=True).stdout.strip() or "unknown"
+    hardware = (torch.cuda.get_device_name(world.device) if world.device.type == "cuda"
+                else f"CPU, {torch.get_num_threads()} threads")
+    return [
+        f"command: {' '.join(sys.argv)}",
+        f"commit {commit}, torch {torch.__version__}, CUDA {torch.version.cuda}",
+        f"{world.size} process(es) on {hardware}, precision {world.precision}",
+    ]
