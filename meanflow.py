@@ -194,7 +194,7 @@ class MeanFlow:
 
 @torch.no_grad()
 def sample(net, z1, y, *, steps=1):
-    """Data from noise z1 (B, C, H, W) and labels y (B,), by z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).
+    """Data from noise z1 (B, C, H, W) and labels y (B,): z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).
 
     steps: a count of equal steps, or the times themselves, decreasing from 1 (noise) to 0 (data).
     Raises ValueError for a count below 1 or times that do not decrease within [0, 1].

@@ -1,4 +1,4 @@
-"""The network: a DiT (Peebles & Xie, arXiv 2212.09748) that predicts the average velocity u(z, r, t).
+"""The network: a DiT (Peebles & Xie, arXiv 2212.09748) for the average velocity u(z, r, t).
 
 It is conditioned on two times and a label. Architecture, initialisation and sizes are those of the
 official MeanFlow implementation (Gsunshine/meanflow), which differs from the original DiT in three
