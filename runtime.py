@@ -132,6 +132,20 @@ class World:
         if self.distributed:
             dist.barrier()
 
+    def agree(self, value):
+        """Rank 0's value, on every process."""
+        box = [value]
+        if self.distributed:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, tensor):
+        """The mean of a tensor over the processes."""
+        if self.distributed:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor / self.size
+
     def autocast(self):
         """Where networks run: bfloat16 for --precision bf16, else as the tensors are."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -165,9 +179,10 @@ def start(precision="fp32"):
     if not world.distributed:
         yield world
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30),
-        device_id=device if device.type == "cuda" else None)
+    cuda = device.type == "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                            timeout=datetime.timedelta(minutes=30),
+                            device_id=device if cuda else None)
     yield world
     world.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,287 @@
+"""Train a DiT with MeanFlow.
+
+One process, for instance on a laptop, and eight GPUs of one node:
+
+    python train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/2 --cfg 1
+    torchrun --standalone --nproc_per_node=8 train.py --data-path imagenet/train --vae ema
+
+Several nodes: on each, torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
+--rdzv_endpoint=HOST:29500 train.py ... with --data-path and --run-dir on storage that all share.
+
+Repeating a command continues its run. The defaults are the paper's DiT-B/4 recipe.
+"""
+
+import argparse
+import copy
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import data
+import runtime
+import vae
+from meanflow import MeanFlow, sample, starts
+from models import DiT_models
+from runtime import UserError, real, whole
+
+# Options that may change when a run is continued; all others make it another run
+FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
+        "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations")
+
+
+def parse_args(argv=None):
+    parser = runtime.Parser("Train a DiT with MeanFlow. Repeating a command continues its run.")
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", type=Path, required=True, help="folder with one folder of images per class")
+    add("--image-size", type=whole(1), default=256, help="side of the centre crop, in pixels")
+    add("--vae", default="ema", help="ema or mse: the Stable Diffusion VAE with that decoder; "
+        "a folder: a local AutoencoderKL; none: train on pixels")
+    add("--flip", action="store_true", help="mirror half of the images at random")
+    add("--num-workers", type=whole(0), default=4, help="reading processes per process; 0 = none")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="DiT-B/4", choices=DiT_models, metavar="DiT-{T,S,B,M,L,XL}/{2,4,8}",
+        help="size and patch size")
+    add = parser.add_argument_group("method (arXiv 2505.13447)").add_argument
+    add("--ratio", type=real(0, 1), default=0.25,
+        help="share of rows with r < t; 0 is plain flow matching")
+    add("--p-mean", type=real(-1e9), default=-0.4, help="mean of the logit-normal times")
+    add("--p-std", type=real(0, above=True), default=1.0, help="its standard deviation")
+    add("--time-sampler", default="logit_normal", choices=("logit_normal", "uniform"),
+        help="distribution of the times")
+    add("--cfg", type=real(0), default=3.0,
+        help="effective guidance scale omega' = omega / (1 - kappa); 1 = no guidance")
+    add("--kappa", type=real(0), default=0.0,
+        help="weight of the network's own labelled velocity in the target, below 1")
+    add("--cfg-interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+        help="times t in which guidance acts, both ends included")
+    add("--label-drop", type=real(0, 1), default=0.1, help="probability of the null label")
+    add("--p", type=real(0), default=1.0, help="power of the adaptive weight; 0 = plain L2")
+    add("--c", type=real(0, above=True), default=0.01, help="constant of the adaptive weight")
+    add = parser.add_argument_group("optimisation").add_argument
+    length = parser.add_argument_group("length (default: 80 epochs)").add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=whole(1), default=80, help="passes over the data")
+    length.add_argument("--max-steps", type=whole(1), help="optimiser steps, in place of --epochs")
+    add("--global-batch-size", type=whole(1), default=256,
+        help="images per optimiser step, over all processes")
+    add("--grad-accum-steps", type=whole(1), default=1,
+        help="parts in which each process works through its share of the batch, to save memory")
+    add("--lr", type=real(0, above=True), default=1e-4, help="AdamW's rate, constant")
+    add("--ema-decay", type=real(0, 1), default=0.9999, help="decay per step of the averaged "
+        "weights, which sampling uses")
+    add("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
+        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
+    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="torch.compile the passes of a step")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--seed", type=whole(0), default=0, help="fixes weights, data order and all noise")
+    add = parser.add_argument_group("run").add_argument
+    add("--run-dir", type=Path, help="where everything goes (default: results/<model>-cfg<scale>)")
+    add("--ckpt-every", type=whole(1), default=5000, help="steps between checkpoints")
+    add("--keep-last", type=whole(0), default=3, help="checkpoints kept; 0 = all")
+    add("--log-every", type=whole(1), default=100, help="steps between log lines")
+    add("--sample-every", type=whole(0), default=5000,
+        help="steps between pictures of one-step samples; 0 = none")
+    args = parser.parse_args(argv)
+    parser.validate(method, args, num_classes=1)
+    if not args.data_path.is_dir():
+        parser.error(f"--data-path must be an existing folder, got {args.data_path}; give a "
+                     f"folder with one folder of images per class")
+    if args.run_dir is None:
+        args.run_dir = Path("results", f"{args.model.replace('/', '-')}-cfg{args.cfg}")
+    return args
+
+
+def method(args, num_classes):
+    return MeanFlow(
+        num_classes=num_classes, ratio=args.ratio, p_mean=args.p_mean, p_std=args.p_std,
+        time_sampler=args.time_sampler, cfg=args.cfg, kappa=args.kappa,
+        cfg_interval=args.cfg_interval, label_drop=args.label_drop, p=args.p, c=args.c)
+
+
+def main(args):
+    with runtime.start(args.precision) as world:
+        train(args, world)
+
+
+def train(args, world):
+    space = open_space(args.vae, world)
+    dataset = data.ImageFolder(args.data_path, args.image_size)
+    config = describe(args, dataset, space)
+    total = args.max_steps or args.epochs * (len(dataset) // args.global_batch_size)
+    folder = open_run(args, config, world)
+    step, net, ema, optimizer = build(args, config, folder, world)
+    log = runtime.Log(folder, active=world.main, step=step)
+    for line in introduction(args, world, net, dataset, step, total):
+        log.say(line)
+
+    flow = method(args, config["num_classes"])
+    forward = net
+    if world.distributed:  # the buffers are constant: no need to send them each step
+        forward = DistributedDataParallel(net, broadcast_buffers=False)
+    if args.compile:
+        forward, flow.target = torch.compile(forward), torch.compile(flow.target)
+    batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed, start=step,
+                           stop=total, flip=args.flip, world=world)
+    params, averages = list(net.parameters()), list(ema.parameters())
+    sums, since, clock = torch.zeros(4, device=world.device), step, time.perf_counter()
+    bar = world.progress(total, initial=step)
+
+    for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
+        # Forward and backward, in equal parts of the batch whose gradients add up
+        for part, count, last in parts_of(args, world):
+            rows = slice(part // world.size, None, args.grad_accum_steps)
+            x, draws = prepare(args, config, flow, space, images[rows], step, part, count)
+            with nullcontext() if last or not world.distributed else forward.no_sync():
+                with world.autocast():
+                    out = flow.loss(net, x, y[rows], draws, forward=forward)
+                (out.loss / args.grad_accum_steps).backward()
+            sums[:3] += torch.stack([out.loss.detach(), out.error.mean(),
+                                     out.velocity_error.mean()]) / args.grad_accum_steps
+
+        # Update of weights and averages
+        sums[3] += torch.nn.utils.get_total_norm([p.grad for p in params])
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(averages, params, 1 - args.ema_decay)
+        step += 1
+        bar.update()
+
+        # Log, picture, checkpoint
+        if step % args.log_every == 0 or step == total:
+            values = (world.mean(sums) / (step - since)).tolist()  # the one synchronisation
+            rate = (step - since) * args.global_batch_size / (time.perf_counter() - clock)
+            record(log, step, total, values, rate)
+            sums, since, clock = torch.zeros_like(sums), step, time.perf_counter()
+        if world.main and args.sample_every and (step % args.sample_every == 0 or step == total):
+            picture(folder / "samples" / f"{step:07d}.png", ema, space, config, world)
+        if step % args.ckpt_every == 0 or step == total:
+            if world.main:
+                checkpoint.save(folder / "checkpoints" / f"{step:07d}.pt", {
+                    "step": step, "model": net.state_dict(), "ema": ema.state_dict(),
+                    "opt": optimizer.state_dict(), "config": config}, keep_last=args.keep_last)
+            world.barrier()
+    bar.close()
+    log.close()
+    if world.main:
+        print(checkpoint.files(folder / "checkpoints")[0])
+
+
+def open_space(name, world):
+    try:
+        return vae.load(name, world.device)
+    except (ValueError, OSError) as error:
+        raise UserError(error) from error
+
+
+def describe(args, dataset, space):
+    """The config: every option, and what of the data sampling and continuing depend on."""
+    if len(dataset) < args.global_batch_size:
+        raise UserError(f"--global-batch-size must be at most the number of images, "
+                        f"{len(dataset)}, got {args.global_batch_size}; lower it")
+    config = {name: str(value) if isinstance(value, Path) else
+              list(value) if isinstance(value, tuple) else value
+              for name, value in vars(args).items()}
+    return config | {"latent_shape": list(space.latent_shape(args.image_size)),
+                     "classes": list(dataset.classes), "num_classes": len(dataset.classes),
+                     "num_images": len(dataset)}
+
+
+def open_run(args, config, world):
+    """The run's folder, made or recognised. Raises UserError before anything is written."""
+    parts = world.size * args.grad_accum_steps
+    if args.global_batch_size % parts:
+        raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
+                        f"--grad-accum-steps {args.grad_accum_steps}, got "
+                        f"{args.global_batch_size}; choose a multiple of {parts}")
+    try:
+        with torch.device("meta"):
+            checkpoint.network(config)
+    except ValueError as error:
+        raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
+                        f"{error}") from error
+    path = checkpoint.check_config(args.run_dir, config, FREE)
+    if world.main:
+        for folder in ("checkpoints", "samples"):
+            runtime.make_folder("--run-dir", args.run_dir / folder)
+        checkpoint.write_config(path, config)
+    world.barrier()
+    return args.run_dir
+
+
+def build(args, config, folder, world):
+    """(step, network, EMA, optimiser), from the newest checkpoint or fresh."""
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    net = checkpoint.network(config).to(world.device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    net.checkpoint_activations = args.checkpoint_activations
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95),
+                                  weight_decay=0, fused=True)
+    path = world.agree(checkpoint.newest(folder / "checkpoints"))
+    if path is None:
+        return 0, net, ema, optimizer
+    state = checkpoint.load(path, option="--run-dir")
+    net.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["opt"])
+    return state["step"], net, ema, optimizer
+
+
+def introduction(args, world, net, dataset, step, total):
+    """The first lines of the log."""
+    parameters = sum(p.numel() for p in net.parameters())
+    return runtime.describe(world) + [
+        f"{args.model}, {parameters:,} parameters; {len(dataset):,} images of "
+        f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
+        f"steps {step} to {total}, into {args.run_dir}",
+    ]
+
+
+def parts_of(args, world):
+    """(part, count, whether it is the last) for each micro-batch of this process.
+
+    Micro-batches are dealt out of the global batch as processes are: rows part::count of it.
+    """
+    count = world.size * args.grad_accum_steps
+    for i in range(args.grad_accum_steps):
+        yield world.rank + world.size * i, count, i == args.grad_accum_steps - 1
+
+
+def prepare(args, config, flow, space, images, step, part, count):
+    """Data x and draws of one part: drawn for the global batch, so that a run does not depend on
+    how it is divided."""
+    shape, device = (args.global_batch_size, *config["latent_shape"]), images.device
+    noise = torch.randn(shape, device=device, generator=runtime.generator(
+        args.seed, step, "posterior", device=device))[part::count]
+    with torch.no_grad():
+        x = vae.posterior_sample(space.encode(images), noise, space.scale)
+    generator = runtime.generator(args.seed, step, "method", device=device)
+    return x, flow.draw(shape, device=device, generator=generator).part(part, count)
+
+
+def record(log, step, total, values, rate):
+    """One log line and one metrics record. error is the number to watch: at p = 1 the weighted
+    loss stays near 1 whatever the network does."""
+    loss, error, velocity_error, grad_norm = values
+    log.say(f"step {step}/{total}  error {error:.4f}  velocity error {velocity_error:.4f}  "
+            f"loss {loss:.4f}  gradient norm {grad_norm:.4f}  {rate:.1f} images/s")
+    log.record(step, error=error, velocity_error=velocity_error, loss=loss, grad_norm=grad_norm,
+               images_per_second=rate)
+
+
+def picture(path, ema, space, config, world):
+    """One-step samples of the EMA from noise that is the same every time."""
+    columns = min(config["num_classes"], 10)
+    z1, y = starts(range(8 * columns), config["latent_shape"], seed=config["seed"],
+                   num_classes=config["num_classes"])
+    with world.autocast():
+        x = sample(ema, z1.to(world.device), y.to(world.device))
+    data.save_grid(path, space.decode(x), columns)
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)
