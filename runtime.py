@@ -105,6 +105,8 @@ def run(main, parse_args):
 def fail(message, *, everywhere=False, code=2):
     """One line on stderr, from rank 0 unless everywhere, and the end."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
+        for bar in list(tqdm._instances):  # their last refresh would come after our last line
+            bar.close()
         line = " ".join(str(message).split())
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -249,6 +251,12 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sweep(folder):
+    """Remove what whole_file left in a folder where its process was killed."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def make_folder(option, path):

@@ -96,6 +96,7 @@ def open_folder(args, net, config, world):
     world.barrier()
     if world.main:
         runtime.make_folder("--sample-dir", args.sample_dir)
+        runtime.sweep(args.sample_dir)
         with runtime.whole_file(marker) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
     world.barrier()

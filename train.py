@@ -259,6 +259,7 @@ def open_run(args, config, world):
     if world.main:
         for folder in ("checkpoints", "samples"):
             runtime.make_folder("--run-dir", args.run_dir / folder)
+            runtime.sweep(args.run_dir / folder)
         checkpoint.write_config(path, config)
     world.barrier()
     return args.run_dir
