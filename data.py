@@ -45,9 +45,10 @@ def read_image(path, size):
     the file if it cannot be read.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette data, of no consequence here
-            pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
+            with Image.open(path) as image:
+                pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
     except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
         raise UserError(f"--data-path must hold readable images, got {path} ({error}); "
                         f"repair or remove the file", local=True) from error

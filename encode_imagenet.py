@@ -63,7 +63,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=runtime.whole(1), default=32,
                        help="images per pass of a process; bounds its memory")
-    group.add_argument("--shard-size", type=runtime.whole(1), default=4096,
+    group.add_argument("--shard-size", type=runtime.whole(1), default=8192,
                        help="images per shard: what a killed process loses at most")
     group.add_argument("--num-workers", type=runtime.whole(0), default=8,
                        help="processes that read images, for each that encodes")
@@ -166,7 +166,7 @@ def check_record(args, record, config):
 def shown(config, key):
     """A value as a message shows it: the name and not the hash."""
     names = {"encoder": "vae", "files": "images"}
-    return f"{config[names[key]]} ({config[key][:8]})" if key in names else config[key]
+    return f"{config[names[key]]} ({config[key]!s:.8})" if key in names else config[key]
 
 
 def is_temporary(path):

@@ -5,13 +5,15 @@
     shard-00000.labels.npy   (n,) int64
     shard-00000.flip.npy     as shard-00000.npy, of the mirror images; where dataset.json says flip
 
-A few hundred large files, memory-mapped: an image costs one copy of its numbers and no open file.
+A few hundred large files, memory-mapped: to serve an image is to copy its numbers once.
 """
 
 import contextlib
 import json
 import math
+import mmap
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ class ShardFiles:
 
 
 def map_array(path, dtype, shape):
-    """A .npy file as a memory-mapped tensor; read when touched, and no descriptor stays open.
+    """A .npy file as a read-only array whose ``base`` is its memory map.
 
     Raises UserError unless it is all there, of this dtype and this shape.
     """
@@ -52,18 +54,30 @@ def map_array(path, dtype, shape):
                 raise ValueError("another version of the .npy format")
             header = np.lib.format.read_array_header_1_0(file)  # evaluates literals, runs nothing
             start, size = file.tell(), os.fstat(file.fileno()).st_size
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise UserError(f"{expected}, got no such file; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{expected}, got {error.strerror}; if too many files are open, raise "
+                        f"the limit (ulimit -n), else check the disk") from error
     except Exception as error:  # the parser lets errors of many kinds through
         raise UserError(f"{expected}, got a file that is no such array ({error}); {remedy}"
                         ) from error
-    if header != (tuple(shape), False, np.dtype(dtype)) or start % 8:
+    if header != (tuple(shape), False, np.dtype(dtype)):
         raise UserError(f"{expected}, got {' x '.join(map(str, header[0]))} of {header[2]}; "
                         f"it belongs to another data set: {remedy}")
     if size != start + math.prod(shape) * np.dtype(dtype).itemsize:
         raise UserError(f"{expected}, got a file of {size} bytes, cut short or too long; {remedy}")
-    whole = torch.from_file(str(path), size=size, dtype=torch.uint8)  # private: never written to
-    return whole[start:].view(getattr(torch, dtype)).view(shape)
+    mapping.madvise(mmap.MADV_RANDOM)  # else a touched page reads up to megabytes around it
+    return np.ndarray(shape, dtype, buffer=mapping, offset=start)
+
+
+def read_ahead(array, row):
+    """Ask the disk for a row of a mapped array without waiting for it."""
+    size = array.nbytes // len(array)
+    start = len(array.base) - array.nbytes + row * size
+    page = start - start % mmap.PAGESIZE
+    array.base.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
 
 def read_dataset_json(folder):
@@ -123,16 +137,16 @@ class LatentShards:
         moments, mirrors, labels = [], [], []
         for index, count in enumerate(info["shards"]):
             files = ShardFiles(path, index)
-            moments.append(map_array(files.moments, self.dtype, (count, *row)).numpy())
+            moments.append(map_array(files.moments, self.dtype, (count, *row)))
             if self.flip:
-                mirrors.append(map_array(files.flip, self.dtype, (count, *row)).numpy())
-            labels.append(self._labels(files.labels, count))
-        self.labels = torch.cat(labels)  # (N,) int64
-        self._shards = moments, mirrors  # numpy copies one row in a tenth of torch's time
-        self._starts = np.cumsum([0, *info["shards"]])[:-1]
+                mirrors.append(map_array(files.flip, self.dtype, (count, *row)))
+            labels.append(self._read_labels(files.labels, count))
+        self.labels = torch.from_numpy(np.concatenate(labels))  # (N,) int64
+        self._shards, self._starts = (moments, mirrors), np.cumsum([0, *info["shards"]])[:-1]
+        self._cold = 0  # batches to read ahead
 
-    def _labels(self, path, count):
-        labels = map_array(path, "int64", (count,)).clone()
+    def _read_labels(self, path, count):
+        labels = map_array(path, "int64", (count,))
         if count and not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise UserError(f"{path} must hold labels below {len(self.classes)}, got "
                             f"{labels.min()} to {labels.max()}; encode again")
@@ -146,14 +160,26 @@ class LatentShards:
         return len(self.labels)
 
     def __getitem__(self, batch):
-        """(rows, mirrored), both (B,) -> moments and labels."""
+        """(rows, mirrored), both (B,) -> moments (B, 2, C, h, w) and labels (B,).
+
+        Rows that come from a cold disk are asked for together before the first is copied: one
+        after the other they take 16 times as long. From memory the asking would cost as much as
+        the copy, so it goes on for some batches after a page had to wait for the disk.
+        """
         rows, mirrored = (part.numpy() for part in batch)
         shards = np.searchsorted(self._starts, rows, side="right") - 1
+        places = [(self._shards[mirror][shard], row) for mirror, shard, row in zip(
+            mirrored.tolist(), shards.tolist(), (rows - self._starts[shards]).tolist())]
+        if self._cold:
+            for array, row in places:
+                read_ahead(array, row)
+        waited = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         moments = torch.empty(len(rows), 2, *self.latent_shape, dtype=DTYPES[self.dtype])
-        target = moments.numpy()
-        places = zip(mirrored.tolist(), shards.tolist(), (rows - self._starts[shards]).tolist())
-        for i, (mirror, shard, row) in enumerate(places):
-            target[i] = self._shards[mirror][shard][row]
+        target = moments.numpy()  # numpy copies a row in a tenth of torch's time
+        for i, (array, row) in enumerate(places):
+            target[i] = array[row]
+        waited = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - waited
+        self._cold = 64 if waited else max(0, self._cold - 1)
         return moments, self.labels[batch[0]]
 
     def check(self, *, space, image_size, flip):
