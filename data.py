@@ -154,7 +154,8 @@ def load(dataset, batches, *, workers, device):
                         prefetch_factor=4 if workers else None)
     for batch in loader:
         if isinstance(batch, UserError):
-            raise batch
+            # a new one: raised itself, it would hold on to its own frame, and to the workers
+            raise UserError(batch, local=True)
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
