@@ -374,8 +374,10 @@ def test_options_that_do_not_suit_the_vae_are_refused(world, tmp_path, change, w
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [["--image-size", "36"], ["--vae", "none", "--out-path", "."]])
+@pytest.mark.parametrize("change", [["--image-size", "36"], ["--out-path", "{world}"]])
 def test_a_refusal_ends_the_script_with_one_line_and_exit_code_2(world, tmp_path, capsys, change):
+    change = [text.format(world=world) for text in change]
+
     def parse_args():
         return encode_imagenet.parse_args(options(world, tmp_path / "out", *change))
 
