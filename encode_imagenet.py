@@ -8,8 +8,6 @@ ends with the same bytes, whatever the number of processes: the unit of work is 
 batches do not depend on who encodes it. The format is described in latents.py.
 """
 
-import collections
-import concurrent.futures
 import functools
 import itertools
 import json
@@ -274,8 +272,8 @@ def encode(args, images, space, config, todo, world):
     left, own = count_images(config, todo), count_images(config, mine)
     with world.progress(config["images"], initial=config["images"] - left, desc="encode",
                         unit="image") as bar:
-        stream = encoded(args, iter(loader), space, config, world.device)
-        stream = watched(background(stream, depth=4), bar, left / max(1, own))
+        work = functools.partial(encode_batch, args, space, config, world.device)
+        stream = watched(data.ahead(work, loader, threads=1, depth=4), bar, left / max(1, own))
         for shard in mine:
             latents.write_shard(
                 latents.ShardFiles(args.out_path, shard),
@@ -302,20 +300,20 @@ def read_batch(images, rows):
     return pixels, images.labels[kept], faults
 
 
-def encoded(args, loader, space, config, device):
-    """Yields (labels, moments, moments of the mirror images or None, faults) on the CPU."""
+def encode_batch(args, space, config, device, batch):
+    """What read_batch returns -> labels, moments, those of the mirror images or None, faults."""
+    pixels, labels, faults = batch
     if device.type == "cpu":
         # its sums depend on the number of threads, which torchrun sets to 1: so do we, always
         torch.set_num_threads(1)
-    for pixels, labels, faults in loader:
-        try:
-            pixels = pixels.to(device, non_blocking=True)
-            moments = to_disk(args, space, config, pixels)
-            mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"--batch-size must fit in the GPU's memory, got {args.batch_size}; "
-                            f"lower it and repeat the command", local=True) from error
-        yield labels, moments, mirror, faults
+    try:
+        pixels = pixels.to(device, non_blocking=True)
+        moments = to_disk(args, space, config, pixels)
+        mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--batch-size must fit in the GPU's memory, got {args.batch_size}; lower "
+                        f"it and repeat the command", local=True) from error
+    return labels, moments, mirror, faults
 
 
 def to_disk(args, space, config, pixels):
@@ -328,15 +326,6 @@ def to_disk(args, space, config, pixels):
         raise UserError(f"--dtype must hold the moments of --vae, got values beyond {args.dtype} "
                         f"or not finite; give --dtype float32 or another VAE", local=True)
     return moments.cpu()
-
-
-def background(iterator, depth):
-    """The same items, made by a thread that keeps up to depth of them ready."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = collections.deque(pool.submit(next, iterator, None) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not None:
-            ahead.append(pool.submit(next, iterator, None))
-            yield item
 
 
 def watched(batches, bar, scale):

@@ -41,9 +41,9 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--latents", type=int, default=8192, help="latents on disk: 32 KiB each")
     parser.add_argument("--batch-size", type=int, default=256, help="latents per batch")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that load")
+    parser.add_argument("--num-workers", type=int, default=2, help="that load or read images")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each pair, interleaved")
-    parser.add_argument("--encode-images", type=int, default=48, help="images to encode; 0 = none")
+    parser.add_argument("--encode-images", type=int, default=96, help="images to encode; 0 = none")
     parser.add_argument("--encode-size", type=int, default=64, help="their side in pixels")
     parser.add_argument("--encode-batch", type=int, default=8, help="images per pass of the VAE")
     return parser.parse_args(argv)
@@ -101,14 +101,15 @@ def rate(dataset, args, workers, steps, seed):
     order = data.Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
                          flip=False, world=world)
     batches = data.load(dataset, order, workers=workers, device=CPU)
-    next(batches)  # the workers have started
+    batch = next(batches)[0].float()  # the workers have started
     start = time.perf_counter()
     for moments, _ in batches:
-        moments.float()
+        batch.copy_(moments.view_as(batch))
     return steps * args.batch_size / (time.perf_counter() - start)
 
 
 def compare_loaders(args, folder):
+    torch.set_num_threads(1)  # both do one thing after another; on a busy machine more only wait
     files = FilePerImage(folder / "files", args.latents)
     write_shards(folder / "shards", args.latents)
     shards = data.LatentShards(folder / "shards")
@@ -201,7 +202,8 @@ def compare_encoding(args, folder, world):
     done = subprocess.run(
         [sys.executable, ROOT / "encode_imagenet.py", "--data-path", folder / "images",
          "--out-path", folder / "encoded", "--vae", folder / "vae",
-         "--image-size", str(args.encode_size), "--batch-size", str(args.encode_batch)],
+         "--image-size", str(args.encode_size), "--batch-size", str(args.encode_batch),
+         "--num-workers", str(args.num_workers)],
         check=True, capture_output=True, text=True)
     encoding = float(re.search(r"([\d.]+) images/s$", done.stderr.strip()).group(1))
     bare.append(bare_rate(space, images, args, world.device))
