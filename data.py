@@ -119,12 +119,13 @@ class Batches:
     Raises UserError if the images do not fill one batch.
     """
 
-    def __init__(self, count, global_batch, *, seed, start, stop, flip, world):
+    def __init__(self, count, global_batch, *, seed, flip, world, start=0, stop=0):
         if count < global_batch:
             raise UserError(f"--global-batch-size must be at most the number of images, {count}, "
                             f"got {global_batch}; lower it or add images")
         self.count, self.global_batch, self.seed = count, global_batch, seed
         self.start, self.stop, self.flip, self.world = start, stop, flip, world
+        self.steps_per_epoch = count // global_batch
 
     def __len__(self):
         return self.stop - self.start
@@ -132,7 +133,7 @@ class Batches:
     def __iter__(self):
         known, permutation = None, None
         for step in range(self.start, self.stop):
-            epoch, position = divmod(step, self.count // self.global_batch)
+            epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != known:
                 order = runtime.generator(self.seed, epoch, "order")
                 known, permutation = epoch, torch.randperm(self.count, generator=order)

@@ -55,7 +55,8 @@ def main(args):
         net, config = checkpoint.load_network(args.ckpt)
         net = net.to(world.device)
         try:
-            space = vae.load(args.vae or config["vae"], world.device)
+            space = vae.load(args.vae or config["vae"], world.device,
+                             precision=args.precision)
         except (ValueError, OSError) as error:
             raise UserError(error) from error
         open_folder(args, net, config, world)

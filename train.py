@@ -50,7 +50,9 @@ def parse_args(argv=None):
 
 def add_data_options(group):
     group.add_argument("--data-path", type=Path, required=True,
-                       help="folder with one folder of images per class")
+                       help="folder with one folder of images per class; with --encoded-data, of "
+                            "latents that encode_imagenet.py wrote")
+    group.add_argument("--encoded-data", action="store_true", help="train on encoded latents")
     group.add_argument("--image-size", type=whole(1), default=256,
                        help="side of the centre crop, in pixels")
     group.add_argument("--vae", default="ema",
@@ -132,10 +134,11 @@ def method(args, num_classes):
 
 def main(args):
     with runtime.start(args.precision) as world:
-        space = open_space(args.vae, world)
-        dataset = data.ImageFolder(args.data_path, args.image_size)
+        dataset, space = open_data(args, world)
         config = describe(args, dataset, space)
-        total = args.max_steps or args.epochs * (len(dataset) // args.global_batch_size)
+        batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed,
+                               flip=args.flip, world=world)
+        total = args.max_steps or args.epochs * batches.steps_per_epoch
         folder = open_run(args, config, world)
         step, net, ema, optimizer = build(args, config, folder, world)
         log = runtime.Log(folder, active=world.main, step=step)
@@ -148,8 +151,7 @@ def main(args):
             forward = DistributedDataParallel(net, broadcast_buffers=False)
         if args.compile:
             forward, flow.target = torch.compile(forward), torch.compile(flow.target)
-        batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed, start=step,
-                               stop=max(step, total), flip=args.flip, world=world)
+        batches.start, batches.stop = step, max(step, total)
         params, averages = list(net.parameters()), list(ema.parameters())
         guard, signals = faults.Guard(world, args.skip_nonfinite), faults.Signals(world)
         saver = checkpoint.Saver(folder / "checkpoints", args.keep_last)
@@ -222,22 +224,33 @@ def due(step, every, last):
     return bool(every) and (step % every == 0 or last)
 
 
-def open_space(name, world):
+def open_data(args, world):
+    """(dataset, space): image files or latent shards, and the space that encodes and decodes.
+
+    Latents without pictures (--sample-every 0) need no VAE; the space is None then.
+    """
+    dataset = (data.LatentShards(args.data_path) if args.encoded_data
+               else data.ImageFolder(args.data_path, args.image_size))
+    if args.encoded_data and not args.sample_every:
+        return dataset, None
     try:
-        return vae.load(name, world.device)
+        space = vae.load(args.vae, world.device, precision=args.precision)
+        space.latent_shape(args.image_size)
     except (ValueError, OSError) as error:
         raise UserError(error) from error
+    if args.encoded_data:
+        dataset.check(space=space, image_size=args.image_size, flip=args.flip)
+    return dataset, space
 
 
 def describe(args, dataset, space):
     """The config: every option, and what of the data sampling and continuing depend on."""
-    if len(dataset) < args.global_batch_size:
-        raise UserError(f"--global-batch-size must be at most the number of images, "
-                        f"{len(dataset)}, got {args.global_batch_size}; lower it")
     config = {name: str(value) if isinstance(value, Path) else
               list(value) if isinstance(value, tuple) else value
               for name, value in vars(args).items()}
-    return config | {"latent_shape": list(space.latent_shape(args.image_size)),
+    encoded = dataset if args.encoded_data else space
+    shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
+    return config | {"latent_shape": list(shape), "scale": encoded.scale,
                      "classes": list(dataset.classes), "num_classes": len(dataset.classes),
                      "num_images": len(dataset)}
 
@@ -304,13 +317,14 @@ def parts_of(args, world):
 
 
 def prepare(args, config, flow, space, images, step, part, count):
-    """Data x and draws of one part: drawn for the global batch, so that a run does not depend on
-    how it is divided."""
+    """Data x and draws of one part, of images or moments: all noise is drawn for the global batch,
+    so that a run does not depend on how it is divided."""
     shape, device = (args.global_batch_size, *config["latent_shape"]), images.device
     noise = torch.randn(shape, device=device, generator=runtime.generator(
         args.seed, step, "posterior", device=device))[part::count]
     with torch.no_grad():
-        x = vae.posterior_sample(space.encode(images), noise, space.scale)
+        moments = images if args.encoded_data else space.encode(images)
+        x = vae.posterior_sample(moments, noise, config["scale"])
     generator = runtime.generator(args.seed, step, "method", device=device)
     return x, flow.draw(shape, device=device, generator=generator).part(part, count)
 
