@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, call, run_script, tiny
 from PIL import Image
+from test_data import save_folder
+from test_vae import save_small_vae
 
 import train
 
@@ -115,3 +117,36 @@ def test_what_is_due_is_done_every_so_often_and_at_the_end(every, steps):
 def test_the_run_directory_is_named_after_model_and_guidance():
     args = train.parse_args(["--data-path", "x", "--model", "DiT-XL/2", "--cfg", "2.5"])
     assert str(args.run_dir) == "results/DiT-XL-2-cfg2.5"
+
+
+def test_shards_and_raw_images_train_the_same_weights(tmp_path):
+    """The posterior's noise is counted like all noise, so both paths see the same latents."""
+    save_folder(tmp_path / "images", per_class=8, size=40)
+    save_small_vae(tmp_path / "vae")
+    common = ["--image-size", 32, "--vae", tmp_path / "vae"]
+    call("encode_imagenet", "--data-path", tmp_path / "images", "--out-path", tmp_path / "shards",
+         "--dtype", "float32", "--flip", "--num-workers", 0, *common)
+    states = []
+    for path, extra in (("images", []), ("shards", ["--encoded-data"])):
+        folder = tmp_path / f"run-{path}"
+        call("train", "--data-path", tmp_path / path, "--run-dir", folder, "--model", "DiT-T/4",
+             "--flip", "--global-batch-size", 8, "--max-steps", 4, "--num-workers", 0,
+             "--sample-every", 4, *common, *extra)
+        states.append(weights(folder, "0000004.pt"))
+        assert Image.open(folder / "samples" / "0000004.png").width > 32
+    raw, encoded = states
+    one, two = (torch.cat([p.flatten() for p in state["model"].values()]) for state in states)
+    assert (one - two).norm() <= 1e-6 * one.norm()
+    assert encoded["config"]["scale"] == raw["config"]["scale"] != 1
+    assert encoded["config"]["latent_shape"] == raw["config"]["latent_shape"]
+
+
+def test_latents_without_pictures_need_no_vae(tmp_path):
+    save_folder(tmp_path / "images", per_class=4, size=40)
+    save_small_vae(tmp_path / "vae")
+    call("encode_imagenet", "--data-path", tmp_path / "images", "--out-path", tmp_path / "shards",
+         "--num-workers", 0, "--image-size", 32, "--vae", tmp_path / "vae")
+    call("train", "--data-path", tmp_path / "shards", "--encoded-data", "--run-dir",
+         tmp_path / "run", "--model", "DiT-T/4", "--global-batch-size", 4, "--max-steps", 1,
+         "--image-size", 32, "--sample-every", 0)
+    assert weights(tmp_path / "run", "0000001.pt")["config"]["scale"] != 1
