@@ -54,7 +54,7 @@ def read_image(path, size):
                 pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
     except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
         raise UserError(f"--data-path must hold readable images, got {path} ({error}); "
-                        f"repair or remove the file", local=True) from error
+                        f"repair the file", local=True) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -124,7 +124,7 @@ def test_an_unreadable_image_is_named(tmp_path, how, name):
     PHOTO.crop((0, 0, 32, 32)).save(tmp_path / "0.png")
     save_odd_files(tmp_path)
     spoil(tmp_path / name, how)
-    with refused("--data-path", str(tmp_path / name), "repair or remove"):
+    with refused("--data-path", str(tmp_path / name), "repair the file"):
         data.read_image(tmp_path / name, 32)
 
 
