@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.utils import make_grid
 
+import faults
 import runtime
 from latents import LatentShards
 from runtime import UserError
@@ -161,7 +162,8 @@ def load(dataset, batches, *, workers, device):
     else:
         served = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
                             pin_memory=cuda, persistent_workers=workers > 0,
-                            prefetch_factor=4 if workers else None)
+                            prefetch_factor=4 if workers else None,
+                            worker_init_fn=faults.ignore_signals)
     for batch in served:
         if isinstance(batch, UserError):
             # a new one: raised itself, it would hold on to its own frame, and to the workers
