@@ -1,0 +1,317 @@
+"""Evaluation: statistics of images, and the published distances between two sets of them.
+
+Three protocols, without which no figure should be quoted:
+
+    pytorch-fid   FID as pytorch-fid 0.3.0 computes it: images in [0, 1], bilinear resize with
+                  half-pixel centres to 299, 2x - 1
+    adm           FID, sFID, Inception Score, precision and recall as the evaluator of ADM
+                  (openai/guided-diffusion) does: TensorFlow 1's resize to 299, (x - 128) / 128
+    pixels        Frechet distance of the pixels themselves, in [-1, 1], of tiny images
+
+    extractor = Extractor(protocol, world)
+    reference = Reference.load(path, protocol, image_size, option="--ref")
+    statistics = Statistics(extractor, count, image_size, **reference.wants)
+    statistics.add(images, first)                      # for every batch of this process
+    result = evaluate(statistics, reference)           # a dict on rank 0, None elsewhere
+
+Images are uint8 (B, 3, H, W) and numbered from 0. All that is kept is a sum over images, of which
+each process adds its own: results do not depend on who measures which image.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import lapack, svdvals
+
+from features import CLASSES, POOL, SPATIAL, NpzImages, reading
+from runtime import UserError
+
+PROTOCOLS = ("pytorch-fid", "adm", "pixels")
+TINY = 3 * 32 * 32  # values of the largest image that the protocol pixels takes
+SPLIT = 5000  # images per split of the Inception Score
+NEIGHBOURS = 3  # k of precision and recall
+PUBLISHED = 50000  # samples behind a published FID
+DISTANCES = 2**25  # held at a time: 128 MiB of float32
+
+
+def dimension(protocol, image_size):
+    """D, the values that stand for an image of size (H, W). Raises UserError for too many."""
+    height, width = image_size
+    if protocol != "pixels":
+        return POOL
+    if 3 * height * width > TINY:
+        raise UserError(f"--protocol pixels must have images of at most {TINY} values (32 x 32 x "
+                        f"3), got {height} x {width}; use pytorch-fid or adm")
+    return 3 * height * width
+
+
+# ---- statistics ----------------------------------------------------------------------------
+
+
+class Moments:
+    """Count, mean (D,) and covariance (D, D), in float64, of rows that come in batches.
+
+    Kept is the scatter about the running mean; sums of squares would cancel.
+    """
+
+    def __init__(self, dim, device):
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, rows):
+        """Take in rows (B, D)."""
+        rows, before = rows.double(), self.count
+        mean = rows.mean(0)
+        centred, shift = rows - mean, mean - self.mean
+        self.count += len(rows)
+        self.mean += shift * (len(rows) / self.count)
+        self.scatter.addmm_(centred.T, centred)
+        self.scatter.addr_(shift, shift, alpha=before * len(rows) / self.count)
+
+    def merge(self, world):
+        """Make these the moments of all processes' rows together."""
+        count = int(world.total(torch.tensor(self.count, device=self.mean.device)))
+        mean = world.total(self.mean * (self.count / count))
+        shift = self.mean - mean
+        world.total(self.scatter.addr_(shift, shift, alpha=self.count))
+        self.count, self.mean = count, mean
+
+    def numpy(self):
+        """mean (D,) and unbiased covariance (D, D)."""
+        return self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy()
+
+
+class Statistics:
+    """All that the metrics need to know of count images of image_size (H, W), in one pass.
+
+    spatial, scores, points: for sFID, the Inception Score, precision and recall; a reference's
+    ``wants`` says which. Memory is constant but for the points, 8 KiB an image.
+    """
+
+    def __init__(self, extractor, count, image_size, *, spatial=False, scores=False, points=False):
+        if count < 2:
+            raise UserError(f"a Frechet distance must have 2 images or more, got {count}; add some")
+        device = extractor.world.device
+        self.extractor, self.count, self.merged = extractor, count, False
+        self.pool = Moments(dimension(extractor.protocol, image_size), device)
+        self.spatial = Moments(SPATIAL, device) if spatial else None
+        self.points = torch.zeros(count, POOL, device=device) if points else None
+        splits = (count - 1) // SPLIT + 1  # a row each: sums of p, of p log p, and of 1
+        self.scores = (torch.zeros(splits, CLASSES + 2, dtype=torch.float64, device=device)
+                       if scores else None)
+
+    def add(self, images, first):
+        """Take in uint8 images (B, 3, H, W): number first, first + 1, ... of the whole."""
+        features = self.extractor(images)
+        self.pool.add(features.pool)
+        if self.spatial is not None:
+            self.spatial.add(features.spatial)
+        if self.points is not None:
+            self.points[first:first + len(images)] = features.pool
+        if self.scores is not None:
+            log_p = features.logits.log_softmax(1)
+            p = log_p.exp()
+            sums = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
+            numbers = torch.arange(first, first + len(images), device=p.device)
+            self.scores.index_add_(0, numbers // SPLIT, sums)
+
+    def merge(self):
+        """Join the parts of all processes, on each of them; later calls do nothing."""
+        if self.merged:
+            return
+        self.merged, world = True, self.extractor.world
+        self.pool.merge(world)
+        if self.spatial is not None:
+            self.spatial.merge(world)
+        for table in (self.scores, self.points):  # zero where another process has the images
+            if table is not None:
+                world.total(table)
+        assert self.pool.count == self.count, f"{self.pool.count} images came, not {self.count}"
+
+
+# ---- distances -----------------------------------------------------------------------------
+
+
+def frechet_distance(first, second, *, by_product=False):
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs: mean (D,), covariance (D, D).
+
+    With S = R R^T, the trace of the root is the sum of the singular values of R1^T R2. No root of
+    a product is taken, nor of its rounding errors: singular covariances, of fewer samples than
+    dimensions, cost no accuracy. by_product takes it from the eigenvalues of S1 S2, as published
+    code does in effect; that is the same for regular covariances, but for singular ones too small
+    by about 1e-6 of the result.
+    """
+    (m1, s1), (m2, s2) = first, second
+    if by_product:
+        root = np.sqrt(np.linalg.eigvals(s1 @ s2).astype(np.complex128)).real.sum()
+    else:
+        root = svdvals(_factor(s1).T @ _factor(s2)).sum()
+    return max(0.0, float((m1 - m2) @ (m1 - m2) + np.trace(s1) + np.trace(s2) - 2 * root))
+
+
+def _factor(covariance):
+    """R (D, rank) with R R^T = covariance: Cholesky's, with pivots, as far as the rank goes."""
+    packed, pivots, rank, _ = lapack.dpstrf(covariance, lower=1)
+    factor = np.empty((len(packed), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    return factor
+
+
+def inception_score(scores):
+    """Mean over splits of exp of the mean KL(p | q), q a split's mean p, of Statistics.scores."""
+    p, p_log_p, count = scores.split([CLASSES, 1, 1], dim=1)
+    q = p / count
+    return float((p_log_p / count - torch.xlogy(q, q).sum(1, keepdim=True)).exp().mean())
+
+
+def precision_recall(samples, reference, k=NEIGHBOURS):
+    """The share of samples (N, D) within the reference (M, D), and of the reference within them.
+
+    Within a set is what lies in a ball about one of its points that reaches to that point's k-th
+    neighbour (arXiv 1904.06991). Distances are float32; ADM's evaluator takes float16.
+    """
+    centre = reference.mean(0)  # about which the distances lose fewer digits
+    samples, reference = samples - centre, reference - centre
+    return (_share_within(samples, reference, _radii(reference, k)),
+            _share_within(reference, samples, _radii(samples, k)))
+
+
+def _squared_distances(points, others):
+    """Yields (n, len(others)), of as many points at a time as DISTANCES allows."""
+    squares = others.square().sum(1)
+    for part in points.split(max(1, DISTANCES // len(others))):
+        inner = part @ others.T
+        yield inner.mul_(-2).add_(squares).add_(part.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+def _radii(points, k):
+    """(N,) squared distance to the k-th neighbour; the 0-th is the point itself."""
+    return torch.cat([near.kthvalue(k + 1).values for near in _squared_distances(points, points)])
+
+
+def _share_within(points, centres, radii):
+    within = [(near <= radii).any(1) for near in _squared_distances(points, centres)]
+    return float(torch.cat(within).double().mean())
+
+
+# ---- the reference -------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """What samples are compared with: an .npz in ADM's layout, or images measured here."""
+
+    name: str
+    pool: tuple  # mean (D,), covariance (D, D)
+    scores: bool  # whether samples get an Inception Score, which needs no reference
+    spatial: tuple | None = None  # the same for sFID
+    images: NpzImages | None = None  # arr_0, for precision and recall, or
+    points: torch.Tensor | None = None  # its features (M, POOL), once they were needed
+    count: int | None = None  # images behind the statistics, if known
+    made_with: str | None = None  # protocol behind them, if known
+
+    @classmethod
+    def load(cls, path, protocol, image_size, *, option):
+        """Open an .npz with mu and sigma; for adm also mu_s, sigma_s, arr_0, as far as present.
+
+        A cheap check: no network is run. Raises UserError naming option.
+        """
+        with reading(option, path), np.load(path, allow_pickle=False) as file:
+            keys = {"mu", "sigma", "mu_s", "sigma_s", "num_images", "protocol"}
+            stored = {key: file[key] for key in keys.intersection(file.files)}
+            if not {"mu", "sigma"} <= stored.keys():
+                raise UserError(f"{option} must have the keys mu and sigma, got {path} with "
+                                f"{', '.join(file.files)}; make one by evaluate_fid.py --make-ref")
+            adm = protocol == "adm"
+            pool = _pair(stored, "mu", "sigma", dimension(protocol, image_size), option, path)
+            spatial = adm and {"mu_s", "sigma_s"} <= stored.keys() or None
+            return cls(
+                str(path), pool, scores=adm,
+                spatial=spatial and _pair(stored, "mu_s", "sigma_s", SPATIAL, option, path),
+                images=NpzImages(path, option=option) if adm and "arr_0" in file.files else None,
+                count=int(stored["num_images"]) if "num_images" in stored else None,
+                made_with=str(stored["protocol"]) if "protocol" in stored else None)
+
+    @classmethod
+    def of(cls, statistics, name):
+        """Statistics measured here as a reference. All processes take part."""
+        statistics.merge()
+        spatial = statistics.spatial and statistics.spatial.numpy()
+        protocol = statistics.extractor.protocol
+        return cls(name, statistics.pool.numpy(), protocol == "adm", spatial,
+                   points=statistics.points, count=statistics.count, made_with=protocol)
+
+    @property
+    def wants(self):
+        """What Statistics must gather of the samples."""
+        points = self.images if self.points is None else self.points
+        return {"spatial": self.spatial is not None, "scores": self.scores,
+                "points": points is not None and len(points) > NEIGHBOURS}
+
+    def find_points(self, extractor, batch_size=64):
+        """The features of arr_0, once. All processes take part."""
+        if self.points is None:
+            world = extractor.world
+            self.points = torch.zeros(len(self.images), POOL, device=world.device)
+            with world.progress(len(self.images), desc="reference", unit="image") as bar:
+                for first, images in self.images.batches(batch_size, world):
+                    self.points[first:first + len(images)] = extractor(images).pool
+                    bar.update(min(len(images) * world.size, bar.total - bar.n))
+            world.total(self.points)
+        return self.points
+
+
+def _pair(stored, mean, covariance, dim, option, path):
+    """The checked pair of float64 arrays mean (D,) and covariance (D, D)."""
+    pair = stored[mean].astype(np.float64), stored[covariance].astype(np.float64)
+    if pair[0].shape != (dim,) or pair[1].shape != (dim, dim):
+        raise UserError(f"{option} must have {mean} of shape ({dim},) and {covariance} of shape "
+                        f"({dim}, {dim}) for this protocol and image size, got {pair[0].shape} and "
+                        f"{pair[1].shape} in {path}; name a reference made for them")
+    if not all(np.isfinite(array).all() for array in pair):
+        raise UserError(f"{option} must have finite {mean} and {covariance}, got others in {path}; "
+                        f"make it again")
+    return pair
+
+
+def evaluate(statistics, reference):
+    """The metrics on rank 0, a dict of plain numbers; None elsewhere. All processes take part."""
+    extractor = statistics.extractor
+    statistics.merge()
+    points = None if statistics.points is None else reference.find_points(extractor)
+    if not extractor.world.main:
+        return None
+    by_product = extractor.protocol == "pytorch-fid"  # its own number, to its rounding
+    distance = frechet_distance(statistics.pool.numpy(), reference.pool, by_product=by_product)
+    result = {"protocol": extractor.protocol, "num_samples": statistics.count, "fid": distance}
+    if reference.spatial is not None:
+        result["sfid"] = frechet_distance(statistics.spatial.numpy(), reference.spatial)
+    if reference.scores:
+        result["inception_score"] = inception_score(statistics.scores)
+    if points is not None and statistics.count > NEIGHBOURS:
+        with extractor.world.full_precision():
+            result["precision"], result["recall"] = precision_recall(statistics.points, points)
+    return result
+
+
+def notes(reference, protocol, count):
+    """What a reader of the result must know, a line each: metrics left out, weak comparisons."""
+    lines = []
+    if reference.scores and reference.spatial is None:
+        lines.append(f"sfid is left out: {reference.name} lacks mu_s and sigma_s")
+    if reference.scores and reference.images is None and reference.points is None:
+        lines.append(f"precision and recall are left out: {reference.name} lacks arr_0")
+    elif reference.scores and (not reference.wants["points"] or count <= NEIGHBOURS):
+        lines.append(f"precision and recall are left out: they take more than {NEIGHBOURS} images "
+                     f"on either side")
+    if reference.made_with not in (None, protocol):
+        lines.append(f"warning: {reference.name} was made with --protocol {reference.made_with}, "
+                     f"not {protocol}; the difference is part of the result")
+    suggested = min(PUBLISHED, reference.count or PUBLISHED)
+    if count < suggested:
+        lines.append(f"warning: {count} samples where the reference suggests {suggested}: fewer "
+                     f"samples raise the Frechet distance, by about 1 / count; compare the result "
+                     f"with figures at {count} samples only")
+    return lines
