@@ -170,12 +170,8 @@ def weight_file(world, path=None):
     return path
 
 
-def load_inception(path):
-    """pytorch-fid's Inception (its patched pooling, 1008 classes) with the weights of a file.
-
-    Built on the meta device, without values, and then given the file's tensors: initial values
-    would cost seconds and random numbers. Raises UserError for a file that does not fit.
-    """
+def inception_network():
+    """pytorch-fid's Inception, its patched pooling and 1008 classes, without values: on meta."""
     from pytorch_fid import inception
     from torchvision.models import inception_v3
 
@@ -187,6 +183,15 @@ def load_inception(path):
             setattr(net, f"Mixed_{name}", inception.FIDInceptionC(768, width))
         net.Mixed_7b = inception.FIDInceptionE_1(1280)
         net.Mixed_7c = inception.FIDInceptionE_2(2048)
+    return net
+
+
+def load_inception(path):
+    """The network with the weights of a file. Raises UserError for one that does not fit.
+
+    The file's tensors become the network's: initial values would cost time and random numbers.
+    """
+    net = inception_network()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except (OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,

@@ -174,8 +174,13 @@ def precision_recall(samples, reference, k=NEIGHBOURS):
     """
     centre = reference.mean(0)  # about which the distances lose fewer digits
     samples, reference = samples - centre, reference - centre
-    return (_share_within(samples, reference, _radii(reference, k)),
-            _share_within(reference, samples, _radii(samples, k)))
+    shares = []
+    for points, others in ((samples, reference), (reference, samples)):
+        # The k-th neighbour's squared distance; the 0-th neighbour is the point itself.
+        radii = torch.cat([d.kthvalue(k + 1).values for d in _squared_distances(others, others)])
+        within = [(d <= radii).any(1) for d in _squared_distances(points, others)]
+        shares.append(float(torch.cat(within).double().mean()))
+    return tuple(shares)
 
 
 def _squared_distances(points, others):
@@ -184,16 +189,6 @@ def _squared_distances(points, others):
     for part in points.split(max(1, DISTANCES // len(others))):
         inner = part @ others.T
         yield inner.mul_(-2).add_(squares).add_(part.square().sum(1, keepdim=True)).clamp_(min=0)
-
-
-def _radii(points, k):
-    """(N,) squared distance to the k-th neighbour; the 0-th is the point itself."""
-    return torch.cat([near.kthvalue(k + 1).values for near in _squared_distances(points, points)])
-
-
-def _share_within(points, centres, radii):
-    within = [(near <= radii).any(1) for near in _squared_distances(points, centres)]
-    return float(torch.cat(within).double().mean())
 
 
 # ---- the reference -------------------------------------------------------------------------
@@ -264,15 +259,13 @@ class Reference:
 
 
 def _pair(stored, mean, covariance, dim, option, path):
-    """The checked pair of float64 arrays mean (D,) and covariance (D, D)."""
+    """The float64 arrays mean (D,) and covariance (D, D), checked."""
     pair = stored[mean].astype(np.float64), stored[covariance].astype(np.float64)
-    if pair[0].shape != (dim,) or pair[1].shape != (dim, dim):
-        raise UserError(f"{option} must have {mean} of shape ({dim},) and {covariance} of shape "
-                        f"({dim}, {dim}) for this protocol and image size, got {pair[0].shape} and "
-                        f"{pair[1].shape} in {path}; name a reference made for them")
-    if not all(np.isfinite(array).all() for array in pair):
-        raise UserError(f"{option} must have finite {mean} and {covariance}, got others in {path}; "
-                        f"make it again")
+    shapes = [array.shape for array in pair]
+    if shapes != [(dim,), (dim, dim)] or not all(np.isfinite(array).all() for array in pair):
+        raise UserError(f"{option} must have {mean} ({dim},) and {covariance} ({dim}, {dim}), "
+                        f"finite, for this protocol and image size, got {shapes[0]} and "
+                        f"{shapes[1]} in {path}; name a reference made for them")
     return pair
 
 
@@ -283,9 +276,9 @@ def evaluate(statistics, reference):
     points = None if statistics.points is None else reference.find_points(extractor)
     if not extractor.world.main:
         return None
-    by_product = extractor.protocol == "pytorch-fid"  # its own number, to its rounding
-    distance = frechet_distance(statistics.pool.numpy(), reference.pool, by_product=by_product)
-    result = {"protocol": extractor.protocol, "num_samples": statistics.count, "fid": distance}
+    result = {"protocol": extractor.protocol, "num_samples": statistics.count}
+    result["fid"] = frechet_distance(  # pytorch-fid's own number, to its rounding, if so asked
+        statistics.pool.numpy(), reference.pool, by_product=extractor.protocol == "pytorch-fid")
     if reference.spatial is not None:
         result["sfid"] = frechet_distance(statistics.spatial.numpy(), reference.spatial)
     if reference.scores:
@@ -301,11 +294,9 @@ def notes(reference, protocol, count):
     lines = []
     if reference.scores and reference.spatial is None:
         lines.append(f"sfid is left out: {reference.name} lacks mu_s and sigma_s")
-    if reference.scores and reference.images is None and reference.points is None:
-        lines.append(f"precision and recall are left out: {reference.name} lacks arr_0")
-    elif reference.scores and (not reference.wants["points"] or count <= NEIGHBOURS):
-        lines.append(f"precision and recall are left out: they take more than {NEIGHBOURS} images "
-                     f"on either side")
+    if reference.scores and (count <= NEIGHBOURS or not reference.wants["points"]):
+        lines.append(f"precision and recall are left out: they take arr_0 in {reference.name}, and "
+                     f"more than {NEIGHBOURS} images on either side")
     if reference.made_with not in (None, protocol):
         lines.append(f"warning: {reference.name} was made with --protocol {reference.made_with}, "
                      f"not {protocol}; the difference is part of the result")
