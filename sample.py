@@ -29,25 +29,25 @@ from runtime import UserError, whole
 
 def parse_args(argv=None):
     parser = runtime.Parser("Sample images from a checkpoint. Repeat a command to continue it.")
-    add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint that train.py wrote; its EMA samples")
-    add("--num-fid-samples", type=whole(1), default=50000, help="count of images")
-    add("--num-sampling-steps", type=whole(1), default=1,
-        help="network evaluations per image, at equal steps of time")
-    add("--sample-dir", type=Path, default=Path("samples"), help="new folder for the PNG files")
-    add("--per-proc-batch-size", type=whole(1), default=25,
-        help="images per batch; rounding depends on it, the number of processes does not matter")
-    add("--seed", type=whole(0), default=0, help="image i is a function of seed + i")
-    add("--labels", choices=("balanced", "random"), default="balanced",
-        help="label of image i: i modulo the number of classes, or uniform from seed + i")
-    add("--vae", help="decoder: ema, mse, a local folder, or none (default: the checkpoint's)")
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
-        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
-    args = parser.parse_args(argv)
-    if args.sample_dir.exists() and not args.sample_dir.is_dir():
-        parser.error(f"--sample-dir must be a folder, got the file {args.sample_dir}; choose "
-                     f"another")
-    return args
+    parser.add_argument("--ckpt", type=Path, required=True,
+                        help="checkpoint that train.py wrote; its EMA weights sample")
+    parser.add_argument("--num-fid-samples", type=whole(1), default=50000, help="count of images")
+    parser.add_argument("--num-sampling-steps", type=whole(1), default=1,
+                        help="network evaluations per image, at equal steps of time")
+    parser.add_argument("--sample-dir", type=Path, default=Path("samples"),
+                        help="new folder for the PNG files")
+    parser.add_argument("--per-proc-batch-size", type=whole(1), default=25,
+                        help="images per batch, on which the rounding depends")
+    parser.add_argument("--seed", type=whole(0), default=0,
+                        help="image i is a function of seed + i")
+    parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
+                        help="label of image i: i modulo the classes, or uniform from seed + i")
+    parser.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
+                                      "checkpoint's)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
+                        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: "
+                             "autocast")
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -82,6 +82,9 @@ def open_folder(args, net, config, world):
         "labels": args.labels, "batch": args.per_proc_batch_size, "precision": args.precision,
         "vae": args.vae or config["vae"], "weights": hashlib.sha256(weights).hexdigest()}
     marker = args.sample_dir / "samples.json"
+    if args.sample_dir.exists() and not args.sample_dir.is_dir():
+        raise UserError(f"--sample-dir must be a folder, got the file {args.sample_dir}; choose "
+                        f"another")
     if args.sample_dir.exists() and any(args.sample_dir.iterdir()):
         try:
             stored = json.loads(marker.read_text())
@@ -144,14 +147,14 @@ def write_npz(path, paths, world):
     shape = (len(paths), *read(paths[0]).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     bar = world.progress(len(paths), desc=path.name, unit="image")
-    with runtime.whole_file(path) as temporary, ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for first in range(0, len(paths), 1000):
-                    for image in pool.map(read, paths[first:first + 1000]):
-                        file.write(image.tobytes())
-                        bar.update()
+    with (runtime.whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as file,
+          ThreadPoolExecutor(min(16, os.cpu_count())) as pool):
+        np.lib.format.write_array_header_1_0(file, header)
+        for first in range(0, len(paths), 1000):
+            for image in pool.map(read, paths[first:first + 1000]):
+                file.write(image.tobytes())
+                bar.update()
     bar.close()
 
 

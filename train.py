@@ -35,65 +35,88 @@ FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last"
 
 def parse_args(argv=None):
     parser = runtime.Parser("Train a DiT with MeanFlow. Repeating a command continues its run.")
-    add = parser.add_argument_group("data").add_argument
-    add("--data-path", type=Path, required=True, help="folder with one folder of images per class")
-    add("--image-size", type=whole(1), default=256, help="side of the centre crop, in pixels")
-    add("--vae", default="ema", help="ema or mse: the Stable Diffusion VAE with that decoder; "
-        "a folder: a local AutoencoderKL; none: train on pixels")
-    add("--flip", action="store_true", help="mirror half of the images at random")
-    add("--num-workers", type=whole(0), default=4, help="reading processes per process; 0 = none")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="DiT-B/4", choices=DiT_models, metavar="DiT-{T,S,B,M,L,XL}/{2,4,8}",
-        help="size and patch size")
-    add = parser.add_argument_group("method (arXiv 2505.13447)").add_argument
-    add("--ratio", type=real(0, 1), default=0.25,
-        help="share of rows with r < t; 0 is plain flow matching")
-    add("--p-mean", type=real(-1e9), default=-0.4, help="mean of the logit-normal times")
-    add("--p-std", type=real(0, above=True), default=1.0, help="its standard deviation")
-    add("--time-sampler", default="logit_normal", choices=("logit_normal", "uniform"),
-        help="distribution of the times")
-    add("--cfg", type=real(0), default=3.0,
-        help="effective guidance scale omega' = omega / (1 - kappa); 1 = no guidance")
-    add("--kappa", type=real(0), default=0.0,
-        help="weight of the network's own labelled velocity in the target, below 1")
-    add("--cfg-interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
-        help="times t in which guidance acts, both ends included")
-    add("--label-drop", type=real(0, 1), default=0.1, help="probability of the null label")
-    add("--p", type=real(0), default=1.0, help="power of the adaptive weight; 0 = plain L2")
-    add("--c", type=real(0, above=True), default=0.01, help="constant of the adaptive weight")
-    add = parser.add_argument_group("optimisation").add_argument
-    length = parser.add_argument_group("length (default: 80 epochs)").add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=whole(1), default=80, help="passes over the data")
-    length.add_argument("--max-steps", type=whole(1), help="optimiser steps, in place of --epochs")
-    add("--global-batch-size", type=whole(1), default=256,
-        help="images per optimiser step, over all processes")
-    add("--grad-accum-steps", type=whole(1), default=1,
-        help="parts in which each process works through its share of the batch, to save memory")
-    add("--lr", type=real(0, above=True), default=1e-4, help="AdamW's rate, constant")
-    add("--ema-decay", type=real(0, 1), default=0.9999, help="decay per step of the averaged "
-        "weights, which sampling uses")
-    add("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
-        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="torch.compile the passes of a step")
-    add("--checkpoint-activations", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time")
-    add("--seed", type=whole(0), default=0, help="fixes weights, data order and all noise")
-    add = parser.add_argument_group("run").add_argument
-    add("--run-dir", type=Path, help="where everything goes (default: results/<model>-cfg<scale>)")
-    add("--ckpt-every", type=whole(1), default=5000, help="steps between checkpoints")
-    add("--keep-last", type=whole(0), default=3, help="checkpoints kept; 0 = all")
-    add("--log-every", type=whole(1), default=100, help="steps between log lines")
-    add("--sample-every", type=whole(0), default=5000,
-        help="steps between pictures of one-step samples; 0 = none")
+    add_data_options(parser.add_argument_group("data"))
+    add_method_options(parser.add_argument_group("method (arXiv 2505.13447)"))
+    add_optimisation_options(parser.add_argument_group("model and optimisation"))
+    add_run_options(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
     parser.validate(method, args, num_classes=1)
-    if not args.data_path.is_dir():
-        parser.error(f"--data-path must be an existing folder, got {args.data_path}; give a "
-                     f"folder with one folder of images per class")
     if args.run_dir is None:
         args.run_dir = Path("results", f"{args.model.replace('/', '-')}-cfg{args.cfg}")
     return args
+
+
+def add_data_options(group):
+    group.add_argument("--data-path", type=Path, required=True,
+                       help="folder with one folder of images per class")
+    group.add_argument("--image-size", type=whole(1), default=256,
+                       help="side of the centre crop, in pixels")
+    group.add_argument("--vae", default="ema",
+                       help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a "
+                            "local AutoencoderKL; none: train on pixels")
+    group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
+    group.add_argument("--num-workers", type=whole(0), default=4,
+                       help="reading processes per process; 0 = none")
+
+
+def add_method_options(group):
+    group.add_argument("--ratio", type=real(0, 1), default=0.25,
+                       help="share of rows with r < t; 0 is plain flow matching")
+    group.add_argument("--p-mean", type=real(-1e9), default=-0.4,
+                       help="mean of the logit-normal times")
+    group.add_argument("--p-std", type=real(0, above=True), default=1.0,
+                       help="standard deviation of the logit-normal times")
+    group.add_argument("--time-sampler", default="logit_normal",
+                       choices=("logit_normal", "uniform"), help="distribution of the times")
+    group.add_argument("--cfg", type=real(0), default=3.0,
+                       help="effective guidance scale omega' = omega / (1 - kappa); 1 = none")
+    group.add_argument("--kappa", type=real(0), default=0.0,
+                       help="weight of the network's own labelled velocity, below 1")
+    group.add_argument("--cfg-interval", type=real(0, 1), nargs=2, default=(0.0, 1.0),
+                       metavar=("FROM", "TO"),
+                       help="times t in which guidance acts, both ends included")
+    group.add_argument("--label-drop", type=real(0, 1), default=0.1,
+                       help="probability of the null label")
+    group.add_argument("--p", type=real(0), default=1.0,
+                       help="power of the adaptive weight; 0 = plain L2")
+    group.add_argument("--c", type=real(0, above=True), default=0.01,
+                       help="constant of the adaptive weight")
+
+
+def add_optimisation_options(group):
+    group.add_argument("--model", default="DiT-B/4", choices=DiT_models,
+                       metavar="DiT-{T,S,B,M,L,XL}/{2,4,8}", help="size and patch size")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=whole(1), default=80, help="passes over the data")
+    length.add_argument("--max-steps", type=whole(1), help="optimiser steps, in place of --epochs")
+    group.add_argument("--global-batch-size", type=whole(1), default=256,
+                       help="images per optimiser step, over all processes")
+    group.add_argument("--grad-accum-steps", type=whole(1), default=1,
+                       help="parts in which a process works through its share of the batch, to "
+                            "save memory")
+    group.add_argument("--checkpoint-activations", action="store_true",
+                       help="recompute activations in the backward pass: less memory, more time")
+    group.add_argument("--lr", type=real(0, above=True), default=1e-4,
+                       help="rate of AdamW, constant")
+    group.add_argument("--ema-decay", type=real(0, 1), default=0.9999,
+                       help="decay per step of the averaged weights, which sampling uses")
+    group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
+                       help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       default=torch.cuda.is_available(), help="torch.compile the passes of a step")
+    group.add_argument("--seed", type=whole(0), default=0,
+                       help="fixes weights, data order and all noise")
+
+
+def add_run_options(group):
+    group.add_argument("--run-dir", type=Path,
+                       help="where everything goes (default: results/<model>-cfg<scale>)")
+    group.add_argument("--ckpt-every", type=whole(1), default=5000,
+                       help="steps between checkpoints")
+    group.add_argument("--keep-last", type=whole(0), default=3, help="checkpoints kept; 0 = all")
+    group.add_argument("--log-every", type=whole(1), default=100, help="steps between log lines")
+    group.add_argument("--sample-every", type=whole(0), default=5000,
+                       help="steps between pictures of one-step samples; 0 = none")
 
 
 def method(args, num_classes):
@@ -105,70 +128,71 @@ def method(args, num_classes):
 
 def main(args):
     with runtime.start(args.precision) as world:
-        train(args, world)
+        space = open_space(args.vae, world)
+        dataset = data.ImageFolder(args.data_path, args.image_size)
+        config = describe(args, dataset, space)
+        total = args.max_steps or args.epochs * (len(dataset) // args.global_batch_size)
+        folder = open_run(args, config, world)
+        step, net, ema, optimizer = build(args, config, folder, world)
+        log = runtime.Log(folder, active=world.main, step=step)
+        for line in introduction(args, world, net, dataset, step, total):
+            log.say(line)
+
+        flow = method(args, config["num_classes"])
+        forward = net
+        if world.distributed:  # the buffers are constant: no need to send them each step
+            forward = DistributedDataParallel(net, broadcast_buffers=False)
+        if args.compile:
+            forward, flow.target = torch.compile(forward), torch.compile(flow.target)
+        batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed, start=step,
+                               stop=max(step, total), flip=args.flip, world=world)
+        params, averages = list(net.parameters()), list(ema.parameters())
+        sums, since, clock = torch.zeros(4, device=world.device), step, time.perf_counter()
+        bar = world.progress(total, initial=step)
+
+        for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
+            # Forward and backward, in equal parts of the batch whose gradients add up
+            for part, count, last in parts_of(args, world):
+                rows = slice(part // world.size, None, args.grad_accum_steps)
+                x, draws = prepare(args, config, flow, space, images[rows], step, part, count)
+                with nullcontext() if last or not world.distributed else forward.no_sync():
+                    with world.autocast():
+                        out = flow.loss(net, x, y[rows], draws, forward=forward)
+                    (out.loss / args.grad_accum_steps).backward()
+                sums[:3] += torch.stack([out.loss.detach(), out.error.mean(),
+                                         out.velocity_error.mean()]) / args.grad_accum_steps
+
+            # Update of weights and averages
+            sums[3] += torch.nn.utils.get_total_norm([p.grad for p in params])
+            optimizer.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_(averages, params, 1 - args.ema_decay)
+            step += 1
+            bar.update()
+
+            # Log, picture, checkpoint
+            if due(step, args.log_every, total):
+                values = (world.mean(sums) / (step - since)).tolist()  # the one synchronisation
+                rate = (step - since) * args.global_batch_size / (time.perf_counter() - clock)
+                record(log, step, total, values, rate)
+                sums, since, clock = torch.zeros_like(sums), step, time.perf_counter()
+            if due(step, args.sample_every, total) and world.main:
+                picture(folder / "samples" / f"{step:07d}.png", ema, space, config, world)
+            if due(step, args.ckpt_every, total):
+                if world.main:
+                    checkpoint.save(folder / "checkpoints" / f"{step:07d}.pt", {
+                        "step": step, "model": net.state_dict(), "ema": ema.state_dict(),
+                        "opt": optimizer.state_dict(), "config": config}, keep_last=args.keep_last)
+                world.barrier()
+        bar.close()
+        log.close()
+        if world.main:
+            print(checkpoint.files(folder / "checkpoints")[0])
 
 
-def train(args, world):
-    space = open_space(args.vae, world)
-    dataset = data.ImageFolder(args.data_path, args.image_size)
-    config = describe(args, dataset, space)
-    total = args.max_steps or args.epochs * (len(dataset) // args.global_batch_size)
-    folder = open_run(args, config, world)
-    step, net, ema, optimizer = build(args, config, folder, world)
-    log = runtime.Log(folder, active=world.main, step=step)
-    for line in introduction(args, world, net, dataset, step, total):
-        log.say(line)
-
-    flow = method(args, config["num_classes"])
-    forward = net
-    if world.distributed:  # the buffers are constant: no need to send them each step
-        forward = DistributedDataParallel(net, broadcast_buffers=False)
-    if args.compile:
-        forward, flow.target = torch.compile(forward), torch.compile(flow.target)
-    batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed, start=step,
-                           stop=total, flip=args.flip, world=world)
-    params, averages = list(net.parameters()), list(ema.parameters())
-    sums, since, clock = torch.zeros(4, device=world.device), step, time.perf_counter()
-    bar = world.progress(total, initial=step)
-
-    for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
-        # Forward and backward, in equal parts of the batch whose gradients add up
-        for part, count, last in parts_of(args, world):
-            rows = slice(part // world.size, None, args.grad_accum_steps)
-            x, draws = prepare(args, config, flow, space, images[rows], step, part, count)
-            with nullcontext() if last or not world.distributed else forward.no_sync():
-                with world.autocast():
-                    out = flow.loss(net, x, y[rows], draws, forward=forward)
-                (out.loss / args.grad_accum_steps).backward()
-            sums[:3] += torch.stack([out.loss.detach(), out.error.mean(),
-                                     out.velocity_error.mean()]) / args.grad_accum_steps
-
-        # Update of weights and averages
-        sums[3] += torch.nn.utils.get_total_norm([p.grad for p in params])
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_(averages, params, 1 - args.ema_decay)
-        step += 1
-        bar.update()
-
-        # Log, picture, checkpoint
-        if step % args.log_every == 0 or step == total:
-            values = (world.mean(sums) / (step - since)).tolist()  # the one synchronisation
-            rate = (step - since) * args.global_batch_size / (time.perf_counter() - clock)
-            record(log, step, total, values, rate)
-            sums, since, clock = torch.zeros_like(sums), step, time.perf_counter()
-        if world.main and args.sample_every and (step % args.sample_every == 0 or step == total):
-            picture(folder / "samples" / f"{step:07d}.png", ema, space, config, world)
-        if step % args.ckpt_every == 0 or step == total:
-            if world.main:
-                checkpoint.save(folder / "checkpoints" / f"{step:07d}.pt", {
-                    "step": step, "model": net.state_dict(), "ema": ema.state_dict(),
-                    "opt": optimizer.state_dict(), "config": config}, keep_last=args.keep_last)
-            world.barrier()
-    bar.close()
-    log.close()
-    if world.main:
-        print(checkpoint.files(folder / "checkpoints")[0])
+def due(step, every, total):
+    """Whether it is time for what happens every so many steps (0 = never) and at the end."""
+    return bool(every) and (step % every == 0 or step == total)
 
 
 def open_space(name, world):
