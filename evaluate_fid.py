@@ -12,6 +12,7 @@ ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. fid.py describes the protocols
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 import zipfile
@@ -36,53 +37,49 @@ METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score",
 
 def parse_args(argv=None):
     parser = runtime.Parser("Evaluate images against a reference, or make a reference of them.")
-    add = parser.add_argument
-    add("--samples", type=Path, required=True,
-        help="images: a folder of RGB files (and its subfolders), or an .npz with arr_0")
-    add("--ref", type=Path, help="reference: an .npz with mu and sigma, or a folder of images")
-    add("--make-ref", type=Path, metavar="OUT.npz",
-        help="write the samples' statistics as a reference instead")
-    add("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
-        help="pytorch-fid: FID; adm: FID, sFID, Inception Score, precision, recall; pixels: "
-             "Frechet distance of the pixels of tiny images, without a network")
-    add("--inception", type=Path, metavar="FILE",
-        help="pytorch-fid's Inception weights (default: in the torch hub cache, else downloaded)")
-    add("--image-size", type=whole(1), metavar="S",
-        help="convert image files to RGB and centre-crop them to S x S, as train.py does "
-             "(default: they are RGB and of one size, and taken as they are)")
-    add("--batch-size", type=whole(1), default=64, help="images per batch and process")
-    add("--num-workers", type=whole(0), default=4,
-        help="processes that read image files, for each process; 0 = none")
+    images = parser.add_argument_group("images")
+    images.add_argument("--samples", type=Path, required=True,
+                        help="a folder of RGB files, with its subfolders, or an .npz with arr_0")
+    images.add_argument("--image-size", type=whole(1), metavar="S",
+                        help="convert files to RGB and centre-crop them to S x S, as train.py does "
+                             "(default: they must be RGB and of one size already)")
+    result = parser.add_argument_group("result")
+    result.add_argument("--ref", type=Path,
+                        help="reference: an .npz with mu and sigma, or a folder of images")
+    result.add_argument("--make-ref", type=Path, metavar="OUT.npz",
+                        help="write the samples' statistics as a new reference instead")
+    result.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
+                        help="pytorch-fid: FID; adm: FID, sFID, Inception Score, precision and "
+                             "recall; pixels: Frechet distance of tiny images, without a network")
+    run = parser.add_argument_group("run")
+    run.add_argument("--inception", type=Path, metavar="FILE",
+                     help="pytorch-fid's weights (default: in the torch hub cache, or downloaded)")
+    run.add_argument("--batch-size", type=whole(1), default=64, help="images per batch")
+    run.add_argument("--num-workers", type=whole(0), default=4,
+                     help="processes that read image files, per process; 0 = read in it")
     args = parser.parse_args(argv)
     if (args.ref is None) == (args.make_ref is None):
         parser.error("--ref or --make-ref must be given, and not both; name a reference to compare "
-                     "with, or the one to make")
-    for option in ("samples", "ref"):
-        path = getattr(args, option)
-        if path is not None and not path.exists():
-            parser.error(f"--{option} must be a folder or an .npz file, got {path} (no such "
-                         f"file); name one that exists")
-    if args.make_ref is not None and (args.make_ref.suffix != ".npz" or args.make_ref.exists()):
-        parser.error(f"--make-ref must be a new file that ends in .npz, got {args.make_ref}; "
-                     f"choose another name or remove it")
+                     "with, or one to make")
     return args
 
 
 def main(args):
     with runtime.start() as world:
-        samples, other, reference = open_images("--samples", args.samples, args), None, None
-        size = samples.image_size
-        fid.dimension(args.protocol, size)
+        samples = open_images("--samples", args.samples, args)
+        fid.dimension(args.protocol, samples.image_size)
+        reference, other = None, None
         if args.make_ref is not None:
-            runtime.make_folder("--make-ref", args.make_ref.parent)
+            check_new(args.make_ref)
         elif args.ref.is_dir():
             other = open_images("--ref", args.ref, args)
-            if args.protocol == "pixels" and other.image_size != size:
-                raise UserError(f"--ref must hold images of the samples' size, {size}, got "
-                                f"{other.image_size} in {args.ref}; resize either with "
-                                f"--image-size")
+            if args.protocol == "pixels" and other.image_size != samples.image_size:
+                raise UserError(f"--ref must hold images of the samples' size, "
+                                f"{samples.image_size}, got {other.image_size} in {args.ref}; "
+                                f"crop either with --image-size")
         else:
-            reference = fid.Reference.load(args.ref, args.protocol, size, option="--ref")
+            reference = fid.Reference.load(args.ref, args.protocol, samples.image_size,
+                                           option="--ref")
         for images in (samples, other):
             if isinstance(images, FolderImages):
                 images.check(world)
@@ -99,11 +96,22 @@ def main(args):
             print(json.dumps(result), flush=True)
 
 
+def check_new(path):
+    """Whether --make-ref can be written, without writing. Raises UserError."""
+    if path.suffix != ".npz" or path.exists():
+        raise UserError(f"--make-ref must be a new file that ends in .npz, got {path}; choose "
+                        f"another name, or remove it first")
+    runtime.make_folder("--make-ref", path.parent)
+
+
 # ---- images --------------------------------------------------------------------------------
 
 
 def open_images(option, path, args):
     """The images of a folder or of an .npz file, two or more. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{option} must be a folder or an .npz file, got {path} (no such file); "
+                        f"name one that exists")
     images = (FolderImages(path, args.image_size, args.num_workers, option=option)
               if path.is_dir() else NpzImages(path, option=option))
     if len(images) < 2:
@@ -182,7 +190,8 @@ class FolderImages:
     def batches(self, size, world):
         """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""
         share = [(first, size) for first in range(0, len(self), size)][world.rank::world.size]
-        loaded = data.load(self, share, workers=min(self.workers, len(share)), device=world.device)
+        workers = min(self.workers, len(share), os.cpu_count())  # PyTorch warns of more
+        loaded = data.load(self, share, workers=workers, device=world.device)
         for (first, _), (images,) in zip(share, loaded):
             yield first, images
 

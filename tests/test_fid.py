@@ -36,15 +36,16 @@ def pictures(count, size, seed):
 def write_weights(home):
     """Random weights where pytorch-fid and torch-fidelity look for theirs under TORCH_HOME.
 
-    The published ones cannot be had without a network. Batch norms hold the statistics of a few
-    pictures, so that features differ between pictures as real ones do.
+    The published ones cannot be had without a network. Filters have no mean and batch norms hold
+    the statistics of a few pictures, so that features and classes differ between pictures.
     """
     generator = torch.Generator().manual_seed(0)
     net = features.inception_network().to_empty(device="cpu").train()
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            fan_in = module.weight[0].numel()
-            module.weight.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            weight = torch.randn(module.weight.shape, generator=generator)
+            weight -= weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))
+            module.weight.data = weight * (2 / weight[0].numel()) ** 0.5
         elif isinstance(module, nn.BatchNorm2d):
             module.weight.data.normal_(1, 0.1, generator=generator)
             module.bias.data.normal_(0, 0.1, generator=generator)
