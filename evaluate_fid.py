@@ -26,7 +26,7 @@ from PIL import Image
 import data
 import fid
 import runtime
-from features import Extractor, NpzImages
+from features import Extractor, NpzImages, dimension
 from runtime import UserError, whole
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -67,7 +67,7 @@ def parse_args(argv=None):
 def main(args):
     with runtime.start() as world:
         samples = open_images("--samples", args.samples, args)
-        fid.dimension(args.protocol, samples.image_size)
+        dimension(args.protocol, samples.image_size)  # refuses what is too large
         reference, other = None, None
         if args.make_ref is not None:
             check_new(args.make_ref)

@@ -21,6 +21,7 @@ from runtime import UserError
 POOL = 2048  # values of Inception's last pooling, "pool_3" in the TensorFlow graph
 SPATIAL = 7 * 17 * 17  # for sFID: the first 7 channels of a 17 x 17 map
 CLASSES = 1008  # of the Inception of 2015: 1000 classes and unused ones
+TINY = 3 * 32 * 32  # values of the largest image that the protocol pixels takes
 
 
 # ---- images --------------------------------------------------------------------------------
@@ -87,6 +88,17 @@ class Features(NamedTuple):
     pool: torch.Tensor  # (B, D)
     spatial: torch.Tensor | None = None  # (B, SPATIAL)
     logits: torch.Tensor | None = None  # (B, CLASSES) float64, without the bias
+
+
+def dimension(protocol, image_size):
+    """D, the values that stand for an image of size (H, W). Raises UserError for too many."""
+    if protocol != "pixels":
+        return POOL
+    height, width = image_size
+    if 3 * height * width > TINY:
+        raise UserError(f"--protocol pixels must have images of at most {TINY} values, 32 x 32, "
+                        f"got {height} x {width}; use pytorch-fid or adm")
+    return 3 * height * width
 
 
 class Extractor:
