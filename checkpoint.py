@@ -7,6 +7,7 @@ from which training continues and sampling starts; it lies in <run-dir>/checkpoi
 import json
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,12 +20,51 @@ KEYS = ("step", "model", "ema", "opt", "config")
 
 
 def save(path, state, *, keep_last=0):
-    """Write a checkpoint; then, if keep_last > 0, remove all but that many newest of its folder."""
+    """Write a checkpoint; then, if keep_last > 0, remove all but that many newest of its folder.
+
+    Raises UserError if the disk is full or the folder cannot be written.
+    """
     with runtime.whole_file(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # PyTorch's word for a disk that takes no more
+            raise OSError(str(error).splitlines()[0]) from error
     if keep_last:
         for old in files(Path(path).parent)[keep_last:]:
             old.unlink(missing_ok=True)
+
+
+class Saver:
+    """Writes the checkpoints of a run beside the training: from a copy, one at a time."""
+
+    def __init__(self, folder, keep_last):
+        self.folder, self.keep_last = Path(folder), keep_last
+        self.thread, self.job = ThreadPoolExecutor(1), None
+
+    def save(self, state):
+        """Start to write this state. Raises UserError if the one before could not be written."""
+        self.wait()
+        path = self.folder / f"{state['step']:07d}.pt"
+        self.job = self.thread.submit(save, path, copied(state), keep_last=self.keep_last)
+
+    def wait(self):
+        if self.job:
+            self.job.result()
+
+    def close(self):
+        self.wait()
+        self.thread.shutdown()
+
+
+def copied(value):
+    """Dicts and lists as they are, their tensors copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return value
 
 
 def files(folder):

@@ -1,10 +1,15 @@
 """Training data: image folders (class = folder), ADM's centre crop, and an order that can start
-at any step without reading what came before.
+at any step without reading what came before. LatentShards, the other data set, is in latents.py.
 
 The order is a function of (seed, step): every process works out the global batch's rows and takes
 the rows rank::world, so the data a run sees does not depend on the number of processes.
 """
 
+import collections
+import concurrent.futures
+import hashlib
+import itertools
+import os
 import warnings
 
 import numpy as np
@@ -15,7 +20,10 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 
 import runtime
+from latents import LatentShards
 from runtime import UserError
+
+# ---- images ---------------------------------------------------------------------------------
 
 
 def center_crop(image, size):
@@ -36,16 +44,18 @@ def center_crop(image, size):
 def read_image(path, size):
     """An image file as uint8 (3, size, size): PIL's conversion to RGB, then the centre crop.
 
-    Raises UserError naming the file if it cannot be read.
+    EXIF rotation is left alone, as torchvision's ImageFolder leaves it. Raises UserError naming
+    the file if it cannot be read.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette data, of no consequence here
-            pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            with Image.open(path) as image:
+                pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
+    except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
         raise UserError(f"--data-path must hold readable images, got {path} ({error}); "
                         f"repair or remove the file", local=True) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 class ImageFolder:
@@ -56,17 +66,23 @@ class ImageFolder:
     """
 
     def __init__(self, path, image_size):
+        self.root = os.path.join(os.path.expanduser(path), "")
+        if os.path.exists(self.root + "dataset.json"):
+            raise UserError(f"--data-path must be a folder of images, got {path}, which holds "
+                            f"latent shards; add --encoded-data or give the images")
         try:
-            found = datasets.ImageFolder(path)
+            found = datasets.ImageFolder(self.root)
         except (OSError, ValueError) as error:
             raise UserError(f"--data-path must be a folder with one folder of images per class, "
-                            f"got {path} ({str(error).splitlines()[0]})") from error
+                            f"got {path} ({str(error).splitlines()[0][:300]}); check the path"
+                            ) from error
         self.image_size, self.classes = image_size, found.classes
-        self.paths = [path for path, _ in found.samples]
         self.labels = torch.tensor(found.targets)  # (N,) int64
+        # one array and not a million strings: worker processes share its memory for good
+        self.files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, batch):
         """(rows, mirrored), both (B,) -> images and labels, or the UserError met on the way.
@@ -75,22 +91,41 @@ class ImageFolder:
         """
         rows, mirrored = batch
         try:
-            images = [read_image(self.paths[row], self.image_size) for row in rows.tolist()]
+            images = [read_image(self.path(row), self.image_size) for row in rows.tolist()]
         except UserError as error:
             return error
         images = torch.stack([x.flip(2) if m else x for x, m in zip(images, mirrored.tolist())])
         return images, self.labels[rows]
+
+    def name(self, row):
+        """The path of an image relative to the folder."""
+        return os.fsdecode(self.files[row])
+
+    def path(self, row):
+        return os.path.join(self.root, self.name(row))
+
+    def fingerprint(self):
+        """SHA-256 of the list of files: what a row stands for. Their content is not read."""
+        return hashlib.sha256(b"\n".join(self.files.tolist())).hexdigest()
+
+
+# ---- order ----------------------------------------------------------------------------------
 
 
 class Batches:
     """Yields (rows, mirrored) of this process for the steps start .. stop - 1.
 
     An epoch is count // global_batch steps over a fresh permutation; the rest of it is left out.
+    Raises UserError if the images do not fill one batch.
     """
 
-    def __init__(self, count, global_batch, *, seed, start, stop, flip, world):
+    def __init__(self, count, global_batch, *, seed, flip, world, start=0, stop=0):
+        if count < global_batch:
+            raise UserError(f"--global-batch-size must be at most the number of images, {count}, "
+                            f"got {global_batch}; lower it or add images")
         self.count, self.global_batch, self.seed = count, global_batch, seed
         self.start, self.stop, self.flip, self.world = start, stop, flip, world
+        self.steps_per_epoch = count // global_batch
 
     def __len__(self):
         return self.stop - self.start
@@ -98,7 +133,7 @@ class Batches:
     def __iter__(self):
         known, permutation = None, None
         for step in range(self.start, self.stop):
-            epoch, position = divmod(step, self.count // self.global_batch)
+            epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != known:
                 order = runtime.generator(self.seed, epoch, "order")
                 known, permutation = epoch, torch.randperm(self.count, generator=order)
@@ -114,16 +149,40 @@ class Batches:
 def load(dataset, batches, *, workers, device):
     """Iterate over the batches of a dataset, on device: tensors as the dataset serves them.
 
-    Raises UserError for what a worker could not read.
+    Workers read ahead, so neither a slow image nor a cold disk holds up the caller: processes for
+    images, threads for latents, which to hand from process to process costs ten times as much as
+    to read. Raises UserError for what a worker could not read.
     """
     cuda = device.type == "cuda"
-    loader = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
-                        pin_memory=cuda, persistent_workers=workers > 0,
-                        prefetch_factor=4 if workers else None)
-    for batch in loader:
+    if workers and isinstance(dataset, LatentShards):
+        def read(batch):
+            return [tensor.pin_memory() if cuda else tensor for tensor in dataset[batch]]
+        served = ahead(read, batches, threads=workers, depth=2 * workers)
+    else:
+        served = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
+                            pin_memory=cuda, persistent_workers=workers > 0,
+                            prefetch_factor=4 if workers else None)
+    for batch in served:
         if isinstance(batch, UserError):
-            raise batch
+            # a new one: raised itself, it would hold on to its own frame, and to the workers
+            raise UserError(batch, local=True)
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+
+
+def ahead(function, items, *, threads, depth):
+    """Yields function(item) of each item, in order; threads work up to depth items ahead."""
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        results = collections.deque(
+            pool.submit(function, item) for item in itertools.islice(items, depth))
+        try:
+            while results:
+                result = results.popleft().result()
+                results.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+                yield result
+        finally:
+            for result in results:  # left early: do not finish what nobody will see
+                result.cancel()
 
 
 def save_grid(path, images, columns):

@@ -141,7 +141,8 @@ class MeanFlow:
         z = (1 - t) * x + t * draws.eps
         v = draws.eps - x
         y, target = self.target(net, z, v, y, draws)
-        u = (forward or net)(z, draws.r, draws.t, y).to(target.dtype)
+        forward = net if forward is None else forward
+        u = forward(z, draws.r, draws.t, y).to(target.dtype)
         error = (u - target).square().sum(dim=(1, 2, 3))
         velocity_error = (u.detach() - v).square().sum(dim=(1, 2, 3))
         return Loss((self.weight(error) * error).mean(), error.detach(), velocity_error)

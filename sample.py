@@ -55,7 +55,8 @@ def main(args):
         net, config = checkpoint.load_network(args.ckpt)
         net = net.to(world.device)
         try:
-            space = vae.load(args.vae or config["vae"], world.device)
+            space = vae.load(args.vae or config["vae"], world.device,
+                             precision=args.precision)
         except (ValueError, OSError) as error:
             raise UserError(error) from error
         open_folder(args, net, config, world)
@@ -96,6 +97,7 @@ def open_folder(args, net, config, world):
     world.barrier()
     if world.main:
         runtime.make_folder("--sample-dir", args.sample_dir)
+        runtime.sweep(args.sample_dir)
         with runtime.whole_file(marker) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
     world.barrier()

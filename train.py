@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
+import faults
 import runtime
 import vae
 from meanflow import MeanFlow, sample, starts
@@ -30,7 +31,8 @@ from runtime import UserError, real, whole
 
 # Options that may change when a run is continued; all others make it another run
 FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
-        "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations")
+        "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations",
+        "skip_nonfinite")
 
 
 def parse_args(argv=None):
@@ -48,7 +50,9 @@ def parse_args(argv=None):
 
 def add_data_options(group):
     group.add_argument("--data-path", type=Path, required=True,
-                       help="folder with one folder of images per class")
+                       help="folder with one folder of images per class; with --encoded-data, of "
+                            "latents that encode_imagenet.py wrote")
+    group.add_argument("--encoded-data", action="store_true", help="train on encoded latents")
     group.add_argument("--image-size", type=whole(1), default=256,
                        help="side of the centre crop, in pixels")
     group.add_argument("--vae", default="ema",
@@ -114,6 +118,8 @@ def add_run_options(group):
     group.add_argument("--ckpt-every", type=whole(1), default=5000,
                        help="steps between checkpoints")
     group.add_argument("--keep-last", type=whole(0), default=3, help="checkpoints kept; 0 = all")
+    group.add_argument("--skip-nonfinite", type=whole(0), default=0,
+                       help="steps in a row whose gradient may be infinite or NaN and is left out")
     group.add_argument("--log-every", type=whole(1), default=100, help="steps between log lines")
     group.add_argument("--sample-every", type=whole(0), default=5000,
                        help="steps between pictures of one-step samples; 0 = none")
@@ -128,10 +134,11 @@ def method(args, num_classes):
 
 def main(args):
     with runtime.start(args.precision) as world:
-        space = open_space(args.vae, world)
-        dataset = data.ImageFolder(args.data_path, args.image_size)
+        dataset, space = open_data(args, world)
         config = describe(args, dataset, space)
-        total = args.max_steps or args.epochs * (len(dataset) // args.global_batch_size)
+        batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed,
+                               flip=args.flip, world=world)
+        total = args.max_steps or args.epochs * batches.steps_per_epoch
         folder = open_run(args, config, world)
         step, net, ema, optimizer = build(args, config, folder, world)
         log = runtime.Log(folder, active=world.main, step=step)
@@ -144,14 +151,16 @@ def main(args):
             forward = DistributedDataParallel(net, broadcast_buffers=False)
         if args.compile:
             forward, flow.target = torch.compile(forward), torch.compile(flow.target)
-        batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed, start=step,
-                               stop=max(step, total), flip=args.flip, world=world)
+        batches.start, batches.stop = step, max(step, total)
         params, averages = list(net.parameters()), list(ema.parameters())
-        sums, since, clock = torch.zeros(4, device=world.device), step, time.perf_counter()
+        guard, signals = faults.Guard(world, args.skip_nonfinite), faults.Signals(world)
+        saver = checkpoint.Saver(folder / "checkpoints", args.keep_last)
+        sums, clock = torch.zeros(5, device=world.device), Clock(step)
         bar = world.progress(total, initial=step)
 
         for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
             # Forward and backward, in equal parts of the batch whose gradients add up
+            values = torch.zeros(3, device=world.device)
             for part, count, last in parts_of(args, world):
                 rows = slice(part // world.size, None, args.grad_accum_steps)
                 x, draws = prepare(args, config, flow, space, images[rows], step, part, count)
@@ -159,58 +168,89 @@ def main(args):
                     with world.autocast():
                         out = flow.loss(net, x, y[rows], draws, forward=forward)
                     (out.loss / args.grad_accum_steps).backward()
-                sums[:3] += torch.stack([out.loss.detach(), out.error.mean(),
-                                         out.velocity_error.mean()]) / args.grad_accum_steps
+                values += torch.stack([out.loss.detach(), out.error.mean(),
+                                       out.velocity_error.mean()]) / args.grad_accum_steps
 
-            # Update of weights and averages
-            sums[3] += torch.nn.utils.get_total_norm([p.grad for p in params])
+            # Update of weights and averages, unless the gradient is not finite
+            step += 1
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            optimizer.found_inf = guard.admit(step, values[0], norm)
             optimizer.step()
             optimizer.zero_grad()
             torch._foreach_lerp_(averages, params, 1 - args.ema_decay)
-            step += 1
+            values = torch.cat([values, norm[None], torch.ones_like(norm)[None]])
+            sums += torch.where(optimizer.found_inf > 0, 0, values)
             bar.update()
 
             # Log, picture, checkpoint
-            if due(step, args.log_every, total):
-                values = (world.mean(sums) / (step - since)).tolist()  # the one synchronisation
-                rate = (step - since) * args.global_batch_size / (time.perf_counter() - clock)
-                record(log, step, total, values, rate)
-                sums, since, clock = torch.zeros_like(sums), step, time.perf_counter()
-            if due(step, args.sample_every, total) and world.main:
+            asked = signals.stop()
+            last = step == total or asked is not None
+            if due(step, args.log_every, last) or due(step, args.ckpt_every, last):
+                skipped = guard.check()  # the one synchronisation between log lines
+            if due(step, args.log_every, last):
+                record(log, step, total, world.mean(sums).tolist(), skipped,
+                       clock.rate(step) * args.global_batch_size)
+                sums.zero_()
+            if due(step, args.sample_every, step == total) and world.main:
                 picture(folder / "samples" / f"{step:07d}.png", ema, space, config, world)
-            if due(step, args.ckpt_every, total):
-                if world.main:
-                    checkpoint.save(folder / "checkpoints" / f"{step:07d}.pt", {
-                        "step": step, "model": net.state_dict(), "ema": ema.state_dict(),
-                        "opt": optimizer.state_dict(), "config": config}, keep_last=args.keep_last)
-                world.barrier()
+            if due(step, args.ckpt_every, last) and world.main:
+                saver.save({"step": step, "model": net.state_dict(), "ema": ema.state_dict(),
+                            "opt": optimizer.state_dict(), "config": config})
+            if asked:
+                log.say(f"{asked}: saved step {step}; repeat the command to go on")
+                break
+        signals.close()
+        saver.close()
         bar.close()
         log.close()
         if world.main:
             print(checkpoint.files(folder / "checkpoints")[0])
 
 
-def due(step, every, total):
-    """Whether it is time for what happens every so many steps (0 = never) and at the end."""
-    return bool(every) and (step % every == 0 or step == total)
+class Clock:
+    """Steps per second since the last time it was asked."""
+
+    def __init__(self, step):
+        self.step, self.time = step, time.perf_counter()
+
+    def rate(self, step):
+        steps, self.step = step - self.step, step
+        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
+        return steps / seconds
 
 
-def open_space(name, world):
+def due(step, every, last):
+    """Whether it is time for what happens every so many steps (0 = never) and at the last."""
+    return bool(every) and (step % every == 0 or last)
+
+
+def open_data(args, world):
+    """(dataset, space): image files or latent shards, and the space that encodes and decodes.
+
+    Latents without pictures (--sample-every 0) need no VAE; the space is None then.
+    """
+    dataset = (data.LatentShards(args.data_path) if args.encoded_data
+               else data.ImageFolder(args.data_path, args.image_size))
+    if args.encoded_data and not args.sample_every:
+        return dataset, None
     try:
-        return vae.load(name, world.device)
+        space = vae.load(args.vae, world.device, precision=args.precision)
+        space.latent_shape(args.image_size)
     except (ValueError, OSError) as error:
         raise UserError(error) from error
+    if args.encoded_data:
+        dataset.check(space=space, image_size=args.image_size, flip=args.flip)
+    return dataset, space
 
 
 def describe(args, dataset, space):
     """The config: every option, and what of the data sampling and continuing depend on."""
-    if len(dataset) < args.global_batch_size:
-        raise UserError(f"--global-batch-size must be at most the number of images, "
-                        f"{len(dataset)}, got {args.global_batch_size}; lower it")
     config = {name: str(value) if isinstance(value, Path) else
               list(value) if isinstance(value, tuple) else value
               for name, value in vars(args).items()}
-    return config | {"latent_shape": list(space.latent_shape(args.image_size)),
+    encoded = dataset if args.encoded_data else space
+    shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
+    return config | {"latent_shape": list(shape), "scale": encoded.scale,
                      "classes": list(dataset.classes), "num_classes": len(dataset.classes),
                      "num_images": len(dataset)}
 
@@ -232,6 +272,7 @@ def open_run(args, config, world):
     if world.main:
         for folder in ("checkpoints", "samples"):
             runtime.make_folder("--run-dir", args.run_dir / folder)
+            runtime.sweep(args.run_dir / folder)
         checkpoint.write_config(path, config)
     world.barrier()
     return args.run_dir
@@ -245,7 +286,7 @@ def build(args, config, folder, world):
     net.checkpoint_activations = args.checkpoint_activations
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0, fused=True)
-    path = world.agree(checkpoint.newest(folder / "checkpoints"))
+    path = world.agree(checkpoint.newest(folder / "checkpoints") if world.main else None)
     if path is None:
         return 0, net, ema, optimizer
     state = checkpoint.load(path, option="--run-dir")
@@ -276,25 +317,27 @@ def parts_of(args, world):
 
 
 def prepare(args, config, flow, space, images, step, part, count):
-    """Data x and draws of one part: drawn for the global batch, so that a run does not depend on
-    how it is divided."""
+    """Data x and draws of one part, of images or moments: all noise is drawn for the global batch,
+    so that a run does not depend on how it is divided."""
     shape, device = (args.global_batch_size, *config["latent_shape"]), images.device
     noise = torch.randn(shape, device=device, generator=runtime.generator(
         args.seed, step, "posterior", device=device))[part::count]
     with torch.no_grad():
-        x = vae.posterior_sample(space.encode(images), noise, space.scale)
+        moments = images if args.encoded_data else space.encode(images)
+        x = vae.posterior_sample(moments, noise, config["scale"])
     generator = runtime.generator(args.seed, step, "method", device=device)
     return x, flow.draw(shape, device=device, generator=generator).part(part, count)
 
 
-def record(log, step, total, values, rate):
+def record(log, step, total, sums, skipped, rate):
     """One log line and one metrics record. error is the number to watch: at p = 1 the weighted
     loss stays near 1 whatever the network does."""
-    loss, error, velocity_error, grad_norm = values
+    loss, error, velocity_error, grad_norm = (value / max(sums[4], 1) for value in sums[:4])
     log.say(f"step {step}/{total}  error {error:.4f}  velocity error {velocity_error:.4f}  "
-            f"loss {loss:.4f}  gradient norm {grad_norm:.4f}  {rate:.1f} images/s")
+            f"loss {loss:.4f}  gradient norm {grad_norm:.4f}  {rate:.1f} images/s"
+            + f"  {skipped} steps left out, not finite" * (skipped > 0))
     log.record(step, error=error, velocity_error=velocity_error, loss=loss, grad_norm=grad_norm,
-               images_per_second=rate)
+               images_per_second=rate, skipped_steps=skipped)
 
 
 def picture(path, ema, space, config, world):

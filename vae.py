@@ -4,7 +4,16 @@ A space turns uint8 images into moments, the mean and std of a Gaussian per elem
 noise into x, the data of the method; and x back into uint8 images.
 """
 
+import contextlib
+import hashlib
+import logging
+import warnings
+from pathlib import Path
+
 import torch
+
+# fine-tuned decoders of one autoencoder: their encoders, and so their latents, are the same
+HUB = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
 class Pixels:
@@ -13,7 +22,12 @@ class Pixels:
     name, channels, factor, scale = "none", 3, 1, 1.0
 
     def latent_shape(self, image_size):
+        """(C, h, w) of an image's latent."""
         return self.channels, image_size, image_size
+
+    def fingerprint(self):
+        """What identifies the moments that encode returns: here, that they are pixels."""
+        return "pixels"
 
     def encode(self, images):
         """uint8 (B, 3, H, W) -> moments (B, 2, 3, H, W), float32, with std 0."""
@@ -23,6 +37,64 @@ class Pixels:
     def decode(self, x):
         """x (B, 3, H, W) -> uint8 (B, 3, H, W)."""
         return to_uint8(x)
+
+
+class Latents:
+    """Latents of a diffusers AutoencoderKL; scale, from its config, gives them about unit variance.
+
+    precision: float32 for fp32 and tf32 (what the products then do, the caller's runtime says),
+    bfloat16 weights and channels_last for bf16. chunk: images that go through the network at
+    once; it bounds the memory, whatever the batch.
+    """
+
+    def __init__(self, name, model, *, device, precision="fp32", chunk=32):
+        self.name, self.chunk = name, chunk
+        self.channels, self.scale = model.config.latent_channels, model.config.scaling_factor
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)  # one halving between blocks
+        model = model.eval().requires_grad_(False).to(device)
+        if precision == "bf16":
+            model = model.to(torch.bfloat16, memory_format=torch.channels_last)
+        self.model = model
+
+    def latent_shape(self, image_size):
+        """(C, h, w) of an image's latent. Raises ValueError for a size the VAE cannot halve."""
+        if image_size % self.factor:
+            raise ValueError(f"--image-size must be a multiple of {self.factor} for --vae "
+                             f"{self.name}, got {image_size}; give another or --vae none")
+        return self.channels, image_size // self.factor, image_size // self.factor
+
+    def fingerprint(self):
+        """SHA-256 of the encoder's weights: equal where the moments are, as for ema and mse."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.")):
+                digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, images):
+        """uint8 (B, 3, H, W) -> moments (B, 2, C, h, w), float32: mean and std, unscaled.
+
+        Runs in this space's own precision, whatever autocast surrounds it.
+        """
+        return torch.cat([self._encode(part) for part in images.split(self.chunk)])
+
+    def _encode(self, images):
+        images = (images.to(self.model.device).float() / 127.5 - 1).to(self.model.dtype)
+        with torch.autocast(images.device.type, enabled=False):
+            posterior = self.model.encode(images).latent_dist
+        std = (0.5 * posterior.logvar.float()).exp()  # logvar is clamped to [-30, 20]
+        return torch.stack([posterior.mean.float(), std], dim=1)
+
+    @torch.no_grad()
+    def decode(self, x):
+        """x (B, C, h, w) -> uint8 (B, 3, H, W), truncating as to_uint8 does."""
+        return torch.cat([self._decode(part) for part in x.split(self.chunk)])
+
+    def _decode(self, x):
+        latents = (x.to(self.model.device).float() / self.scale).to(self.model.dtype)
+        with torch.autocast(latents.device.type, enabled=False):
+            return to_uint8(self.model.decode(latents).sample)
 
 
 def posterior_sample(moments, noise, scale):
@@ -36,7 +108,79 @@ def to_uint8(x):
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def load(name, device):
-    """The space of this name, on device."""
-    assert name == "none"
-    return Pixels()
+def load(name, device="cpu", *, precision="fp32", chunk=32):
+    """The space of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
+
+    precision: fp32, tf32 or bf16; chunk: images encoded or decoded at once. Only ema and mse may
+    need the network, once: then they lie in Hugging Face's cache. Weights are read as safetensors,
+    so as data. Raises ValueError or OSError in one line of option, rule, value and remedy.
+    """
+    if name == "none":
+        return Pixels()
+    local = Path(name).is_dir()
+    if name not in HUB and not local:
+        raise FileNotFoundError(
+            f"--vae must be ema, mse, none or a folder with a diffusers AutoencoderKL, got {name} "
+            f"(no such folder); check the path or take one of the names")
+    try:
+        from diffusers import AutoencoderKL  # takes seconds to import, and pixels do without
+    except ImportError as error:
+        raise ValueError(f"--vae {name} needs the diffusers package ({error}); install it or give "
+                         f"--vae none") from error
+    with _quiet():
+        model = _download(AutoencoderKL, name) if name in HUB else _open(AutoencoderKL, name)
+    if model.config.get("shift_factor") or model.config.get("latents_mean"):
+        raise ValueError(f"--vae must have latents that one factor scales, got {name}, which also "
+                         f"shifts them; give a VAE of Stable Diffusion 1 or 2")
+    return Latents(name, model, device=device, precision=precision, chunk=chunk)
+
+
+def _open(cls, path):
+    """The model in a local folder. Raises ValueError unless every weight is there and fits."""
+    try:
+        model, found = cls.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False,
+            output_loading_info=True)
+        if cls.load_config(path)["_class_name"] != cls.__name__:
+            raise ValueError(f"its config.json is not of an {cls.__name__}")
+        if any(found.values()):
+            raise ValueError("its weights do not fit its config.json")
+    except Exception as error:  # three libraries read these files, each with errors of its own
+        raise ValueError(
+            f"--vae must be a folder with config.json and diffusion_pytorch_model.safetensors of "
+            f"an AutoencoderKL, got {path} ({_first_line(error)}); save it there with "
+            f"save_pretrained") from error
+    return model.float()
+
+
+def _download(cls, name):
+    """ema or mse, from the cache and else from the hub. Raises OSError if it is in neither."""
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False}
+    try:
+        return cls.from_pretrained(HUB[name], local_files_only=True, **options).float()
+    except Exception:  # not in the cache: any other fault will show again below
+        pass
+    try:
+        return cls.from_pretrained(HUB[name], **options).float()
+    except Exception as error:  # of diffusers, the hub's client or the network
+        raise OSError(
+            f"--vae {name} is {HUB[name]}, got neither a copy in Hugging Face's cache nor a "
+            f"download ({_first_line(error)}); connect once, or put a copy in a folder and give "
+            f"--vae FOLDER") from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warnings of diffusers and the hub's client: what matters, load says itself."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -16,7 +16,8 @@ TREES = {path: ast.parse(path.read_text())
          for folder in (".", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
 
 # Who may import whom: each module may import those of the floors below and its own
-FLOORS = [{"models", "meanflow"}, {"vae", "runtime"}, {"features", "fid", "data", "checkpoint"}]
+FLOORS = [{"models", "meanflow"}, {"vae", "runtime"},
+          {"checkpoint", "data", "faults", "features", "fid", "latents"}]
 
 
 def module(name):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import call, run_script
 from PIL import Image
 
 
@@ -29,8 +29,7 @@ def files(folder):
 
 def test_one_and_two_processes_sample_the_same_bytes(trained, sampled):
     one = sampled.with_name("one")
-    done = run_script("sample.py", *options(trained, one))
-    assert done.returncode == 0, done.stderr
+    call("sample", *options(trained, one))
     assert files(one) == files(sampled)
     npz = [np.load(folder.with_name(folder.name + ".npz"))["arr_0"] for folder in (one, sampled)]
     assert np.array_equal(*npz)
@@ -50,16 +49,14 @@ def test_an_interrupted_command_goes_on_where_it_stopped(trained, sampled):
     (sampled / "000002.png").unlink()
     (sampled / "000020.png").unlink()
     untouched = (sampled / "000005.png").stat().st_mtime_ns
-    done = run_script("sample.py", *options(trained, sampled))
-    assert done.returncode == 0, done.stderr
+    call("sample", *options(trained, sampled))
     assert files(sampled) == before
     assert (sampled / "000005.png").stat().st_mtime_ns == untouched
 
 
 def test_image_i_depends_on_seed_plus_i(trained, sampled):
     shifted = sampled.with_name("shifted")
-    done = run_script("sample.py", *options(trained, shifted), "--seed", 10)
-    assert done.returncode == 0, done.stderr
+    call("sample", *options(trained, shifted), "--seed", 10)
     # Labels are balanced over ten classes, so that image 10 + i has the label of image i
     assert (shifted / "000003.png").read_bytes() == (sampled / "000013.png").read_bytes()
 
@@ -67,7 +64,6 @@ def test_image_i_depends_on_seed_plus_i(trained, sampled):
 def test_steps_and_random_labels_change_the_images(trained, sampled):
     for name, extra in (("steps", ["--num-sampling-steps", 2]), ("labels", ["--labels", "random"])):
         other = sampled.with_name(name)
-        done = run_script("sample.py", *options(trained, other), *extra)
-        assert done.returncode == 0, done.stderr
+        call("sample", *options(trained, other), *extra)
         assert files(other) != files(sampled)
         assert json.loads((other / "samples.json").read_text())["images"] == 21

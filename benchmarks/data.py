@@ -1,0 +1,217 @@
+"""How fast the data comes: latents from shards against one torch.load per image, and encoding
+against the bare VAE, each pair in one run on one machine.
+
+    python benchmarks/data.py                                         # CPU, a few minutes
+    python benchmarks/data.py --encode-images 20000 --encode-size 256   # a GPU
+
+The latents and the VAE's weights are random, the images real photographs: speed asks no more.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, where "data" is this very file
+
+import data  # noqa: E402
+import latents  # noqa: E402
+import runtime  # noqa: E402
+import vae  # noqa: E402
+
+SHAPE = (4, 32, 32)  # of ImageNet at 256 px
+IMAGENET = 1_281_167
+CPU = torch.device("cpu")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Rates of the loader and of encoding, with what they are compared to.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--latents", type=int, default=8192, help="latents on disk: 32 KiB each")
+    parser.add_argument("--batch-size", type=int, default=256, help="latents per batch")
+    parser.add_argument("--num-workers", type=int, default=2, help="that load or read images")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each pair, interleaved")
+    parser.add_argument("--encode-images", type=int, default=96, help="images to encode; 0 = none")
+    parser.add_argument("--encode-size", type=int, default=64, help="their side in pixels")
+    parser.add_argument("--encode-batch", type=int, default=8, help="images per pass of the VAE")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, runtime.start() as world:
+        folder = Path(folder)
+        print(*runtime.describe(world), sep="\n")
+        compare_loaders(args, folder)
+        time_start_up(args, folder)
+        if args.encode_images:
+            compare_encoding(args, folder, world)
+
+
+# ---- loading ---------------------------------------------------------------------------------
+
+
+class FilePerImage:
+    """Moments as the other implementations keep them: one torch.save per image."""
+
+    def __init__(self, folder, count):
+        folder.mkdir()
+        self.paths = [folder / f"{row:08d}.pt" for row in range(count)]
+        for row, path in enumerate(self.paths):
+            torch.save({"image": torch.randn(8, 32, 32), "label": row % 1000}, path)
+
+    def __getitem__(self, batch):
+        found = [torch.load(self.paths[row], weights_only=True) for row in batch[0].tolist()]
+        return (torch.stack([item["image"] for item in found]),
+                torch.tensor([item["label"] for item in found]))
+
+
+def write_shards(folder, count):
+    """A data set of random latents, as encode_imagenet.py writes it."""
+    folder.mkdir()
+    counts = [min(8192, count - first) for first in range(0, count, 8192)]
+    for index, size in enumerate(counts):
+        batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half(), None, []
+        latents.write_shard(latents.ShardFiles(folder, index), [batch], latent_shape=SHAPE,
+                            dtype="float16", flip=False)
+    write_description(folder, counts)
+
+
+def write_description(folder, counts):
+    latents.write_json(folder / "dataset.json", {
+        "format_version": latents.FORMAT_VERSION, "crop": latents.CROP, "image_size": 256,
+        "latent_shape": SHAPE, "vae": "none", "scale": 0.18215, "dtype": "float16", "flip": False,
+        "classes": [str(i) for i in range(1000)], "count": sum(counts), "shards": counts})
+
+
+def rate(dataset, args, workers, steps, seed):
+    """Latents a second as float32 batches, in the shuffled order of training, from page cache."""
+    world = runtime.World(0, 1, CPU, "fp32")
+    order = data.Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
+                         flip=False, world=world)
+    batches = data.load(dataset, order, workers=workers, device=CPU)
+    batch = next(batches)[0].float()  # the workers have started
+    start = time.perf_counter()
+    for moments, _ in batches:
+        batch.copy_(moments.view_as(batch))
+    return steps * args.batch_size / (time.perf_counter() - start)
+
+
+def compare_loaders(args, folder):
+    torch.set_num_threads(1)  # both do one thing after another; on a busy machine more only wait
+    files = FilePerImage(folder / "files", args.latents)
+    write_shards(folder / "shards", args.latents)
+    shards = data.LatentShards(folder / "shards")
+    steps = args.latents // args.batch_size
+    for workers in (0, args.num_workers):
+        rates = []
+        for repeat in range(args.repeats + 1):
+            rates.append((rate(files, args, workers, max(4, steps // 8), repeat),
+                          rate(shards, args, workers, 4 * steps, repeat)))
+        ours = statistics.median(new for _, new in rates[1:])  # the first one warms the cache
+        theirs = statistics.median(old for old, _ in rates[1:])
+        ratio = statistics.median(new / old for old, new in rates[1:])
+        print(f"loading, {workers} workers: {ours:,.0f} latents/s from shards, {theirs:,.0f}/s by "
+              f"one torch.load each, ratio {ratio:.0f}")
+
+
+def time_start_up(args, folder):
+    """A data set of ImageNet's length, sparse: its size is real, its content holes."""
+    folder = folder / "imagenet"
+    folder.mkdir()
+    counts = [min(8192, IMAGENET - first) for first in range(0, IMAGENET, 8192)]
+    for index, count in enumerate(counts):
+        files = latents.ShardFiles(folder, index)
+        for path, dtype, row in ((files.moments, "float16", (2, *SHAPE)),
+                                 (files.labels, "int64", ())):
+            with latents.GrowingArray(path, row, dtype) as array:
+                array.rows = count
+                size = array.start + count * np.dtype(dtype).itemsize * int(np.prod(row))
+                array.file.truncate(size)
+    write_description(folder, counts)
+    start = time.perf_counter()
+    shards = data.LatentShards(folder)
+    opened = time.perf_counter()
+    order = data.Batches(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
+                         flip=False, world=runtime.World(0, 1, CPU, "fp32"))
+    next(data.load(shards, order, workers=args.num_workers, device=CPU))
+    end = time.perf_counter()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"start-up at {len(shards):,} latents: {end - start:.2f} s to the batch of step 123456, "
+          f"{opened - start:.2f} s of it to open; {len(list(folder.iterdir()))} files, "
+          f"{size / 1e9:.1f} GB")
+
+
+# ---- encoding --------------------------------------------------------------------------------
+
+
+def save_vae(folder):
+    """An AutoencoderKL of Stable Diffusion's architecture, with random weights."""
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                  down_block_types=("DownEncoderBlock2D",) * 4,
+                  up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(folder)
+    return folder
+
+
+def save_images(folder, count, size):
+    """Photographs of about ImageNet's size, as JPEG."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    (folder / "photos").mkdir(parents=True)
+    for i in range(count):
+        box = (i % 140, i % 50, i % 140 + 500, i % 50 + 375)
+        photos[i % 2].crop(box).save(folder / "photos" / f"{i:06d}.jpg")
+    return data.ImageFolder(folder, size)
+
+
+def bare_rate(space, images, args, device):
+    """Images a second of the VAE on batches that wait in memory, moments back on the CPU."""
+    sizes = min(len(images), 8 * args.encode_batch)
+    straight = torch.zeros(args.encode_batch, dtype=torch.bool)
+    batches = [images[rows, straight[:len(rows)]][0]
+               for rows in torch.arange(sizes).split(args.encode_batch)]
+    space.encode(batches[0].to(device)).cpu()  # warm
+    start, done = time.perf_counter(), 0
+    for batch in itertools.islice(itertools.cycle(batches), len(images) // args.encode_batch):
+        space.encode(batch.to(device)).half().cpu()
+        done += len(batch)
+    return done / (time.perf_counter() - start)
+
+
+def compare_encoding(args, folder, world):
+    save_vae(folder / "vae")
+    images = save_images(folder / "images", args.encode_images, args.encode_size)
+    if world.device.type == "cpu":
+        torch.set_num_threads(1)  # as encode_imagenet.py does
+    space = vae.load(str(folder / "vae"), world.device, chunk=args.encode_batch)
+    bare = [bare_rate(space, images, args, world.device)]
+    done = subprocess.run(
+        [sys.executable, ROOT / "encode_imagenet.py", "--data-path", folder / "images",
+         "--out-path", folder / "encoded", "--vae", folder / "vae",
+         "--image-size", str(args.encode_size), "--batch-size", str(args.encode_batch),
+         "--num-workers", str(args.num_workers)],
+        check=True, capture_output=True, text=True)
+    encoding = float(re.search(r"([\d.]+) images/s$", done.stderr.strip()).group(1))
+    bare.append(bare_rate(space, images, args, world.device))
+    count = json.loads((folder / "encoded" / "dataset.json").read_text())["count"]
+    print(f"encoding {count} images of {args.encode_size} px: {encoding:.2f} images/s, bare VAE "
+          f"{bare[0]:.2f} before and {bare[1]:.2f} after, ratio "
+          f"{encoding / statistics.mean(bare):.2f}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

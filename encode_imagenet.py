@@ -1,0 +1,346 @@
+"""Encode a folder of images, once, into the latents that train.py --encoded-data reads.
+
+    torchrun --standalone --nproc_per_node=8 encode_imagenet.py \\
+        --data-path imagenet/train --out-path imagenet-latents
+
+One process needs no torchrun. Killed at any moment, the same command goes on where it stopped and
+ends with the same bytes, whatever the number of processes: the unit of work is one shard, whose
+batches do not depend on who encodes it. The format is described in latents.py.
+"""
+
+import functools
+import itertools
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import latents
+import runtime
+import vae
+from runtime import UserError
+
+# what two runs into one folder must share, and the option that sets it
+IDENTITY = {
+    "format_version": "the version of the format", "files": "--data-path (its list of images)",
+    "image_size": "--image-size", "encoder": "--vae", "dtype": "--dtype", "flip": "--flip",
+    "precision": "--precision", "shard_size": "--shard-size", "crop": "the crop",
+}
+
+
+def parse_args(argv=None):
+    parser = runtime.Parser("Encode a folder of images into shards of latents for training.")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", type=Path, required=True,
+                       help="folder with one folder of images per class, such as ImageNet's train")
+    group.add_argument("--out-path", type=Path, required=True,
+                       help="folder for the shards: new, empty, or of the same command before")
+    group.add_argument("--image-size", type=runtime.whole(1), default=256,
+                       help="side of the centre crop in pixels")
+    group.add_argument("--flip", action="store_true",
+                       help="store the latents of the mirror images too: twice the disk and time")
+    group.add_argument("--skip-bad-images", action="store_true",
+                       help="leave out unreadable images and list them in dataset.json; else they "
+                            "are named and no dataset.json is written")
+    group = parser.add_argument_group("encoding")
+    group.add_argument("--vae", default="ema",
+                       help="ema or mse (one encoder), a folder with an AutoencoderKL, or none: "
+                            "pixels")
+    group.add_argument("--dtype", choices=list(latents.DTYPES), default="float16",
+                       help="numbers on disk; float16 halves the disk and rounds by 2^-11")
+    group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                       help="of the VAE on a GPU; tf32 and bf16 are faster and coarser")
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch-size", type=runtime.whole(1), default=32,
+                       help="images per pass of a process; bounds its memory")
+    group.add_argument("--shard-size", type=runtime.whole(1), default=8192,
+                       help="images per shard: what a killed process loses at most")
+    group.add_argument("--num-workers", type=runtime.whole(0), default=8,
+                       help="processes that read images, for each that encodes")
+    args = parser.parse_args(argv)
+    if not args.data_path.is_dir():
+        parser.error(f"--data-path must be a folder, got {args.data_path}; check the path")
+    if args.data_path.resolve() in (args.out_path.resolve(), *args.out_path.resolve().parents):
+        parser.error(f"--out-path must lie outside --data-path, where it would be taken for a "
+                     f"class, got {args.out_path}; choose another folder")
+    read_record(args.out_path)  # refuses a folder of something else before anything heavy
+    return args
+
+
+def main(args):
+    with runtime.start(args.precision) as world:
+        images = data.ImageFolder(args.data_path, args.image_size)
+        try:
+            space = vae.load(args.vae, world.device, precision=args.precision,
+                             chunk=args.batch_size)
+            config = configuration(args, images, space)
+        except (ValueError, OSError) as error:
+            raise UserError(error) from error
+        record = read_record(args.out_path)
+        if record:
+            check_record(args, record, config)
+        todo = pending(args, config)
+        plan = describe_work(args, config, todo)
+        world.barrier()  # everyone has looked at the folder before anyone writes to it
+        if world.main:
+            for line in (*runtime.describe(world), plan):
+                print(line, file=sys.stderr)
+            claim(args.out_path, config, todo)
+        world.barrier()
+
+        start = time.monotonic()
+        encode(args, images, space, config, todo, world)
+        world.barrier()
+        if world.main and todo:
+            count, seconds = count_images(config, todo), time.monotonic() - start
+            print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} images/s",
+                  file=sys.stderr)
+        finish(args, config, world)
+
+
+# ---- the folder ------------------------------------------------------------------------------
+
+
+def configuration(args, images, space):
+    """What encoding.json, and later dataset.json, say of this encoding. Raises ValueError."""
+    return {
+        "format_version": latents.FORMAT_VERSION, "crop": latents.CROP,
+        "image_size": args.image_size, "latent_shape": list(space.latent_shape(args.image_size)),
+        "vae": args.vae, "scale": float(space.scale), "encoder": space.fingerprint(),
+        "precision": args.precision, "dtype": args.dtype, "flip": args.flip,
+        "shard_size": args.shard_size, "images": len(images), "files": images.fingerprint(),
+        "classes": images.classes,
+    }
+
+
+def read_record(out):
+    """What --out-path says of the encoding in it; None for a new or empty folder.
+
+    Raises UserError for a folder that holds anything else.
+    """
+    if not out.exists():
+        return None
+    rule = f"--out-path must be new, empty or of the same command before, got {out}"
+    if not out.is_dir():
+        raise UserError(f"{rule}, which is a file; choose a folder")
+    records = [out / name for name in ("dataset.json", latents.UNFINISHED)
+               if (out / name).exists()]
+    if not records:
+        foreign = next((path.name for path in out.iterdir() if not is_temporary(path)), None)
+        if foreign is not None:
+            raise UserError(f"{rule} with {foreign} in it; choose another folder")
+        return None
+    try:
+        record = json.loads(records[0].read_text())
+        for key in (*IDENTITY, "vae", "images"):
+            record[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{rule} with a {records[0].name} that is not of this script; choose "
+                        f"another folder") from error
+    return record
+
+
+def check_record(args, record, config):
+    """Raise UserError if what --out-path holds was made in another way."""
+    rule = f"--out-path must be new, empty or of the same command before, got {args.out_path}"
+    differing = [f"{option} was {shown(record, key)} and is {shown(config, key)}"
+                 for key, option in IDENTITY.items() if record[key] != config[key]]
+    if differing:
+        raise UserError(f"{rule} of another: {', '.join(differing)}; repeat the command that "
+                        f"began it or choose another folder")
+    if record.get("skipped") and not args.skip_bad_images:
+        raise UserError(f"{rule}, finished with --skip-bad-images and {len(record['skipped'])} "
+                        f"images left out; give that option again or choose another folder")
+
+
+def shown(config, key):
+    """A value as a message shows it: the name and not the hash."""
+    names = {"encoder": "vae", "files": "images"}
+    return f"{config[names[key]]} ({config[key]!s:.8})" if key in names else config[key]
+
+
+def is_temporary(path):
+    """Whether a file is one that runtime.whole_file left behind when this script was killed."""
+    return path.name.startswith((".shard-", ".encoding.")) and path.name.endswith(".tmp")
+
+
+def rows_of(config, shard):
+    """The rows of the image folder that a shard holds, but for unreadable ones."""
+    first = shard * config["shard_size"]
+    return range(first, min(first + config["shard_size"], config["images"]))
+
+
+def count_images(config, shards):
+    return sum(len(rows_of(config, shard)) for shard in shards)
+
+
+def read_skipped(files):
+    """The names of the images that are missing from a complete shard."""
+    return json.loads(files.skipped.read_text()) if files.skipped.exists() else []
+
+
+def pending(args, config):
+    """The shards to encode: those not complete, and, unless bad images may be left out, those
+    that lack some. Raises UserError for a complete shard that is damaged or foreign."""
+    todo, row = [], (2, *config["latent_shape"])
+    for shard in range(math.ceil(config["images"] / config["shard_size"])):
+        files = latents.ShardFiles(args.out_path, shard)
+        if not files.moments.exists() or (files.skipped.exists() and not args.skip_bad_images):
+            todo.append(shard)
+            continue
+        count = len(rows_of(config, shard)) - len(read_skipped(files))
+        latents.map_array(files.labels, "int64", (count,))
+        for path in [files.moments, files.flip][:1 + args.flip]:
+            latents.map_array(path, args.dtype, (count, *row))
+    return todo
+
+
+def describe_work(args, config, todo):
+    """One line about the work and the disk it takes. Raises UserError if that is not free."""
+    numbers = 2 * math.prod(config["latent_shape"]) * (1 + args.flip)
+    size = numbers * np.dtype(args.dtype).itemsize + 8  # bytes an image, with its label
+    need = count_images(config, todo) * size + 1e6  # dataset.json and headers
+    out = args.out_path.absolute()
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    if need > free:
+        raise UserError(f"--out-path must have {need / 1e9:.1f} GB free, got {out} with "
+                        f"{free / 1e9:.1f} GB; make room or choose another folder")
+    shards = math.ceil(config["images"] / config["shard_size"])
+    return (f"{config['images']} images of {len(config['classes'])} classes in {shards} shards, "
+            f"{shards - len(todo)} complete; {need / 1e9:.2f} GB to write, "
+            f"{free / 1e9:.1f} GB free")
+
+
+def claim(out, config, todo):
+    """Rank 0 makes the folder ours, and clears away what a killed run left half done."""
+    runtime.make_folder("--out-path", out)
+    if not (out / "dataset.json").exists():
+        latents.write_json(out / latents.UNFINISHED, config)
+    for path in filter(is_temporary, list(out.iterdir())):
+        path.unlink()
+    for shard in todo:  # incomplete first, so that no mixture of two runs can pass for a shard
+        files = latents.ShardFiles(out, shard)
+        for path in (files.moments, files.flip, files.labels, files.skipped):
+            path.unlink(missing_ok=True)
+
+
+def finish(args, config, world):
+    """Write dataset.json, on rank 0. Raises UserError if images or shards are missing."""
+    todo = pending(args, config)
+    shards = range(math.ceil(config["images"] / config["shard_size"]))
+    skipped = [read_skipped(latents.ShardFiles(args.out_path, shard)) for shard in shards]
+    names = list(itertools.chain(*skipped))
+    if names and not args.skip_bad_images:
+        if world.main:
+            print("unreadable images:", *names, sep="\n  ", file=sys.stderr)
+        raise UserError(f"--data-path must hold readable images, got {len(names)} of "
+                        f"{config['images']} unreadable; repair them or add --skip-bad-images, "
+                        f"then repeat the command: what is encoded stays")
+    if todo:
+        raise UserError(f"--out-path must keep its shards during a run, got {args.out_path} "
+                        f"without shard {todo[0]}; repeat the command")
+    if len(names) == config["images"]:
+        raise UserError(f"--data-path must hold a readable image, got none in {args.data_path}; "
+                        f"check the files")
+    if world.main:
+        counts = [len(rows_of(config, shard)) - len(skipped[shard]) for shard in shards]
+        latents.write_json(args.out_path / "dataset.json", {
+            **config, "count": sum(counts), "shards": counts, "skipped": names})
+        (args.out_path / latents.UNFINISHED).unlink(missing_ok=True)
+        print(args.out_path)
+
+
+# ---- the work --------------------------------------------------------------------------------
+
+
+def encode(args, images, space, config, todo, world):
+    """Encode this process's part of the shards: reading, the VAE and writing overlap."""
+    mine = todo[world.rank::world.size]
+    parts = {shard: split(rows_of(config, shard), args.batch_size) for shard in mine}
+    batches = list(itertools.chain(*parts.values()))
+    loader = DataLoader(batches, batch_size=None, num_workers=min(args.num_workers, len(batches)),
+                        collate_fn=functools.partial(read_batch, images),
+                        pin_memory=world.device.type == "cuda")
+    left, own = count_images(config, todo), count_images(config, mine)
+    with world.progress(config["images"], initial=config["images"] - left, desc="encode",
+                        unit="image") as bar:
+        work = functools.partial(encode_batch, args, space, config, world.device)
+        stream = watched(data.ahead(work, loader, threads=1, depth=4), bar, left / max(1, own))
+        for shard in mine:
+            latents.write_shard(
+                latents.ShardFiles(args.out_path, shard),
+                itertools.islice(stream, len(parts[shard])),
+                latent_shape=config["latent_shape"], dtype=args.dtype, flip=args.flip)
+
+
+def split(rows, size):
+    """A range in pieces of size; the last may be shorter."""
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def read_batch(images, rows):
+    """The readable images of these rows, uint8 (n, 3, H, W), their labels (n,), and the (name,
+    fault) of the others."""
+    pixels, kept, faults = [], [], []
+    for row in rows:
+        try:
+            pixels.append(data.read_image(images.path(row), images.image_size))
+            kept.append(row)
+        except UserError as error:
+            faults.append((images.name(row), str(error)))
+    pixels = torch.stack(pixels) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return pixels, images.labels[kept], faults
+
+
+def encode_batch(args, space, config, device, batch):
+    """What read_batch returns -> labels, moments, those of the mirror images or None, faults."""
+    pixels, labels, faults = batch
+    if device.type == "cpu":
+        # its sums depend on the number of threads, which torchrun sets to 1: so do we, always
+        torch.set_num_threads(1)
+    try:
+        pixels = pixels.to(device, non_blocking=True)
+        moments = to_disk(args, space, config, pixels)
+        mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--batch-size must fit in the GPU's memory, got {args.batch_size}; lower "
+                        f"it and repeat the command", local=True) from error
+    return labels, moments, mirror, faults
+
+
+def to_disk(args, space, config, pixels):
+    """uint8 (n, 3, H, W) -> moments (n, 2, C, h, w) of --dtype on the CPU. Raises UserError."""
+    dtype = latents.DTYPES[args.dtype]
+    if not len(pixels):
+        return torch.empty(0, 2, *config["latent_shape"], dtype=dtype)
+    moments = space.encode(pixels).to(dtype)
+    if not moments.isfinite().all():
+        raise UserError(f"--dtype must hold the moments of --vae, got values beyond {args.dtype} "
+                        f"or not finite; give --dtype float32 or another VAE", local=True)
+    return moments.cpu()
+
+
+def watched(batches, bar, scale):
+    """What write_shard takes of each batch; faults go to the screen, the pace to the bar.
+
+    scale: images that all processes encode for each of this one's.
+    """
+    first, done = bar.n, 0
+    for labels, moments, mirror, faults in batches:
+        for _, fault in faults:
+            tqdm.write(fault, file=sys.stderr)
+        done += len(labels) + len(faults)
+        bar.update(first + round(done * scale) - bar.n)
+        yield labels, moments, mirror, [name for name, _ in faults]
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

@@ -1,0 +1,181 @@
+"""The VAE's space, with a small AutoencoderKL of random weights."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vae
+
+
+def save_small_vae(path, **changes):
+    """A folder with an AutoencoderKL of 67 thousand random weights, with SD's factor of 8."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**{
+        "block_out_channels": (8, 8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "latent_channels": 4,
+        "norm_num_groups": 4, **changes}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_small_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def space(folder):
+    return vae.load(str(folder), chunk=2)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def images(count, size=32):
+    shape = (count, 3, size, size)
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)).byte()
+
+
+def test_moments_are_mean_and_std_of_the_posterior_unscaled(space):
+    x = images(5)
+    moments = space.encode(x)
+    assert moments.shape == (5, 2, 4, 4, 4) and moments.dtype == torch.float32
+    assert not moments.requires_grad
+    encoder_out = space.model.quant_conv(space.model.encoder(x.float() / 127.5 - 1))
+    mean, logvar = encoder_out.chunk(2, dim=1)  # (B, 4, 4, 4) each
+    torch.testing.assert_close(moments[:, 0], mean)
+    torch.testing.assert_close(moments[:, 1], (logvar / 2).exp())
+
+
+def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
+    whole = vae.load(str(folder), chunk=100)
+    x = images(5)
+    torch.testing.assert_close(space.encode(x), whole.encode(x), rtol=1e-5, atol=1e-6)
+    latent = space.encode(x)[:, 0]
+    difference = space.decode(latent).int() - whole.decode(latent).int()
+    assert difference.abs().max() <= 1  # at an edge of truncation
+
+
+def test_decoding_undoes_the_scale_and_truncates(space):
+    latent = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        picture = space.model.decode(latent).sample.numpy()
+    expected = np.floor(np.clip(127.5 * picture + 128, 0, 255)).astype(int)
+    found = space.decode(latent * 0.18215)
+    assert found.dtype == torch.uint8 and found.shape == (3, 3, 32, 32)
+    difference = np.abs(found.numpy() - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # latent / scale * scale
+
+
+def test_uint8_is_clipped_and_truncated():
+    x = torch.tensor([-9.0, -1, 0, 0.99 / 127.5, 1.01 / 127.5, 1, 9])
+    assert vae.to_uint8(x).tolist() == [0, 0, 128, 128, 129, 255, 255]
+
+
+def test_posterior_sample_is_mean_plus_std_times_noise_scaled():
+    moments = torch.tensor([2.0, 3.0]).reshape(1, 2, 1, 1, 1).half()
+    x = vae.posterior_sample(moments, torch.full((1, 1, 1, 1), 0.5), 0.1)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, torch.full((1, 1, 1, 1), 0.35))
+
+
+def test_pixels_come_back_as_they_were():
+    space, x = vae.load("none"), images(2)
+    moments = space.encode(x)
+    sample = vae.posterior_sample(moments, torch.randn(x.shape), space.scale)
+    assert sample.min() >= -1 and sample.max() <= 1
+    assert torch.equal(space.decode(sample), x)
+
+
+def test_scale_channels_and_factor_come_from_the_config(tmp_path):
+    folder = save_small_vae(
+        tmp_path, scaling_factor=0.5, latent_channels=2, block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    space = vae.load(str(folder))
+    assert (space.scale, space.channels, space.factor) == (0.5, 2, 2)
+    assert space.latent_shape(32) == (2, 16, 16)
+    assert space.encode(images(1)).shape == (1, 2, 2, 16, 16)
+
+
+def test_autocast_around_it_changes_nothing(space):
+    x = images(2)
+    plain = space.encode(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(space.encode(x), plain)
+        assert torch.equal(space.decode(plain[:, 0]), space.decode(plain[:, 0]))
+
+
+def test_bf16_is_near_fp32_and_returns_float32(space, folder):
+    coarse = vae.load(str(folder), precision="bf16").encode(images(2))
+    assert coarse.dtype == torch.float32
+    assert 0 < (coarse - space.encode(images(2))).abs().max() < 0.1
+
+
+def test_the_fingerprint_is_that_of_the_encoder_alone(space, copy):
+    weights = load_file(copy / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_in.weight"] += 1
+    save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert vae.load(str(copy)).fingerprint() == space.fingerprint()
+    weights["encoder.conv_in.weight"] += 1
+    save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert vae.load(str(copy)).fingerprint() != space.fingerprint()
+
+
+def refuse_to_load(name, *words):
+    with pytest.raises((ValueError, OSError)) as caught:
+        vae.load(str(name))
+    message = str(caught.value)
+    assert message.startswith("--vae") and "\n" not in message
+    for word in (str(name), *words):
+        assert word in message
+
+
+def test_an_unknown_name_is_one_clear_line():
+    refuse_to_load("emma", "ema, mse, none or a folder")
+
+
+def test_a_vae_neither_cached_nor_downloadable_is_one_clear_line(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refuse_to_load("ema", "stabilityai/sd-vae-ft-ema", "cache", "--vae FOLDER")
+
+
+def test_a_folder_without_a_vae_is_one_clear_line(tmp_path):
+    refuse_to_load(tmp_path, "config.json")
+
+
+def test_pickled_weights_are_not_opened(copy):
+    weights = load_file(copy / "diffusion_pytorch_model.safetensors")
+    torch.save(weights, copy / "diffusion_pytorch_model.bin")
+    (copy / "diffusion_pytorch_model.safetensors").unlink()
+    refuse_to_load(copy, "safetensors")
+
+
+def test_damaged_or_missing_weights_are_one_clear_line(copy):
+    path = copy / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, path, {"format": "pt"})
+    refuse_to_load(copy, "do not fit")
+    path.write_bytes(path.read_bytes()[:1000])
+    refuse_to_load(copy)
+
+
+def test_a_vae_with_shifted_latents_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
+    refuse_to_load(copy, "shift")
+
+
+def test_a_size_that_the_vae_cannot_halve_is_refused(space):
+    with pytest.raises(ValueError, match="--image-size must be a multiple of 8 .* got 36"):
+        space.latent_shape(36)
