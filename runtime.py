@@ -154,6 +154,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor / self.size
 
+    def total(self, tensor):
+        """The sum of a tensor over the processes, in place."""
+        if self.distributed:
+            dist.all_reduce(tensor)
+        return tensor
+
     def gather(self, value):
         """Every process's value, in the order of ranks, on every process."""
         values = [value] * self.size
@@ -168,6 +174,19 @@ class World:
     def autocast(self):
         """Where networks run: bfloat16 for --precision bf16, else as the tensors are."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextlib.contextmanager
+    def full_precision(self):
+        """Where float32 must be float32 whatever --precision says: evaluation."""
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
 
     def progress(self, total, *, initial=0, desc=None, unit="step"):
         """A progress bar on stderr, on rank 0 only; rarely refreshed where nobody watches."""

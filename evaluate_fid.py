@@ -1,0 +1,269 @@
+"""Evaluate a folder or an .npz of images, by pytorch-fid's protocol, by ADM's, or by pixels.
+
+    python evaluate_fid.py --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz
+    torchrun --standalone --nproc_per_node=8 evaluate_fid.py --samples samples --ref REF.npz
+        --protocol adm
+    python evaluate_fid.py --samples images --make-ref REF.npz
+
+prints one JSON line on stdout: protocol, num_samples, fid and, with adm, sfid, inception_score,
+precision and recall as far as the reference has what they need. --make-ref writes a reference in
+ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. fid.py describes the protocols.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+import fid
+import runtime
+from features import Extractor, NpzImages, dimension
+from runtime import UserError, whole
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+KEPT = 10000  # images at most in a reference's arr_0, as in ADM's
+METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score",
+           "precision": "Precision", "recall": "Recall"}
+
+
+def parse_args(argv=None):
+    parser = runtime.Parser("Evaluate images against a reference, or make a reference of them.")
+    images = parser.add_argument_group("images")
+    images.add_argument("--samples", type=Path, required=True,
+                        help="a folder of RGB files, with its subfolders, or an .npz with arr_0")
+    images.add_argument("--image-size", type=whole(1), metavar="S",
+                        help="convert files to RGB and centre-crop them to S x S, as train.py does "
+                             "(default: they must be RGB and of one size already)")
+    result = parser.add_argument_group("result")
+    result.add_argument("--ref", type=Path,
+                        help="reference: an .npz with mu and sigma, or a folder of images")
+    result.add_argument("--make-ref", type=Path, metavar="OUT.npz",
+                        help="write the samples' statistics as a new reference instead")
+    result.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
+                        help="pytorch-fid: FID; adm: FID, sFID, Inception Score, precision and "
+                             "recall; pixels: Frechet distance of tiny images, without a network")
+    run = parser.add_argument_group("run")
+    run.add_argument("--inception", type=Path, metavar="FILE",
+                     help="pytorch-fid's weights (default: in the torch hub cache, or downloaded)")
+    run.add_argument("--batch-size", type=whole(1), default=64, help="images per batch")
+    run.add_argument("--num-workers", type=whole(0), default=4,
+                     help="processes that read image files, per process; 0 = read in it")
+    args = parser.parse_args(argv)
+    if (args.ref is None) == (args.make_ref is None):
+        parser.error("--ref or --make-ref must be given, and not both; name a reference to compare "
+                     "with, or one to make")
+    return args
+
+
+def main(args):
+    with runtime.start() as world:
+        samples = open_images("--samples", args.samples, args)
+        dimension(args.protocol, samples.image_size)  # refuses what is too large
+        reference, other = None, None
+        if args.make_ref is not None:
+            check_new(args.make_ref)
+        elif args.ref.is_dir():
+            other = open_images("--ref", args.ref, args)
+            if args.protocol == "pixels" and other.image_size != samples.image_size:
+                raise UserError(f"--ref must hold images of the samples' size, "
+                                f"{samples.image_size}, got {other.image_size} in {args.ref}; "
+                                f"crop either with --image-size")
+        else:
+            reference = fid.Reference.load(args.ref, args.protocol, samples.image_size,
+                                           option="--ref")
+        for images in (samples, other):
+            if isinstance(images, FolderImages):
+                images.check(world)
+        extractor = Extractor(args.protocol, world, inception=args.inception)
+        if args.make_ref is not None:
+            result = make_reference(args, samples, extractor)
+        else:
+            if other is not None:
+                adm = args.protocol == "adm"
+                reference = fid.Reference.of(
+                    measure(args, other, extractor, spatial=adm, points=adm), other.name)
+            result = compare(args, samples, reference, extractor)
+        if world.main:
+            print(json.dumps(result), flush=True)
+
+
+def check_new(path):
+    """Whether --make-ref can be written, without writing. Raises UserError."""
+    if path.suffix != ".npz" or path.exists():
+        raise UserError(f"--make-ref must be a new file that ends in .npz, got {path}; choose "
+                        f"another name, or remove it first")
+    runtime.make_folder("--make-ref", path.parent)
+
+
+# ---- images --------------------------------------------------------------------------------
+
+
+def open_images(option, path, args):
+    """The images of a folder or of an .npz file, two or more. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{option} must be a folder or an .npz file, got {path} (no such file); "
+                        f"name one that exists")
+    images = (FolderImages(path, args.image_size, args.num_workers, option=option)
+              if path.is_dir() else NpzImages(path, option=option))
+    if len(images) < 2:
+        raise UserError(f"{option} must hold 2 images or more, for a covariance, got {len(images)} "
+                        f"in {path}; add some ({' '.join(sorted(SUFFIXES))})")
+    return images
+
+
+class FolderImages:
+    """The image files of a folder and its subfolders, in the order of their paths.
+
+    They are taken as they are, and so must be RGB and of one size; or, with a crop, converted and
+    centre-cropped. Raises UserError naming option.
+    """
+
+    def __init__(self, path, crop, workers, *, option):
+        self.name, self.crop, self.workers, self.option = str(path), crop, workers, option
+        self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.image_size = (crop, crop) if crop else None
+        if self.paths and not crop:
+            self.image_size = tuple(self.read(self.paths[0]).shape[1:])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, path, *, header=False):
+        """A file as uint8 (3, H, W); with header alone, only its mode and size are checked."""
+        try:
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("ignore")  # odd EXIF data, of no consequence here
+                if not self.crop:
+                    self._check_header(path, image)
+                if header:
+                    return None
+                if self.crop:
+                    image = data.center_crop(image.convert("RGB"), self.crop)
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        except UserError:
+            raise
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.option} must hold readable images, got {path} ({error}); "
+                            f"repair or remove the file") from error
+
+    def _check_header(self, path, image):
+        if image.mode != "RGB":
+            raise UserError(f"{self.option} must hold RGB images, got {path} of mode {image.mode}; "
+                            f"convert it, or have all converted and cropped by --image-size")
+        if self.image_size not in (None, (image.height, image.width)):
+            raise UserError(f"{self.option} must hold images of one size, got {path} of "
+                            f"{image.width} x {image.height} after {self.image_size[1]} x "
+                            f"{self.image_size[0]}; remove it, or have all cropped by --image-size")
+
+    def check(self, world):
+        """Read every header before anything heavy, each process its share, in agreement."""
+        def faulty(path):
+            try:
+                return self.read(path, header=True) is not None
+            except UserError:
+                return True
+
+        flags = torch.zeros(len(self), dtype=torch.int32, device=world.device)
+        with ThreadPoolExecutor(16) as pool:
+            mine = list(pool.map(faulty, self.paths[world.rank::world.size]))
+        flags[world.rank::world.size] = torch.tensor(mine, dtype=torch.int32, device=world.device)
+        for number in world.total(flags).nonzero()[:1]:
+            self.read(self.paths[number], header=True)  # raises on every process; rank 0 says it
+
+    def __getitem__(self, first_and_size):
+        """A batch (B, 3, H, W), or the UserError met: a worker would wrap it in its traceback."""
+        first, size = first_and_size
+        try:
+            return (torch.stack([self.read(path) for path in self.paths[first:first + size]]),)
+        except UserError as error:
+            return UserError(error, local=True)
+
+    def batches(self, size, world):
+        """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""
+        share = [(first, size) for first in range(0, len(self), size)][world.rank::world.size]
+        workers = min(self.workers, len(share), os.cpu_count())  # PyTorch warns of more
+        loaded = data.load(self, share, workers=workers, device=world.device)
+        for (first, _), (images,) in zip(share, loaded):
+            yield first, images
+
+
+# ---- measuring -----------------------------------------------------------------------------
+
+
+def measure(args, images, extractor, **wants):
+    """fid.Statistics of all images. All processes take part."""
+    world = extractor.world
+    statistics = fid.Statistics(extractor, len(images), images.image_size, **wants)
+    with world.progress(len(images), desc=Path(images.name).name, unit="image") as bar:
+        for first, batch in images.batches(args.batch_size, world):
+            statistics.add(batch, first)
+            bar.update(min(len(batch) * world.size, bar.total - bar.n))
+    return statistics
+
+
+def compare(args, samples, reference, extractor):
+    """The result on rank 0, also as a table on stderr; None elsewhere."""
+    if extractor.world.main:
+        for line in fid.notes(reference, args.protocol, len(samples)):
+            print(line, file=sys.stderr, flush=True)
+    result = fid.evaluate(measure(args, samples, extractor, **reference.wants), reference)
+    if result is None:
+        return None
+    result |= {"num_reference": reference.count, "samples": samples.name, "ref": reference.name}
+    if "precision" in result:
+        result["num_reference_images"] = len(reference.points)
+    print(f"{args.protocol}: {len(samples)} samples of {samples.name} against {reference.name}",
+          file=sys.stderr)
+    for key in METRICS:
+        if key in result:
+            print(f"  {METRICS[key]:<20}{result[key]:>12.4f}", file=sys.stderr)
+    sys.stderr.flush()
+    return result
+
+
+def make_reference(args, images, extractor):
+    """Write --make-ref, in ADM's layout, and return what was done."""
+    world = extractor.world
+    statistics = measure(args, images, extractor, spatial=args.protocol != "pixels")
+    reference = fid.Reference.of(statistics, str(args.make_ref))
+    if world.main:
+        arrays = dict(zip(("mu", "sigma"), reference.pool))
+        if reference.spatial is not None:
+            arrays |= dict(zip(("mu_s", "sigma_s"), reference.spatial))
+        arrays |= {"num_images": np.array(len(images)), "protocol": np.array(args.protocol)}
+        write_reference(args.make_ref, arrays, images, dataclasses.replace(world, rank=0, size=1))
+    world.barrier()
+    return {"protocol": args.protocol, "num_samples": len(images), "samples": images.name,
+            "make_ref": str(args.make_ref)}
+
+
+def write_reference(path, arrays, images, alone):
+    """The arrays, and in arr_0 KEPT images, or all, evenly spaced; never held together."""
+    kept = np.arange(min(KEPT, len(images))) * len(images) // min(KEPT, len(images))
+    if isinstance(images, FolderImages):  # read no more files than needed
+        images.paths, kept = [images.paths[i] for i in kept], np.arange(len(kept))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), *images.image_size, 3)}
+    with (runtime.whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
+          alone.progress(len(kept), desc=path.name, unit="image") as bar):
+        for key, array in arrays.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for first, batch in images.batches(64, alone):
+                rows = kept[(kept >= first) & (kept < first + len(batch))] - first
+                file.write(batch[rows].permute(0, 2, 3, 1).cpu().numpy().tobytes())
+                bar.update(len(rows))
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

@@ -1,0 +1,279 @@
+"""evaluate_fid.py as users run it, against pytorch-fid and torch-fidelity on random weights."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import run_script
+from PIL import Image
+from pytorch_fid.fid_score import calculate_fid_given_paths
+from test_fid import pictures, write_weights
+
+import evaluate_fid
+import runtime
+
+
+def save(images, folder):
+    """uint8 images (N, 3, H, W) as 000000.png ... in a folder."""
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory):
+    """A TORCH_HOME with Inception weights, in force for the whole file."""
+    home = tmp_path_factory.mktemp("home")
+    write_weights(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders, of 5 and 6 pictures."""
+    root = tmp_path_factory.mktemp("images")
+    return save(pictures(5, 40, seed=1), root / "a"), save(pictures(6, 40, seed=2), root / "b")
+
+
+def evaluate(capfd, *options):
+    """The result that the script prints, run in this process, and its stderr."""
+    options = [str(option) for option in options]
+    evaluate_fid.main(evaluate_fid.parse_args([*options, "--num-workers", "0"]))
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1  # one JSON line and nothing else
+    return json.loads(out), err
+
+
+def refusal(capfd, monkeypatch, *options):
+    """The one line on stderr with which the script refuses, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["evaluate_fid.py", *map(str, options), "--num-workers", "0"])
+    with pytest.raises(SystemExit) as exit:
+        runtime.run(evaluate_fid.main, evaluate_fid.parse_args)
+    out, err = capfd.readouterr()
+    assert exit.value.code == 2 and out == "" and err.count("\n") == 1, err
+    return err
+
+
+# ---- the numbers of others -----------------------------------------------------------------
+
+
+def test_pytorch_fid_protocol_gives_pytorch_fids_number(torch_home, folders, capfd):
+    """To 1e-6: pytorch-fid's own is a few 1e-9 uncertain where covariances are singular."""
+    a, b = folders
+    result, err = evaluate(capfd, "--samples", a, "--ref", b, "--batch-size", 3)
+    expected = calculate_fid_given_paths([str(a), str(b)], 4, "cpu", 2048, 0)
+    assert result["fid"] == pytest.approx(expected, rel=1e-6)
+    assert set(result) == {"protocol", "num_samples", "fid", "num_reference", "samples", "ref"}
+    assert result["protocol"] == "pytorch-fid" and result["ref"] == str(b)
+    assert (result["num_samples"], result["num_reference"]) == (5, 6)
+    assert "FID" in err and f"{result['fid']:.4f}" in err
+
+
+@pytest.fixture(scope="module")
+def adm(torch_home, folders, tmp_path_factory):
+    """A reference of folder b, made by the script, and folder a's result against it."""
+    a, b = folders
+    path = tmp_path_factory.mktemp("reference") / "new" / "ref.npz"
+    options = ["--protocol", "adm", "--num-workers", "0"]
+    args = evaluate_fid.parse_args(["--samples", str(b), "--make-ref", str(path), *options])
+    evaluate_fid.main(args)
+    done = run_script("evaluate_fid.py", "--samples", a, "--ref", path, *options)
+    assert done.returncode == 0, done.stderr
+    return path, json.loads(done.stdout)
+
+
+def test_made_reference_has_adms_layout(adm, folders):
+    with np.load(adm[0]) as file:
+        assert file["mu"].shape == (2048,) and file["sigma"].shape == (2048, 2048)
+        assert file["mu_s"].shape == (2023,) and file["sigma_s"].shape == (2023, 2023)
+        assert file["mu"].dtype == file["sigma_s"].dtype == np.float64
+        expected = pictures(6, 40, seed=2).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_array_equal(file["arr_0"], expected)
+    assert [path.name for path in adm[0].parent.iterdir()] == ["ref.npz"]
+
+
+def test_adm_protocol_gives_torch_fidelitys_numbers(adm, folders):
+    a, b = folders
+    expected = torch_fidelity.calculate_metrics(
+        input1=str(a), input2=str(b), cuda=False, fid=True, isc=True, prc=True, isc_splits=1,
+        samples_shuffle=False, feature_extractor="inception-v3-compat", cache=False, verbose=False)
+    result = adm[1]
+    assert result["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert result["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    assert result["precision"] == pytest.approx(expected["precision"], rel=1e-4)
+    assert result["recall"] == pytest.approx(expected["recall"], rel=1e-4)
+    assert result["inception_score"] > 1.5 and result["sfid"] > 1
+    assert result["num_reference_images"] == 6
+
+
+def test_three_processes_give_the_numbers_of_one(adm, folders):
+    """5 samples and 6 reference images, in batches of 2: one share holds a single image."""
+    path, alone = adm
+    done = run_script("evaluate_fid.py", "--samples", folders[0], "--ref", path, "--protocol",
+                      "adm", "--batch-size", 2, "--num-workers", 1, processes=3)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result.keys() == alone.keys()
+    for key, value in alone.items():
+        assert result[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float)
+                               else value)
+
+
+# ---- pixels --------------------------------------------------------------------------------
+
+
+def test_pixels_of_shifted_images_are_apart_by_the_square_of_the_shift(tmp_path, capfd):
+    images = pictures(20, 8, seed=3).clamp(max=200)
+    a, b = save(images, tmp_path / "a"), save(images + 51, tmp_path / "b")
+    result, _ = evaluate(capfd, "--samples", a, "--ref", b, "--protocol", "pixels")
+    assert result["fid"] == pytest.approx(192 * (51 / 127.5) ** 2, rel=1e-9)
+    result, _ = evaluate(capfd, "--samples", a, "--ref", a, "--protocol", "pixels")
+    assert result["fid"] == pytest.approx(0, abs=1e-10)
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path, capfd):
+    a, b = (save(pictures(n, 8, seed=n), tmp_path / str(n)) for n in (21, 9))
+    options = ["--samples", a, "--ref", b, "--protocol", "pixels", "--batch-size", 5]
+    alone, _ = evaluate(capfd, *options)
+    done = run_script("evaluate_fid.py", *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fid"] == pytest.approx(alone["fid"], rel=1e-9)
+
+
+def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd):
+    a, b = pictures(21, 8, seed=4), pictures(19, 8, seed=5)
+    folders = save(a, tmp_path / "a"), save(b, tmp_path / "b")
+    np.savez(tmp_path / "a.npz", arr_0=a.permute(0, 2, 3, 1).numpy())
+    pixels = ["--protocol", "pixels", "--batch-size", 4]
+    first, _ = evaluate(capfd, "--samples", folders[0], "--ref", folders[1], *pixels)
+    made, _ = evaluate(capfd, "--samples", folders[1], "--make-ref", tmp_path / "b.npz", *pixels)
+    second, _ = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "b.npz",
+                         *pixels)
+    assert made == {"protocol": "pixels", "num_samples": 19, "samples": str(folders[1]),
+                    "make_ref": str(tmp_path / "b.npz")}
+    assert second["fid"] == pytest.approx(first["fid"], rel=1e-12)
+    rows = [x.flatten(1).double().numpy() / 127.5 - 1 for x in (a, b)]
+    expected = evaluate_fid.fid.frechet_distance(*((x.mean(0), np.cov(x.T)) for x in rows))
+    assert first["fid"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_image_size_crops_files_of_any_size_and_colour(tmp_path, capfd):
+    folder = save(pictures(3, 12, seed=6), tmp_path / "a")
+    Image.new("L", (20, 16), 200).save(folder / "grey.png")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "more").mkdir()
+    Image.new("RGBA", (9, 30)).save(folder / "more" / "tall.png")
+    result, _ = evaluate(capfd, "--samples", folder, "--make-ref", tmp_path / "ref.npz",
+                         "--protocol", "pixels", "--image-size", 8)
+    assert result["num_samples"] == 5
+    with np.load(tmp_path / "ref.npz") as file:
+        assert file["arr_0"].shape == (5, 8, 8, 3)
+        assert (file["arr_0"][3] == 200).all()  # in the order of paths
+
+
+def test_a_reference_keeps_evenly_spaced_images(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(evaluate_fid, "KEPT", 4)
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
+    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    for samples in (save(images, tmp_path / "a"), tmp_path / "a.npz"):
+        reference = tmp_path / f"ref-{samples.name}.npz"
+        evaluate(capfd, "--samples", samples, "--make-ref", reference, "--protocol", "pixels")
+        with np.load(reference) as file:
+            assert file["arr_0"][:, 0, 0, 0].tolist() == [0, 2, 5, 7]
+            assert file["num_images"] == 10
+
+
+def test_few_samples_are_warned_of_on_stderr(tmp_path, capfd):
+    a, b = (save(pictures(n, 8, seed=n), tmp_path / str(n)) for n in (3, 4))
+    _, err = evaluate(capfd, "--samples", a, "--ref", b, "--protocol", "pixels")
+    assert "warning: 3 samples where the reference suggests 4" in err
+    _, err = evaluate(capfd, "--samples", b, "--ref", a, "--protocol", "pixels")
+    assert "warning" not in err
+
+
+# ---- bad input -----------------------------------------------------------------------------
+
+
+def spoil(folder, kind):
+    """Make a folder of images one that cannot be evaluated."""
+    if kind == "size":
+        Image.new("RGB", (9, 8)).save(folder / "000001.png")
+    elif kind == "mode":
+        Image.new("L", (8, 8)).save(folder / "000002.png")
+    elif kind == "text":
+        (folder / "000001.png").write_text("no picture")
+    elif kind == "few":
+        for path in sorted(folder.iterdir())[1:]:
+            path.unlink()
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("size", "images of one size, got .*000001.png of 9 x 8 after 8 x 8; .*--image-size"),
+    ("mode", "RGB images, got .*000002.png of mode L; .*--image-size"),
+    ("text", "readable images, got .*000001.png .*; repair or remove"),
+    ("few", "2 images or more, for a covariance, got 1 in")])
+@pytest.mark.parametrize("option", ["--samples", "--ref"])
+def test_images_that_cannot_be_evaluated_are_refused(option, kind, message, tmp_path, capfd,
+                                                     monkeypatch):
+    good, bad = (save(pictures(3, 8, seed=9), tmp_path / name) for name in ("good", "bad"))
+    spoil(bad, kind)
+    other = {"--samples": "--ref", "--ref": "--samples"}[option]
+    line = refusal(capfd, monkeypatch, option, bad, other, good)  # before weights are looked for
+    assert re.search(f"error: {option} must hold {message}", line), line
+
+
+def test_an_image_torn_behind_its_header_is_refused_by_its_name(tmp_path, capfd, monkeypatch):
+    folder = save(torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), tmp_path / "a")
+    path = folder / "000001.png"
+    path.write_bytes(path.read_bytes()[:-1000])
+    monkeypatch.setattr(runtime.World, "progress", quiet)
+    line = refusal(capfd, monkeypatch, "--samples", folder, "--protocol", "pixels",
+                   "--make-ref", tmp_path / "ref.npz")
+    assert "--samples must hold readable images, got" in line and "000001.png" in line
+    assert not list(tmp_path.glob("*ref*"))
+
+
+def quiet(world, total, **options):
+    return runtime.tqdm(total=total, disable=True)
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "--ref or --make-ref must be given, and not both"),
+    (["--ref", "x.npz", "--make-ref", "y.npz"], "--ref or --make-ref must be given, and not both"),
+    (["--ref", "missing.npz"], "--ref must be a whole .npz file"),
+    (["--samples", "missing", "--ref", "x.npz"], "--samples must be a folder or an .npz file"),
+    (["--make-ref", "statistics"], "--make-ref must be a new file that ends in .npz"),
+    (["--make-ref", "kept.npz"], "--make-ref must be a new file that ends in .npz"),
+    (["--ref", "kept.npz"], "--ref must have the keys mu and sigma, got kept.npz with arr_0"),
+    (["--ref", "samples", "--inception", "none.pth"], "--inception must be a file"),
+    (["--ref", "samples", "--protocol", "clean"], "invalid choice"),
+    (["--ref", "samples", "--batch-size", "0"], "--batch-size: must be a whole number")])
+def test_wrong_options_are_refused_in_one_line(options, message, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(pictures(3, 8, seed=9), tmp_path / "samples")
+    np.savez("kept.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    before = (tmp_path / "kept.npz").read_bytes()
+    assert message in refusal(capfd, monkeypatch, "--samples", "samples", *options)
+    assert (tmp_path / "kept.npz").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.npz", "samples"]
+
+
+def test_weights_neither_cached_nor_downloadable_are_named_with_their_place(tmp_path, capfd,
+                                                                             monkeypatch):
+    """Behind a proxy that refuses: where there is a network, a test may not download either."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    folder = save(pictures(3, 8, seed=9), tmp_path / "a")
+    line = refusal(capfd, monkeypatch, "--samples", folder, "--ref", folder)
+    assert "put pt_inception-2015-12-05-6726825d.pth from https://" in line
+    assert f"into {tmp_path / 'home' / 'hub' / 'checkpoints'}, or name it with --inception" in line
