@@ -251,18 +251,20 @@ def generator(seed, *counters, device="cpu"):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path, *, durable=True):
     """Yields a temporary path beside path; on leaving, what was written there takes path's name.
 
-    Nobody ever sees half a file under its final name: the data is on disk before the rename.
+    Nobody ever sees half a file under its final name: if durable, which takes milliseconds, not
+    even after a power cut, for the data is on disk before the rename.
     Raises UserError where the disk is full or the folder cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "

@@ -1,17 +1,21 @@
 """Sample images from a checkpoint, in one network evaluation each.
 
-    python sample.py --ckpt results/quickstart/checkpoints/0006000.pt --num-fid-samples 80
-    torchrun --standalone --nproc_per_node=8 sample.py --ckpt CHECKPOINT.pt
+    python sample.py --ckpt results/quickstart/checkpoints/0004000.pt --num-fid-samples 80
+    torchrun --standalone --nproc_per_node=8 sample.py --ckpt CHECKPOINT.pt --fid-ref REF.npz
 
 writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
-evaluator reads, and a picture of the first of them, <sample-dir>.png. Image i is a function of
-the checkpoint and seed + i. An interrupted command, repeated, goes on where it stopped.
+evaluator reads, and a picture of the first of them, <sample-dir>.png; with --fid-ref it prints
+the metrics, too. Image i is a function of the checkpoint and seed + i. An interrupted command,
+repeated, goes on where it stopped.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import sys
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,10 +24,10 @@ import torch
 from PIL import Image
 
 import checkpoint
-import data
+import fid
 import runtime
 import vae
-from meanflow import sample, starts
+from generation import Evaluation, Generator
 from runtime import UserError, whole
 
 
@@ -36,40 +40,70 @@ def parse_args(argv=None):
                         help="network evaluations per image, at equal steps of time")
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"),
                         help="new folder for the PNG files")
+    parser.add_argument("--save-images", action=argparse.BooleanOptionalAction, default=True,
+                        help="write them; without, only the metrics of --fid-ref are left")
     parser.add_argument("--per-proc-batch-size", type=whole(1), default=25,
                         help="images per batch, on which the rounding depends")
     parser.add_argument("--seed", type=whole(0), default=0,
                         help="image i is a function of seed + i")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
                         help="label of image i: i modulo the classes, or uniform from seed + i")
+    parser.add_argument("--fid-ref", type=Path, metavar="REF.npz",
+                        help="reference statistics: evaluate the images as they are made")
+    parser.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
+                        help="how to evaluate; evaluate_fid.py --help says more")
     parser.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
                                       "checkpoint's)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
                         help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: "
                              "autocast")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.fid_ref is None and not args.save_images:
+        parser.error("--no-save-images must come with --fid-ref, got neither images nor metrics "
+                     "to make; give one")
+    return args
 
 
 def main(args):
     with runtime.start(args.precision) as world:
         net, config = checkpoint.load_network(args.ckpt)
-        net = net.to(world.device)
+        evaluation = statistics = None
+        if args.fid_ref:
+            evaluation = Evaluation(args.fid_ref, args.protocol, config, world)
+            statistics = evaluation.statistics(args.num_fid_samples)
         try:
-            space = vae.load(args.vae or config["vae"], world.device,
-                             precision=args.precision)
+            space = vae.load(args.vae or config["vae"], world.device, precision=args.precision)
         except (ValueError, OSError) as error:
             raise UserError(error) from error
-        open_folder(args, net, config, world)
-        draw(args, net, config, space, world)
+        if args.save_images:
+            open_folder(args, net, config, world)
+        generator = Generator(net.to(world.device), space, config, world, seed=args.seed,
+                              labels=args.labels, steps=args.num_sampling_steps)
+        draw(args, generator, statistics)
         world.barrier()
+        if args.save_images and world.main:
+            beside = args.sample_dir.parent / args.sample_dir.name
+            paths = [png(args.sample_dir, i) for i in range(args.num_fid_samples)]
+            write_npz(beside.with_name(beside.name + ".npz"), paths, world)
+            generator.picture(beside.with_name(beside.name + ".png"))
+        result = evaluation.metrics(statistics) if args.fid_ref else None
         if world.main:
-            paths = [args.sample_dir / f"{i:06d}.png" for i in range(args.num_fid_samples)]
-            write_npz(args.sample_dir.with_name(args.sample_dir.name + ".npz"), paths, world)
-            columns = min(config["num_classes"], 10)
-            grid = [torch.from_numpy(read(path)) for path in paths[:8 * columns]]
-            picture = args.sample_dir.with_name(args.sample_dir.name + ".png")
-            data.save_grid(picture, torch.stack(grid).permute(0, 3, 1, 2), columns)
-            print(args.sample_dir)
+            report(args, evaluation, result)
+
+
+def report(args, evaluation, result):
+    """The result alone on stdout: the metrics, or where the images are."""
+    if result is None:
+        print(args.sample_dir)
+        return
+    for line in fid.notes(evaluation.reference, args.protocol, args.num_fid_samples):
+        print(line, file=sys.stderr)
+    print(json.dumps(result | {"ref": str(args.fid_ref), "ckpt": str(args.ckpt),
+                               "labels": args.labels, "steps": args.num_sampling_steps}))
+
+
+def png(folder, i):
+    return folder / f"{i:06d}.png"
 
 
 def open_folder(args, net, config, world):
@@ -103,45 +137,76 @@ def open_folder(args, net, config, world):
     world.barrier()
 
 
-@torch.no_grad()
-def draw(args, net, config, space, world):
-    """Sample, decode and write this process's batches: whole ones, dealt out in turn, so that the
-    bytes do not depend on the number of processes."""
-    batches = range(0, args.num_fid_samples, args.per_proc_batch_size)
+def draw(args, generator, statistics):
+    """Make, measure and write this process's batches; those on disk are measured from there."""
+    world, writer = generator.world, Writer(args.sample_dir)
     bar = world.progress(args.num_fid_samples, desc="sampling", unit="image")
-    pending = []
-    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        for first in batches[world.rank::world.size]:
-            rows = range(first, min(first + args.per_proc_batch_size, args.num_fid_samples))
-            paths = [args.sample_dir / f"{i:06d}.png" for i in rows]
-            if not all(path.exists() for path in paths):
-                z1, y = starts(rows, config["latent_shape"], seed=args.seed,
-                               num_classes=config["num_classes"], labels=args.labels)
-                with world.autocast():
-                    x = sample(net, z1.to(world.device), y.to(world.device),
-                               steps=args.num_sampling_steps)
-                images = space.decode(x).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-                pending.append([pool.submit(write, *pair) for pair in zip(paths, images)])
-            while len(pending) > 4:  # writing may lag behind, memory may not grow
-                for job in pending.pop(0):
-                    job.result()
-            bar.update(min(len(rows) * world.size, bar.total - bar.n))
-        for jobs in pending:
-            for job in jobs:
-                job.result()
+    for rows in generator.batches(args.num_fid_samples, args.per_proc_batch_size):
+        paths = [png(args.sample_dir, i) for i in rows]
+        stored = args.save_images and all(path.exists() for path in paths)
+        if stored and statistics:
+            images = torch.stack([torch.from_numpy(read(path)) for path in paths])
+            images = images.permute(0, 3, 1, 2)
+        elif not stored:
+            images = generator.images(rows)
+            if args.save_images:
+                writer.write(rows, images)
+        if statistics:
+            statistics.add(images, rows.start)
+        bar.update(min(len(rows) * world.size, bar.total - bar.n))
+    writer.close()
     bar.close()
+
+
+class Writer:
+    """Writes images as PNG files beside the making of the next: the copy from the device is not
+    waited for until another batch is under way, and threads compress."""
+
+    def __init__(self, folder):
+        self.folder, self.copies, self.jobs = folder, deque(), deque()
+        self.pool = ThreadPoolExecutor(min(16, os.cpu_count()))
+
+    def write(self, rows, images):
+        """Take uint8 images (B, 3, H, W), of these numbers, on any device."""
+        host = images.permute(0, 2, 3, 1).contiguous().to("cpu", non_blocking=True)
+        event = torch.cuda.Event() if images.is_cuda else None
+        if event:
+            event.record()
+        self.copies.append((rows, host, event))
+        self._pass_on(1)
+
+    def _pass_on(self, kept):
+        """Hand all but the newest so many copies to the threads, which may lag a little behind."""
+        while len(self.copies) > kept:
+            rows, host, event = self.copies.popleft()
+            if event:
+                event.synchronize()
+            self.jobs += [self.pool.submit(write, png(self.folder, i), image)
+                          for i, image in zip(rows, host.numpy())]
+        while len(self.jobs) > 1000:  # memory may not grow
+            self.jobs.popleft().result()
+
+    def close(self):
+        self._pass_on(0)
+        for job in self.jobs:
+            job.result()
+        self.pool.shutdown()
 
 
 def write(path, image):
     """One image (H, W, 3) as a PNG file."""
-    with runtime.whole_file(path) as temporary:
+    with runtime.whole_file(path, durable=False) as temporary:
         Image.fromarray(image).save(temporary, "PNG")
 
 
 def read(path):
-    """A PNG file as uint8 (H, W, 3)."""
-    with Image.open(path) as image:
-        return np.array(image)
+    """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
+                        f"file and repeat the command", local=True) from error
 
 
 def write_npz(path, paths, world):

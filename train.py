@@ -23,16 +23,19 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import data
 import faults
+import fid
 import runtime
 import vae
-from meanflow import MeanFlow, sample, starts
+from generation import Evaluation, Generator
+from meanflow import MeanFlow
 from models import DiT_models
 from runtime import UserError, real, whole
 
 # Options that may change when a run is continued; all others make it another run
 FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
         "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations",
-        "skip_nonfinite")
+        "skip_nonfinite", "eval_every", "eval_samples", "fid_ref", "protocol")
+EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 
 
 def parse_args(argv=None):
@@ -43,6 +46,9 @@ def parse_args(argv=None):
     add_run_options(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
     parser.validate(method, args, num_classes=1)
+    if args.eval_every and args.fid_ref is None:
+        parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
+                     f"the reference statistics")
     if args.run_dir is None:
         args.run_dir = Path("results", f"{args.model.replace('/', '-')}-cfg{args.cfg}")
     return args
@@ -123,6 +129,14 @@ def add_run_options(group):
     group.add_argument("--log-every", type=whole(1), default=100, help="steps between log lines")
     group.add_argument("--sample-every", type=whole(0), default=5000,
                        help="steps between pictures of one-step samples; 0 = none")
+    group.add_argument("--eval-every", type=whole(0), default=0,
+                       help="steps between evaluations of one-step samples; 0 = none")
+    group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
+                       help="reference statistics for --eval-every")
+    group.add_argument("--eval-samples", type=whole(2), default=10000,
+                       help="images per evaluation; 50000 are customary and slow")
+    group.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
+                       help="how to evaluate; evaluate_fid.py --help says more")
 
 
 def method(args, num_classes):
@@ -139,6 +153,8 @@ def main(args):
         batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed,
                                flip=args.flip, world=world)
         total = args.max_steps or args.epochs * batches.steps_per_epoch
+        evaluation = (Evaluation(args.fid_ref, args.protocol, config, world)
+                      if args.eval_every else None)
         folder = open_run(args, config, world)
         step, net, ema, optimizer = build(args, config, folder, world)
         log = runtime.Log(folder, active=world.main, step=step)
@@ -155,6 +171,7 @@ def main(args):
         params, averages = list(net.parameters()), list(ema.parameters())
         guard, signals = faults.Guard(world, args.skip_nonfinite), faults.Signals(world)
         saver = checkpoint.Saver(folder / "checkpoints", args.keep_last)
+        generator = Generator(ema, space, config, world, seed=args.seed)
         sums, clock = torch.zeros(5, device=world.device), Clock(step)
         bar = world.progress(total, initial=step)
 
@@ -192,7 +209,14 @@ def main(args):
                        clock.rate(step) * args.global_batch_size)
                 sums.zero_()
             if due(step, args.sample_every, step == total) and world.main:
-                picture(folder / "samples" / f"{step:07d}.png", ema, space, config, world)
+                generator.picture(folder / "samples" / f"{step:07d}.png")
+            if due(step, args.eval_every, step == total):
+                metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
+                if world.main:
+                    del metrics["protocol"], metrics["num_samples"]  # they never change
+                    log.say(f"step {step}/{total}  " + "  ".join(
+                        f"{name} {value:.4f}" for name, value in metrics.items()))
+                    log.record(step, **metrics)
             if due(step, args.ckpt_every, last) and world.main:
                 saver.save({"step": step, "model": net.state_dict(), "ema": ema.state_dict(),
                             "opt": optimizer.state_dict(), "config": config})
@@ -227,11 +251,11 @@ def due(step, every, last):
 def open_data(args, world):
     """(dataset, space): image files or latent shards, and the space that encodes and decodes.
 
-    Latents without pictures (--sample-every 0) need no VAE; the space is None then.
+    Latents without pictures and evaluation need no VAE; the space is None then.
     """
     dataset = (data.LatentShards(args.data_path) if args.encoded_data
                else data.ImageFolder(args.data_path, args.image_size))
-    if args.encoded_data and not args.sample_every:
+    if args.encoded_data and not args.sample_every and not args.eval_every:
         return dataset, None
     try:
         space = vae.load(args.vae, world.device, precision=args.precision)
@@ -338,16 +362,6 @@ def record(log, step, total, sums, skipped, rate):
             + f"  {skipped} steps left out, not finite" * (skipped > 0))
     log.record(step, error=error, velocity_error=velocity_error, loss=loss, grad_norm=grad_norm,
                images_per_second=rate, skipped_steps=skipped)
-
-
-def picture(path, ema, space, config, world):
-    """One-step samples of the EMA from noise that is the same every time."""
-    columns = min(config["num_classes"], 10)
-    z1, y = starts(range(8 * columns), config["latent_shape"], seed=config["seed"],
-                   num_classes=config["num_classes"])
-    with world.autocast():
-        x = sample(ema, z1.to(world.device), y.to(world.device))
-    data.save_grid(path, space.decode(x), columns)
 
 
 if __name__ == "__main__":

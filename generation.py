@@ -1,0 +1,70 @@
+"""Images from a network: image i of a seed, batch by batch, as a picture or measured by fid.py."""
+
+import torch
+
+import data
+import fid
+from features import Extractor
+from meanflow import sample, starts
+
+
+class Generator:
+    """Image i of a network, for any i, by ``images(rows)``.
+
+    net: (z, r, t, y) -> u; space: what decodes; config: the run's, for shapes, classes and sizes;
+    labels and steps: as in meanflow.starts and meanflow.sample.
+    """
+
+    def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1):
+        self.net, self.space, self.config, self.world = net, space, config, world
+        self.seed, self.labels, self.steps = seed, labels, steps
+
+    @torch.no_grad()
+    def images(self, rows):
+        """uint8 (B, 3, H, W), on the world's device, of the images with these numbers."""
+        z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
+                       num_classes=self.config["num_classes"])
+        with self.world.autocast():
+            x = sample(self.net, z1.to(self.world.device), y.to(self.world.device),
+                       steps=self.steps)
+        return self.space.decode(x)
+
+    def batches(self, count, batch_size):
+        """This process's batches of the images 0 .. count - 1, as ranges: whole ones, dealt out in
+        turn, so that their content does not depend on the number of processes."""
+        firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
+        return [range(first, min(first + batch_size, count)) for first in firsts]
+
+    def picture(self, path):
+        """Eight rows of images, in as many columns as there are classes, but ten at most."""
+        columns = min(self.config["num_classes"], 10)
+        data.save_grid(path, self.images(range(8 * columns)), columns)
+
+
+class Evaluation:
+    """A reference and what extracts features: opened once, then asked for metrics.
+
+    Opening checks the reference before it looks for Inception's weights. Raises UserError.
+    """
+
+    def __init__(self, path, protocol, config, world, *, option="--fid-ref"):
+        self.image_size = (config["image_size"], config["image_size"])
+        self.reference = fid.Reference.load(path, protocol, self.image_size, option=option)
+        self.extractor = Extractor(protocol, world)
+
+    def statistics(self, count):
+        """Empty fid.Statistics for so many images."""
+        return fid.Statistics(self.extractor, count, self.image_size, **self.reference.wants)
+
+    def metrics(self, statistics):
+        """The metrics, a dict, on rank 0; None elsewhere. All processes take part."""
+        return fid.evaluate(statistics, self.reference)
+
+    def measure(self, generator, count, batch_size):
+        """The metrics of a generator's first count images."""
+        statistics = self.statistics(count)
+        with generator.world.progress(count, desc="evaluating", unit="image") as bar:
+            for rows in generator.batches(count, batch_size):
+                statistics.add(generator.images(rows), rows.start)
+                bar.update(min(len(rows) * generator.world.size, count - bar.n))
+        return self.metrics(statistics)
