@@ -9,7 +9,12 @@ from PIL import Image
 from test_data import save_folder
 from test_vae import save_small_vae
 
+import fid
+import runtime
 import train
+from features import Extractor, NpzImages
+
+WORLD = runtime.World(0, 1, torch.device("cpu"), "fp32")
 
 
 def weights(folder, name):
@@ -150,3 +155,23 @@ def test_latents_without_pictures_need_no_vae(tmp_path):
          tmp_path / "run", "--model", "DiT-T/4", "--global-batch-size", 4, "--max-steps", 1,
          "--image-size", 32, "--sample-every", 0)
     assert weights(tmp_path / "run", "0000001.pt")["config"]["scale"] != 1
+
+
+def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_path):
+    ref = tmp_path / "ref.npz"
+    call("evaluate_fid", "--samples", digits, "--make-ref", ref, "--protocol", "pixels",
+         "--image-size", 8, "--num-workers", 0)
+    evaluate = ["--eval-every", 2, "--fid-ref", ref, "--eval-samples", 60, "--protocol", "pixels"]
+    for name, extra in (("without", []), ("with", evaluate)):
+        call("train", *tiny(digits, tmp_path / name), "--max-steps", 4, *extra)
+    states = [weights(tmp_path / name, "0000004.pt")["model"] for name in ("without", "with")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    records = [json.loads(line) for line in open(tmp_path / "with" / "metrics.jsonl")]
+    measured = [record for record in records if "fid" in record]
+    assert [record["step"] for record in measured] == [2, 4]
+    call("sample", "--ckpt", tmp_path / "with" / "checkpoints" / "0000004.pt", "--sample-dir",
+         tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
+    samples = fid.Statistics(Extractor("pixels", WORLD), 60, (8, 8))
+    samples.add(next(NpzImages(tmp_path / "samples.npz", option="").batches(60, WORLD))[1], 0)
+    reference = fid.Reference.load(ref, "pixels", (8, 8), option="--ref")
+    assert measured[-1]["fid"] == pytest.approx(fid.evaluate(samples, reference)["fid"], rel=1e-9)
