@@ -154,10 +154,11 @@ class MeanFlow:
     def compile(self, **options):
         """Compile the passes without gradient; the options are those of torch.compile.
 
-        Two functions of static shape, because forward mode must stand inside the compiled
-        function: a compiled network called under ``torch.func.jvp`` loses its tangents or breaks
-        the graph (pytorch#187284). The pass with gradient is the caller's: forward.
+        Forward mode must stand inside the compiled function: a compiled network under
+        ``torch.func.jvp`` breaks the graph (pytorch#187284). The forward with gradient is the
+        caller's to compile and to give to ``loss``.
         """
+        options = {"dynamic": False, **options}  # two or three shapes, each for the whole training
         self.velocity = torch.compile(self.velocity, **options)
         self.time_derivative = torch.compile(self.time_derivative, **options)
 
@@ -236,6 +237,22 @@ class LinearTangents(TorchFunctionMode):
         x, tangent = forward_ad.unpack_dual(x)
         y = F.linear(x, weight, bias)
         return y if tangent is None else forward_ad.make_dual(y, F.linear(tangent, weight))
+
+
+def starts(indices, shape, *, seed, num_classes, labels="balanced"):
+    """Noise z1 (B, C, H, W) and labels y (B,) of the images with these indices, on the CPU.
+
+    Both are functions of seed + index alone, so a picture depends neither on the batch it is in
+    nor on the number of processes; seeds further apart than the count of images share none.
+    labels: "balanced" is index modulo num_classes, "random" is uniform.
+    """
+    z1, y = [], []
+    for i in indices:
+        generator = torch.Generator().manual_seed(seed + i)
+        random = torch.randint(num_classes, (), generator=generator)
+        y.append(random if labels == "random" else torch.tensor(i % num_classes))
+        z1.append(torch.randn(shape, generator=generator))
+    return torch.stack(z1), torch.stack(y)
 
 
 @torch.no_grad()

@@ -30,6 +30,10 @@ class UserError(ValueError):
         self.local = local
 
 
+class RunError(RuntimeError):
+    """What ends a run through no fault of its options. One line is printed; exit code 1."""
+
+
 # ---- the command line -----------------------------------------------------------------------
 
 
@@ -87,24 +91,26 @@ def real(low, high=math.inf, *, above=False):
 
 
 def run(main, parse_args):
-    """Run a script; a UserError ends it with one line and exit code 2."""
+    """Run a script; a UserError ends it with one line and exit code 2, a RunError with 1."""
     try:
         main(parse_args())
     except UserError as error:
         fail(error, everywhere=error.local)
+    except RunError as error:
+        fail(error, code=1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def fail(message, *, everywhere=False):
-    """One line on stderr, from rank 0 unless everywhere, and exit code 2."""
+def fail(message, *, everywhere=False, code=2):
+    """One line on stderr, from rank 0 unless everywhere, and the end."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
         line = " ".join(str(message).split())
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if dist.is_initialized():
-        os._exit(2)  # the other processes may be inside a collective; torchrun ends them
-    sys.exit(2)
+        os._exit(code)  # other processes may be inside a collective; torchrun ends them
+    sys.exit(code)
 
 
 # ---- processes, device, precision ----------------------------------------------------------
@@ -132,6 +138,31 @@ class World:
         if self.distributed:
             dist.barrier()
 
+    def agree(self, value):
+        """Rank 0's value, on every process."""
+        box = [value]
+        if self.distributed:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, tensor):
+        """The mean of a tensor over the processes."""
+        if self.distributed:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor / self.size
+
+    def gather(self, value):
+        """Every process's value, in the order of ranks, on every process."""
+        values = [value] * self.size
+        if self.distributed:
+            dist.all_gather_object(values, value)
+        return values
+
+    def maximum(self, value):
+        """The largest of every process's whole number, later: ``.result()`` waits for it."""
+        return _Maximum(value)
+
     def autocast(self):
         """Where networks run: bfloat16 for --precision bf16, else as the tensors are."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -140,6 +171,16 @@ class World:
         """A progress bar on stderr, on rank 0 only; rarely refreshed where nobody watches."""
         return tqdm(total=total, initial=initial, desc=desc, unit=unit, disable=not self.main,
                     dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30)
+
+
+class _Maximum:
+    def __init__(self, value):
+        self.tensor = torch.tensor([value])
+        self.work = dist.all_reduce(self.tensor, dist.ReduceOp.MAX, async_op=True)
+
+    def result(self):
+        self.work.wait()
+        return int(self.tensor)
 
 
 @contextlib.contextmanager
@@ -165,9 +206,10 @@ def start(precision="fp32"):
     if not world.distributed:
         yield world
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30),
-        device_id=device if device.type == "cuda" else None)
+    cuda = device.type == "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                            timeout=datetime.timedelta(minutes=30),
+                            device_id=device if cuda else None)
     yield world
     world.barrier()
     dist.destroy_process_group()

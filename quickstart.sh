@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# From nothing to pictures: makes .venv if it is missing, writes 1,797 real handwritten digits as an
+# image folder, trains on them for a few minutes and samples every class in one and in two steps.
+set -euo pipefail
+cd "$(dirname "$0")"
+source environment.sh
+prepare requirements.txt
+export PATH="$PWD/.venv/bin:$PATH"
+
+# One process per GPU, or two on the CPU
+processes=$(python -c 'import os, torch
+print(torch.cuda.device_count() or min(2, os.cpu_count()))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os
+print(max(1, os.cpu_count() // $processes))")}
+torchrun="torchrun --standalone --nproc_per_node=$processes"
+run=results/quickstart
+
+show() {  # print a command, then run it
+    printf '\n$ %s\n' "$*" >&2
+    "$@"
+}
+
+show python benchmarks/digits.py write data/digits
+show $torchrun train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/2 \
+    --cfg 1 --label-drop 0 --global-batch-size 64 --max-steps 4000 --lr 2e-3 --ema-decay 0.999 \
+    --num-workers 0 --no-compile --log-every 200 --sample-every 1000 --run-dir $run
+for steps in 1 2; do
+    show $torchrun sample.py --ckpt $run/checkpoints/0004000.pt --num-fid-samples 1797 \
+        --num-sampling-steps $steps --per-proc-batch-size 300 --sample-dir $run/$steps-step
+done
+for steps in 1 2; do
+    printf '\nQuality in %s step(s): ' $steps
+    python benchmarks/digits.py judge $run/$steps-step.npz
+done
+echo "Pictures: $run/1-step.png (one step), $run/2-step.png (two), $run/samples/ (while training)"

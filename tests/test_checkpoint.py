@@ -1,0 +1,102 @@
+"""Checkpoints: whole, found again, opened as data, enough to rebuild the network."""
+
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+from models import DiT_models
+from runtime import UserError
+
+CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "lr": 0.1}
+
+
+def state(step):
+    net = checkpoint.network(CONFIG)
+    return {"step": step, "model": net.state_dict(), "ema": net.state_dict(), "opt": {},
+            "config": CONFIG}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (2, 10, 9):
+        checkpoint.save(tmp_path / f"{step:07d}.pt", state(step))
+    return tmp_path
+
+
+def test_the_newest_is_the_one_with_the_highest_step(folder):
+    assert checkpoint.load(checkpoint.newest(folder))["step"] == 10
+
+
+def test_a_torn_newest_file_is_reported_and_the_one_before_it_used(folder, capsys):
+    path = folder / "0000010.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert checkpoint.newest(folder) == folder / "0000009.pt"
+    assert "0000010.pt" in capsys.readouterr().err
+
+
+def test_an_empty_folder_has_no_newest(tmp_path):
+    assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "none") is None
+
+
+def test_only_the_last_are_kept(folder):
+    checkpoint.save(folder / "0000011.pt", state(11), keep_last=2)
+    assert [path.stem for path in checkpoint.files(folder)] == ["0000011", "0000010"]
+
+
+def test_the_network_is_rebuilt_from_the_file_alone(folder):
+    stored = state(3)
+    stored["ema"] = {key: torch.full_like(p, 0.5) for key, p in stored["ema"].items()}
+    checkpoint.save(folder / "0000003.pt", stored)
+    net, config = checkpoint.load_network(folder / "0000003.pt")
+    assert config == CONFIG and not net.training
+    assert all((p == 0.5).all() and not p.requires_grad for p in net.parameters())
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("a pickle ran code",)
+
+
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(folder, tmp_path, capsys):
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"state_dict": {}}, foreign)
+    hostile = tmp_path / "hostile.pt"
+    torch.save({key: Hostile() for key in checkpoint.KEYS}, hostile)
+    plain = tmp_path / "plain.pt"
+    plain.write_bytes(pickle.dumps(Hostile()))
+    text = tmp_path / "text.pt"
+    text.write_text("no checkpoint")
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes((folder / "0000010.pt").read_bytes()[:-100])
+    for path in (foreign, hostile, plain, text, torn, tmp_path / "missing.pt", tmp_path):
+        with pytest.raises(UserError, match="--ckpt must .*got .*; give a checkpoint") as error:
+            checkpoint.load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "ran code" not in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(folder):
+    stored = state(4)
+    for change in ({"model": "DiT-S/4"}, {"model": "DiT-Q/4"}, {"latent_shape": None}):
+        checkpoint.save(folder / "bad.pt", {**stored, "config": {**CONFIG, **change}})
+        with pytest.raises(UserError, match="--ckpt must hold weights that fit"):
+            checkpoint.load_network(folder / "bad.pt")
+
+
+def test_a_run_of_other_options_is_refused_by_name(tmp_path):
+    checkpoint.write_config(checkpoint.check_config(tmp_path, CONFIG, ()), CONFIG)
+    checkpoint.check_config(tmp_path, CONFIG, ())
+    checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ("lr",))
+    with pytest.raises(UserError, match="lr 0.1 there, 0.2 here"):
+        checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="readable config.json"):
+        checkpoint.check_config(tmp_path, CONFIG, ())
+
+
+def test_an_unknown_model_lists_the_names():
+    with pytest.raises(ValueError, match="DiT-B/4"):
+        checkpoint.network({**CONFIG, "model": "DiT-H/2"})
+    assert isinstance(checkpoint.network(CONFIG), type(DiT_models["DiT-T/4"](input_size=8)))

@@ -1,0 +1,144 @@
+"""The style holds: options have help and readers, imports point one way, nothing stands twice."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [path.stem for path in ROOT.glob("*.py") if "runtime.run(main" in path.read_text()]
+LIBRARY = [path.stem for path in ROOT.glob("*.py") if path.stem not in SCRIPTS]
+TREES = {path: ast.parse(path.read_text())
+         for folder in (".", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
+
+# Who may import whom: each module may import those of the floors below and its own
+FLOORS = [{"models", "meanflow"}, {"vae", "runtime"}, {"fid", "data", "checkpoint", "faults"}]
+
+
+def module(name):
+    return TREES[ROOT / f"{name}.py"]
+
+
+def imported(tree):
+    """Names of the top-level modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def functions():
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+def test_there_are_scripts_and_library_modules():
+    assert {"train", "sample"} <= set(SCRIPTS) and set(LIBRARY) <= set().union(*FLOORS)
+
+
+def test_every_option_has_help_and_a_reader():
+    for path, tree in TREES.items():
+        read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name) and node.value.id == "args"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                option = node.args[0].value
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                assert "help" in given, f"{path.name} {option} has no help"
+                dest = given["dest"].value if "dest" in given else option
+                assert dest.lstrip("-").replace("-", "_") in read, f"{path.name} {option} is dead"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_without_importing_diffusers(script):
+    code = (f"import sys; sys.argv = ['{script}.py', '--help']; import {script}\n"
+            f"try: {script}.parse_args()\n"
+            f"except SystemExit as exit: assert not exit.code\n"
+            f"assert 'diffusers' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_imports_point_one_way():
+    for i, floor in enumerate(FLOORS):
+        allowed = set().union(*FLOORS[:i + 1])
+        for name in floor & set(LIBRARY):
+            ours = imported(module(name)) & {path.stem for path in ROOT.glob("*.py")}
+            assert ours <= allowed - ({name} if name in ("models", "meanflow") else set()), name
+    assert not imported(module("meanflow")) & {"models"}
+    assert not imported(module("models")) & {"meanflow"}
+    for script in SCRIPTS:
+        assert not imported(module(script)) & set(SCRIPTS), f"{script} imports a script"
+
+
+def test_only_runtime_knows_processes():
+    for path, _ in TREES.items():
+        if path.parent == ROOT and path.stem != "runtime":
+            text = path.read_text()
+            for word in ("torch.distributed", "LOCAL_RANK", "WORLD_SIZE", "init_process_group"):
+                assert word not in text, f"{path.name} mentions {word}"
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_modules_only_define(name):
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    for node in module(name).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert docstring or isinstance(node, allowed), f"{name}.py line {node.lineno}"
+
+
+def test_every_module_and_script_opens_with_a_docstring():
+    for path, tree in TREES.items():
+        assert ast.get_docstring(tree), path.name
+
+
+def test_no_function_body_occurs_twice():
+    seen = {}
+    for path, node in functions():
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        text = ast.dump(ast.Module(body, []))
+        if len(ast.unparse(ast.Module(body, [])).splitlines()) > 1:
+            assert text not in seen, f"{path.name} {node.name} = {seen[text]}"
+            seen[text] = f"{path.name} {node.name}"
+
+
+def test_functions_are_at_most_40_lines_and_mains_100():
+    for path, node in functions():
+        limit = 100 if node.name == "main" else 40
+        assert node.end_lineno - node.lineno < limit, f"{path.name} {node.name}"
+
+
+def test_lines_are_at_most_100_columns():
+    for path in TREES:
+        for i, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{path.name}:{i}"
+
+
+def readme_commands():
+    """Every command line of README.md that starts one of our scripts."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        found = re.match(r"\s*(?:torchrun|python)\b.*?\b(\w+)\.py(.*)", line)
+        if found and found[1] in SCRIPTS:
+            yield found[1], found[2].split("#")[0]
+
+
+def test_commands_of_the_readme_parse():
+    commands = list(readme_commands())
+    assert {script for script, _ in commands} == set(SCRIPTS)
+    for script, options in commands:
+        importlib.import_module(script).parse_args(shlex.split(options))
+
+
+def test_readme_opens_with_the_two_commands():
+    first = (ROOT / "README.md").read_text().splitlines()[:15]
+    assert "bash quickstart.sh" in "\n".join(first) and "bash run_tests.sh" in "\n".join(first)

@@ -1,0 +1,311 @@
+"""The method: parity with the official step, closed forms, finite differences, statistics."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_models import assert_equal, golden, golden_network
+
+from meanflow import Draws, MeanFlow, sample, schedule, starts
+
+
+def constant_draws(batch, *, r, t, equal=0, shape=(1, 2, 2), seed=0):
+    """Draws in float64 with the same r and t in every row."""
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.randn(batch, *shape, dtype=torch.float64, generator=generator)
+    return Draws(eps.new_full((batch,), r), eps.new_full((batch,), t), eps,
+                 torch.zeros(batch, dtype=torch.bool), equal)
+
+
+class Counted:
+    """Wraps a network and notes the labels of each call."""
+
+    def __init__(self, net):
+        self.net, self.labels = net, []
+
+    def __call__(self, z, r, t, y):
+        self.labels.append(y.tolist())
+        return self.net(z, r, t, y)
+
+
+def zero(z, r, t, y):
+    return torch.zeros_like(z)
+
+
+# ---- parity --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", ["none", "cfg_w3_k0", "cfg_w1_k05"])
+def test_step_equals_the_official_implementation(case, dtype):
+    net, numbers = golden_network(dtype), golden(f"loss_{case}", dtype)
+    settings = json.loads(numbers["settings"])
+    flow = MeanFlow(
+        num_classes=settings["num_classes"], kappa=settings["kappa"],
+        cfg=settings["omega"] / (1 - settings["kappa"]), c=settings["norm_eps"],
+        p=settings["norm_p"], cfg_interval=(settings["t_start"], settings["t_end"]))
+    draws = Draws(numbers["r"], numbers["t"], numbers["e"], numbers["drop_mask"],
+                  int(settings["batch"] * settings["data_proportion"]))
+    out = flow.loss(net, numbers["x"], numbers["labels"], draws)
+    out.loss.backward()
+    assert_equal(out.error, numbers["sq_err"])
+    assert_equal(out.velocity_error, numbers["v_loss"])
+    assert_equal(out.loss.detach(), numbers["loss"])
+    gradients = {key: p.grad for key, p in net.named_parameters()}
+    compared = 0
+    for key, value in numbers.items():
+        if key.startswith("grad."):
+            assert_equal(gradients[key[5:]], value)
+        elif key.startswith("gradsub."):
+            assert_equal(gradients[key[8:]].flatten()[::7], value)
+        compared += key.startswith(("grad.", "gradsub."))
+    assert compared == len(gradients) == 45
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_samples_equal_the_official_implementation(dtype):
+    net, numbers = golden_network(dtype), golden("sample", dtype)
+    for name, steps in (("1", 1), ("2", 2), ("2", (1, 0.5, 0)), ("4", (1.0, 0.9, 0.5, 0.2, 0.0))):
+        assert_equal(sample(net, numbers["noise"], numbers["labels"], steps=steps),
+                     numbers[f"z0_{name}step"])
+
+
+# ---- closed forms ----------------------------------------------------------------------------
+
+
+def test_one_step_is_exact_for_a_linear_velocity():
+    """For v(z, t) = a z + b t the path from t = 1 to 0 and its average velocity are known: with
+    g = z + b t / a + b / a^2, which grows as exp(a t), z_r = g exp(a (r-t)) - b r / a - b / a^2."""
+    a, b = 0.7, -1.3
+
+    def path(z, r, t):
+        return (z + b * t / a + b / a**2) * torch.exp(a * (r - t)) - b * r / a - b / a**2
+
+    def average(z, r, t, y):
+        r, t = r[:, None, None, None], t[:, None, None, None]
+        return (z - path(z, r, t)) / (t - r)
+
+    z1 = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    exact = path(z1, *z1.new_tensor([0.0, 1.0]))
+    for steps in (1, 2, 7, (1.0, 0.3, 0.0)):
+        assert torch.allclose(sample(average, z1, torch.zeros(5), steps=steps), exact, rtol=1e-12)
+
+
+def test_target_is_the_average_velocity_when_the_network_knows_it():
+    """A single data point x0: v(z, t) = (z - x0) / t is then also the average velocity. With the
+    exact u the identity leaves no error at any r <= t, whatever the noise."""
+    x0 = torch.tensor([[[[0.3, -1.0], [2.0, 0.1]]]], dtype=torch.float64)
+
+    def exact(z, r, t, y):
+        return (z - x0) / t[:, None, None, None]
+
+    draws = constant_draws(6, r=0.2, t=0.8)
+    x, y = x0.expand(6, -1, -1, -1), torch.zeros(6).long()
+    out = MeanFlow(num_classes=3).loss(exact, x, y, draws)
+    assert out.error.max() < 1e-24 and out.velocity_error.max() < 1e-24
+
+
+def test_target_of_a_path_dependent_velocity():
+    """u = z t (r + 2): along the path du/dt = v t (r+2) + z (r+2), so the target is known."""
+    draws = constant_draws(4, r=0.25, t=0.5)
+    x = torch.randn_like(draws.eps)
+    flow, y = MeanFlow(num_classes=3, label_drop=0), torch.zeros(4).long()
+    z, v = 0.5 * x + 0.5 * draws.eps, draws.eps - x
+
+    def net(z, r, t, y):
+        return z * (t * (r + 2))[:, None, None, None]
+
+    expected = v - 0.25 * (v * 0.5 + z) * 2.25
+    assert torch.allclose(flow.target(net, z, v, y, draws, None), expected, rtol=1e-12)
+
+
+def test_derivative_agrees_with_central_differences():
+    net = golden_network(torch.float64)
+    draws = constant_draws(3, r=0.2, t=0.7, shape=(4, 8, 8))
+    z, v, y = draws.eps, torch.randn_like(draws.eps), torch.tensor([0, 4, 10])
+    h = 1e-5
+    after = net(z + h * v, draws.r, draws.t + h, y)
+    before = net(z - h * v, draws.r, draws.t - h, y)
+    du_dt = MeanFlow(num_classes=10).time_derivative(net, z, draws.r, draws.t, y, v)
+    assert torch.allclose(du_dt, (after - before) / (2 * h), rtol=1e-6, atol=1e-7)
+
+
+def test_rows_with_equal_times_have_the_guided_velocity_as_target():
+    net = golden_network(torch.float64)
+    flow = MeanFlow(num_classes=10, cfg=3.0)
+    draws = constant_draws(8, r=0.4, t=0.4, equal=6, shape=(4, 8, 8))
+    v, y = torch.randn_like(draws.eps), torch.arange(8)
+    with torch.no_grad():
+        v_g = flow.guided_velocity(net, draws.eps, v, y, draws, None)
+    target = flow.target(net, draws.eps, v, y, draws, None)
+    assert torch.equal(target[:6], v_g[:6])
+
+
+def test_dropped_rows_lose_label_and_guidance():
+    net = Counted(golden_network(torch.float64))
+    draws = constant_draws(4, r=0.4, t=0.4, equal=4, shape=(4, 8, 8))
+    draws = Draws(draws.r, draws.t, draws.eps, torch.tensor([True, True, False, False]), 4)
+    v, y = torch.randn_like(draws.eps), torch.arange(4)
+    flow = MeanFlow(num_classes=10, cfg=3.0)
+    target = flow.target(net, draws.eps, v, y, draws, None)
+    assert torch.equal(target[:2], v[:2]) and not torch.equal(target[2:], v[2:])
+    flow.loss(net, draws.eps, y, draws)
+    assert net.labels[1] == [10, 10, 2, 3]  # of the forward with gradient, after the null pass
+
+
+def test_guidance_acts_in_the_closed_interval_only():
+    draws = constant_draws(5, r=0.0, t=0.0)
+    t = torch.tensor([0.29, 0.3, 0.5, 0.8, 0.81], dtype=torch.float64)
+    v = torch.ones_like(draws.eps)
+    flow = MeanFlow(num_classes=3, cfg=4.0, kappa=0.25, cfg_interval=(0.3, 0.8))
+    draws = replace(draws, r=t, t=t, equal=3)
+    v_g = flow.guided_velocity(zero, draws.eps, v, torch.zeros(5).long(), draws, 0 * v)
+    assert v_g[:, 0, 0, 0].tolist() == [1, 3, 3, 3, 1]  # omega = 4 (1 - .25)
+
+
+# ---- cost: passes that are not needed are not made -----------------------------------------------
+
+
+@pytest.mark.parametrize(("cfg", "kappa", "calls"), [
+    (1.0, 0.0, [[0, 1]]),  # no guidance: the gradient forward alone
+    (1.0, 0.5, [[0, 1]]),  # the null pass has coefficient 0, the labelled one is that forward
+    (3.0, 0.0, [[0, 1], [7, 7]]),
+    (3.0, 0.5, [[0, 1], [7, 7]])])
+def test_equal_times_cost_no_derivative_and_no_guidance_no_pass(cfg, kappa, calls):
+    net = Counted(zero)
+    draws = constant_draws(2, r=0.5, t=0.5, equal=2)
+    flow = MeanFlow(num_classes=7, cfg=cfg, kappa=kappa, ratio=0)
+    flow.time_derivative = None  # calling it would fail
+    flow.loss(net, draws.eps, torch.tensor([0, 1]), draws)
+    assert net.labels == calls
+
+
+def test_only_rows_with_r_below_t_enter_the_derivative():
+    net = Counted(zero)
+    draws = constant_draws(8, r=0.2, t=0.5, equal=6)
+    MeanFlow(num_classes=7).loss(net, draws.eps, torch.arange(8) % 7, draws)
+    assert [len(labels) for labels in net.labels] == [8, 2]
+
+
+def test_labelled_pass_of_the_guidance_is_made_on_rows_with_r_below_t_only():
+    """Where r = t the forward with gradient has made it."""
+    net = Counted(zero)
+    draws = constant_draws(8, r=0.2, t=0.5, equal=6)
+    MeanFlow(num_classes=9, cfg=2.0, kappa=0.5).loss(net, draws.eps, torch.arange(8), draws)
+    assert net.labels == [list(range(8)), [9] * 8, [6, 7], [6, 7]]
+
+
+def test_gradient_flows_through_the_given_forward_only():
+    """The wrapped network (DDP, compiled) carries the gradient, the bare one the rest."""
+    draws = constant_draws(4, r=0.2, t=0.5, equal=2)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    bare, wrapped = Counted(lambda z, r, t, y: z * weight), Counted(lambda z, r, t, y: z * weight)
+    out = MeanFlow(num_classes=7, cfg=2.0).loss(bare, draws.eps, torch.arange(4), draws,
+                                                forward=wrapped)
+    out.loss.backward()
+    assert len(wrapped.labels) == 1 and len(bare.labels) == 2 and weight.grad is not None
+    assert not out.error.requires_grad and not out.velocity_error.requires_grad
+
+
+# ---- draws ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "ratio", "equal"), [
+    (8, 0.25, 6), (256, 0.25, 192), (6, 0.25, 4), (1, 0.25, 0), (10, 0.9, 1), (10, 0.7, 3),
+    (8, 0, 8), (8, 1, 0)])
+def test_leading_rows_have_equal_times(batch, ratio, equal):
+    draws = MeanFlow(num_classes=10, ratio=ratio).draw((batch, 1, 2, 2))
+    assert draws.equal == equal
+    assert torch.equal(draws.r[:equal], draws.t[:equal])
+    assert (draws.r[equal:] < draws.t[equal:]).all()
+
+
+def test_r_never_exceeds_t_and_times_lie_between_0_and_1():
+    for sampler in ("logit_normal", "uniform"):
+        draws = MeanFlow(num_classes=10, ratio=1, time_sampler=sampler).draw((4096, 1, 1, 1))
+        assert (draws.r <= draws.t).all() and draws.r.min() >= 0 and draws.t.max() <= 1
+
+
+def test_t_is_the_larger_of_two_logit_normals_on_every_row():
+    """Also where r = t: the sorting comes first. Its mean is .536, that of a single draw .42
+    (100,000 rows: a false alarm is a 9 sigma event)."""
+    generator = torch.Generator().manual_seed(0)
+    draws = MeanFlow(num_classes=10).draw((100_000, 1, 1, 1), generator=generator)
+    logit = torch.logit(draws.t[:draws.equal].double())
+    larger = -0.4 + 1 / math.sqrt(math.pi)  # mean of the larger of two N(-.4, 1)
+    assert logit.mean().item() == pytest.approx(larger, abs=0.03)
+    assert draws.t[:draws.equal].mean().item() == pytest.approx(0.536, abs=0.007)
+
+
+def test_leading_rows_lose_their_label_with_the_given_probability():
+    """100 batches of 1,000 at 10 %: the mean share is .1 +- .001 (10 sigma allowed)."""
+    generator, flow = torch.Generator().manual_seed(0), MeanFlow(num_classes=10, label_drop=0.1)
+    dropped = [flow.draw_dropped(1000, generator=generator) for _ in range(100)]
+    for mask in dropped:
+        assert mask[:mask.sum()].all()
+    assert torch.stack(dropped).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert not MeanFlow(num_classes=10, label_drop=0).draw_dropped(1000).any()
+    assert MeanFlow(num_classes=10, label_drop=1).draw_dropped(1000).all()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+def test_parts_share_the_batch_and_its_leading_rows(parts):
+    whole = MeanFlow(num_classes=10).draw((24, 1, 2, 2))
+    shares = [whole.part(i, parts) for i in range(parts)]
+    for name in ("r", "t", "eps", "dropped"):
+        joined = torch.empty_like(getattr(whole, name))
+        for i, share in enumerate(shares):
+            joined[i::parts] = getattr(share, name)
+        assert torch.equal(joined, getattr(whole, name))
+    assert sum(share.equal for share in shares) == whole.equal == 18
+    for share in shares:
+        assert (share.r[:share.equal] == share.t[:share.equal]).all()
+        assert (share.r[share.equal:] < share.t[share.equal:]).all()
+
+
+def test_gradients_of_parts_add_up_to_the_gradient_of_the_whole():
+    flow, generator = MeanFlow(num_classes=10, cfg=2.0, kappa=0.5), torch.Generator().manual_seed(1)
+    draw = flow.draw((8, 4, 8, 8), generator=generator)
+    draws = Draws(draw.r.double(), draw.t.double(), draw.eps.double(), draw.dropped, draw.equal)
+    x, y = torch.randn(8, 4, 8, 8, generator=generator).double(), torch.arange(8)
+    gradients = []
+    for parts in (1, 2, 4):
+        net = golden_network(torch.float64)
+        for i in range(parts):
+            out = flow.loss(net, x[i::parts], y[i::parts], draws.part(i, parts))
+            (out.loss / parts).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    for gradient in gradients[1:]:
+        assert torch.allclose(gradient, gradients[0], rtol=1e-9, atol=1e-14)
+
+
+def test_start_of_an_image_depends_on_seed_plus_index_alone():
+    options = dict(num_classes=7, labels="random")
+    z1, y = starts([3, 4, 5], (1, 2, 2), seed=10, **options)
+    z2, y2 = starts([5], (1, 2, 2), seed=10, **options)
+    z3, y3 = starts([0], (1, 2, 2), seed=15, **options)
+    assert torch.equal(z1[2], z2[0]) and torch.equal(z2, z3) and y[2] == y2[0] == y3[0]
+    balanced = starts(range(16), (1, 2, 2), seed=10, num_classes=7)
+    assert balanced[1].tolist() == [i % 7 for i in range(16)]
+    assert torch.equal(balanced[0][5], z2[0])
+
+
+# ---- refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", [
+    dict(num_classes=0), dict(ratio=-0.1), dict(ratio=1.5), dict(ratio=math.nan), dict(p_std=0),
+    dict(time_sampler="normal"), dict(cfg=-1), dict(cfg=math.inf), dict(kappa=1), dict(kappa=-0.1),
+    dict(cfg_interval=(0.8, 0.2)), dict(cfg_interval=(-0.1, 1)), dict(label_drop=2), dict(p=-1),
+    dict(c=0), dict(c=math.nan)])
+def test_settings_out_of_range_are_refused_by_name(setting):
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))} must be"):
+        MeanFlow(**{"num_classes": 10, **setting})
+
+
+@pytest.mark.parametrize("steps", [0, -1, (1.0,), (0.0, 1.0), (1.0, 1.0, 0.0), (2.0, 0.0)])
+def test_schedules_that_do_not_decrease_are_refused(steps):
+    with pytest.raises(ValueError, match="steps must be"):
+        schedule(steps)

@@ -1,0 +1,340 @@
+"""Train a DiT with MeanFlow.
+
+One process, for instance on a laptop, and eight GPUs of one node:
+
+    python train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/2 --cfg 1
+    torchrun --standalone --nproc_per_node=8 train.py --data-path imagenet/train --vae ema
+
+Several nodes: on each, torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
+--rdzv_endpoint=HOST:29500 train.py ... with --data-path and --run-dir on storage that all share.
+
+Repeating a command continues its run. The defaults are the paper's DiT-B/4 recipe.
+"""
+
+import argparse
+import copy
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import data
+import faults
+import runtime
+import vae
+from meanflow import MeanFlow, sample, starts
+from models import DiT_models
+from runtime import UserError, real, whole
+
+# Options that may change when a run is continued; all others make it another run
+FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
+        "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations",
+        "skip_nonfinite")
+
+
+def parse_args(argv=None):
+    parser = runtime.Parser("Train a DiT with MeanFlow. Repeating a command continues its run.")
+    add_data_options(parser.add_argument_group("data"))
+    add_method_options(parser.add_argument_group("method (arXiv 2505.13447)"))
+    add_optimisation_options(parser.add_argument_group("model and optimisation"))
+    add_run_options(parser.add_argument_group("run"))
+    args = parser.parse_args(argv)
+    parser.validate(method, args, num_classes=1)
+    if args.run_dir is None:
+        args.run_dir = Path("results", f"{args.model.replace('/', '-')}-cfg{args.cfg}")
+    return args
+
+
+def add_data_options(group):
+    group.add_argument("--data-path", type=Path, required=True,
+                       help="folder with one folder of images per class")
+    group.add_argument("--image-size", type=whole(1), default=256,
+                       help="side of the centre crop, in pixels")
+    group.add_argument("--vae", default="ema",
+                       help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a "
+                            "local AutoencoderKL; none: train on pixels")
+    group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
+    group.add_argument("--num-workers", type=whole(0), default=4,
+                       help="reading processes per process; 0 = none")
+
+
+def add_method_options(group):
+    group.add_argument("--ratio", type=real(0, 1), default=0.25,
+                       help="share of rows with r < t; 0 is plain flow matching")
+    group.add_argument("--p-mean", type=real(-1e9), default=-0.4,
+                       help="mean of the logit-normal times")
+    group.add_argument("--p-std", type=real(0, above=True), default=1.0,
+                       help="standard deviation of the logit-normal times")
+    group.add_argument("--time-sampler", default="logit_normal",
+                       choices=("logit_normal", "uniform"), help="distribution of the times")
+    group.add_argument("--cfg", type=real(0), default=3.0,
+                       help="effective guidance scale omega' = omega / (1 - kappa); 1 = none")
+    group.add_argument("--kappa", type=real(0), default=0.0,
+                       help="weight of the network's own labelled velocity, below 1")
+    group.add_argument("--cfg-interval", type=real(0, 1), nargs=2, default=(0.0, 1.0),
+                       metavar=("FROM", "TO"),
+                       help="times t in which guidance acts, both ends included")
+    group.add_argument("--label-drop", type=real(0, 1), default=0.1,
+                       help="probability of the null label")
+    group.add_argument("--p", type=real(0), default=1.0,
+                       help="power of the adaptive weight; 0 = plain L2")
+    group.add_argument("--c", type=real(0, above=True), default=0.01,
+                       help="constant of the adaptive weight")
+
+
+def add_optimisation_options(group):
+    group.add_argument("--model", default="DiT-B/4", choices=DiT_models,
+                       metavar="DiT-{T,S,B,M,L,XL}/{2,4,8}", help="size and patch size")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=whole(1), default=80, help="passes over the data")
+    length.add_argument("--max-steps", type=whole(1), help="optimiser steps, in place of --epochs")
+    group.add_argument("--global-batch-size", type=whole(1), default=256,
+                       help="images per optimiser step, over all processes")
+    group.add_argument("--grad-accum-steps", type=whole(1), default=1,
+                       help="parts in which a process works through its share of the batch, to "
+                            "save memory")
+    group.add_argument("--checkpoint-activations", action="store_true",
+                       help="recompute activations in the backward pass: less memory, more time")
+    group.add_argument("--lr", type=real(0, above=True), default=1e-4,
+                       help="rate of AdamW, constant")
+    group.add_argument("--ema-decay", type=real(0, 1), default=0.9999,
+                       help="decay per step of the averaged weights, which sampling uses")
+    group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
+                       help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       default=torch.cuda.is_available(), help="torch.compile the passes of a step")
+    group.add_argument("--seed", type=whole(0), default=0,
+                       help="fixes weights, data order and all noise")
+
+
+def add_run_options(group):
+    group.add_argument("--run-dir", type=Path,
+                       help="where everything goes (default: results/<model>-cfg<scale>)")
+    group.add_argument("--ckpt-every", type=whole(1), default=5000,
+                       help="steps between checkpoints")
+    group.add_argument("--keep-last", type=whole(0), default=3, help="checkpoints kept; 0 = all")
+    group.add_argument("--skip-nonfinite", type=whole(0), default=0,
+                       help="steps in a row whose gradient may be infinite or NaN and is left out")
+    group.add_argument("--log-every", type=whole(1), default=100, help="steps between log lines")
+    group.add_argument("--sample-every", type=whole(0), default=5000,
+                       help="steps between pictures of one-step samples; 0 = none")
+
+
+def method(args, num_classes):
+    return MeanFlow(
+        num_classes=num_classes, ratio=args.ratio, p_mean=args.p_mean, p_std=args.p_std,
+        time_sampler=args.time_sampler, cfg=args.cfg, kappa=args.kappa,
+        cfg_interval=args.cfg_interval, label_drop=args.label_drop, p=args.p, c=args.c)
+
+
+def main(args):
+    with runtime.start(args.precision) as world:
+        space = open_space(args.vae, world)
+        dataset = data.ImageFolder(args.data_path, args.image_size)
+        config = describe(args, dataset, space)
+        total = args.max_steps or args.epochs * (len(dataset) // args.global_batch_size)
+        folder = open_run(args, config, world)
+        step, net, ema, optimizer = build(args, config, folder, world)
+        log = runtime.Log(folder, active=world.main, step=step)
+        for line in introduction(args, world, net, dataset, step, total):
+            log.say(line)
+
+        flow = method(args, config["num_classes"])
+        forward = net
+        if world.distributed:  # the buffers are constant: no need to send them each step
+            forward = DistributedDataParallel(net, broadcast_buffers=False)
+        if args.compile:
+            forward = torch.compile(forward)
+            flow.compile()
+        batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed, start=step,
+                               stop=max(step, total), flip=args.flip, world=world)
+        params, averages = list(net.parameters()), list(ema.parameters())
+        guard, signals = faults.Guard(world, args.skip_nonfinite), faults.Signals(world)
+        saver = checkpoint.Saver(folder / "checkpoints", args.keep_last)
+        sums, clock = torch.zeros(5, device=world.device), Clock(step)
+        bar = world.progress(total, initial=step)
+
+        for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
+            # Forward and backward, in equal parts of the batch whose gradients add up
+            values = torch.zeros(3, device=world.device)
+            for part, count, last in parts_of(args, world):
+                rows = slice(part // world.size, None, args.grad_accum_steps)
+                x, draws = prepare(args, config, flow, space, images[rows], step, part, count)
+                with nullcontext() if last or not world.distributed else forward.no_sync():
+                    with world.autocast():
+                        out = flow.loss(net, x, y[rows], draws, forward=forward)
+                    (out.loss / args.grad_accum_steps).backward()
+                values += torch.stack([out.loss.detach(), out.error.mean(),
+                                       out.velocity_error.mean()]) / args.grad_accum_steps
+
+            # Update of weights and averages, unless the gradient is not finite
+            step += 1
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            optimizer.found_inf = guard.admit(step, values[0], norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_(averages, params, 1 - args.ema_decay)
+            values = torch.cat([values, norm[None], torch.ones_like(norm)[None]])
+            sums += torch.where(optimizer.found_inf > 0, 0, values)
+            bar.update()
+
+            # Log, picture, checkpoint
+            asked = signals.stop()
+            last = step == total or asked is not None
+            if due(step, args.log_every, last) or due(step, args.ckpt_every, last):
+                skipped = guard.check()  # the one synchronisation between log lines
+            if due(step, args.log_every, last):
+                record(log, step, total, world.mean(sums).tolist(), skipped,
+                       clock.rate(step) * args.global_batch_size)
+                sums.zero_()
+            if due(step, args.sample_every, step == total) and world.main:
+                picture(folder / "samples" / f"{step:07d}.png", ema, space, config, world)
+            if due(step, args.ckpt_every, last) and world.main:
+                saver.save({"step": step, "model": net.state_dict(), "ema": ema.state_dict(),
+                            "opt": optimizer.state_dict(), "config": config})
+            if asked:
+                log.say(f"{asked}: saved step {step}; repeat the command to go on")
+                break
+        signals.close()
+        saver.close()
+        bar.close()
+        log.close()
+        if world.main:
+            print(checkpoint.files(folder / "checkpoints")[0])
+
+
+class Clock:
+    """Steps per second since the last time it was asked."""
+
+    def __init__(self, step):
+        self.step, self.time = step, time.perf_counter()
+
+    def rate(self, step):
+        steps, self.step = step - self.step, step
+        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
+        return steps / seconds
+
+
+def due(step, every, last):
+    """Whether it is time for what happens every so many steps (0 = never) and at the last."""
+    return bool(every) and (step % every == 0 or last)
+
+
+def open_space(name, world):
+    try:
+        return vae.load(name, world.device)
+    except (ValueError, OSError) as error:
+        raise UserError(error) from error
+
+
+def describe(args, dataset, space):
+    """The config: every option, and what of the data sampling and continuing depend on."""
+    if len(dataset) < args.global_batch_size:
+        raise UserError(f"--global-batch-size must be at most the number of images, "
+                        f"{len(dataset)}, got {args.global_batch_size}; lower it")
+    config = {name: str(value) if isinstance(value, Path) else
+              list(value) if isinstance(value, tuple) else value
+              for name, value in vars(args).items()}
+    return config | {"latent_shape": list(space.latent_shape(args.image_size)),
+                     "classes": list(dataset.classes), "num_classes": len(dataset.classes),
+                     "num_images": len(dataset)}
+
+
+def open_run(args, config, world):
+    """The run's folder, made or recognised. Raises UserError before anything is written."""
+    parts = world.size * args.grad_accum_steps
+    if args.global_batch_size % parts:
+        raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
+                        f"--grad-accum-steps {args.grad_accum_steps}, got "
+                        f"{args.global_batch_size}; choose a multiple of {parts}")
+    try:
+        with torch.device("meta"):
+            checkpoint.network(config)
+    except ValueError as error:
+        raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
+                        f"{error}") from error
+    path = checkpoint.check_config(args.run_dir, config, FREE)
+    if world.main:
+        for folder in ("checkpoints", "samples"):
+            runtime.make_folder("--run-dir", args.run_dir / folder)
+        checkpoint.write_config(path, config)
+    world.barrier()
+    return args.run_dir
+
+
+def build(args, config, folder, world):
+    """(step, network, EMA, optimiser), from the newest checkpoint or fresh."""
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    net = checkpoint.network(config).to(world.device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    net.checkpoint_activations = args.checkpoint_activations
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95),
+                                  weight_decay=0, fused=True)
+    path = world.agree(checkpoint.newest(folder / "checkpoints") if world.main else None)
+    if path is None:
+        return 0, net, ema, optimizer
+    state = checkpoint.load(path, option="--run-dir")
+    net.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["opt"])
+    return state["step"], net, ema, optimizer
+
+
+def introduction(args, world, net, dataset, step, total):
+    """The first lines of the log."""
+    parameters = sum(p.numel() for p in net.parameters())
+    return runtime.describe(world) + [
+        f"{args.model}, {parameters:,} parameters; {len(dataset):,} images of "
+        f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
+        f"steps {step} to {total}, into {args.run_dir}",
+    ]
+
+
+def parts_of(args, world):
+    """(part, count, whether it is the last) for each micro-batch of this process.
+
+    Micro-batches are dealt out of the global batch as processes are: rows part::count of it.
+    """
+    count = world.size * args.grad_accum_steps
+    for i in range(args.grad_accum_steps):
+        yield world.rank + world.size * i, count, i == args.grad_accum_steps - 1
+
+
+def prepare(args, config, flow, space, images, step, part, count):
+    """Data x and draws of one part: drawn for the global batch, so that a run does not depend on
+    how it is divided."""
+    shape, device = (args.global_batch_size, *config["latent_shape"]), images.device
+    noise = torch.randn(shape, device=device, generator=runtime.generator(
+        args.seed, step, "posterior", device=device))[part::count]
+    with torch.no_grad():
+        x = vae.posterior_sample(space.encode(images), noise, space.scale)
+    generator = runtime.generator(args.seed, step, "method", device=device)
+    return x, flow.draw(shape, device=device, generator=generator).part(part, count)
+
+
+def record(log, step, total, sums, skipped, rate):
+    """One log line and one metrics record. error is the number to watch: at p = 1 the weighted
+    loss stays near 1 whatever the network does."""
+    loss, error, velocity_error, grad_norm = (value / max(sums[4], 1) for value in sums[:4])
+    log.say(f"step {step}/{total}  error {error:.4f}  velocity error {velocity_error:.4f}  "
+            f"loss {loss:.4f}  gradient norm {grad_norm:.4f}  {rate:.1f} images/s"
+            + f"  {skipped} steps left out, not finite" * (skipped > 0))
+    log.record(step, error=error, velocity_error=velocity_error, loss=loss, grad_norm=grad_norm,
+               images_per_second=rate, skipped_steps=skipped)
+
+
+def picture(path, ema, space, config, world):
+    """One-step samples of the EMA from noise that is the same every time."""
+    columns = min(config["num_classes"], 10)
+    z1, y = starts(range(8 * columns), config["latent_shape"], seed=config["seed"],
+                   num_classes=config["num_classes"])
+    with world.autocast():
+        x = sample(ema, z1.to(world.device), y.to(world.device))
+    data.save_grid(path, space.decode(x), columns)
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)
