@@ -166,7 +166,8 @@ def main(args):
         if world.distributed:  # the buffers are constant: no need to send them each step
             forward = DistributedDataParallel(net, broadcast_buffers=False)
         if args.compile:
-            forward, flow.target = torch.compile(forward), torch.compile(flow.target)
+            forward = torch.compile(forward)
+            flow.compile()
         batches.start, batches.stop = step, max(step, total)
         params, averages = list(net.parameters()), list(ema.parameters())
         guard, signals = faults.Guard(world, args.skip_nonfinite), faults.Signals(world)
