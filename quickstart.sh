@@ -28,8 +28,11 @@ for steps in 1 2; do
     show $torchrun sample.py --ckpt $run/checkpoints/0004000.pt --num-fid-samples 1797 \
         --num-sampling-steps $steps --per-proc-batch-size 300 --sample-dir $run/$steps-step
 done
+show python evaluate_fid.py --samples $run/1-step.npz --ref data/digits --image-size 8 \
+    --protocol pixels --num-workers 0
 for steps in 1 2; do
     printf '\nQuality in %s step(s): ' $steps
     python benchmarks/digits.py judge $run/$steps-step.npz
 done
-echo "Pictures: $run/1-step.png (one step), $run/2-step.png (two), $run/samples/ (while training)"
+printf 'Pictures: %s (one step), %s (two), %s (while training)\n' \
+    $run/1-step.png $run/2-step.png $run/samples/
