@@ -9,7 +9,8 @@ import checkpoint
 from models import DiT_models
 from runtime import UserError
 
-CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "lr": 0.1}
+CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "image_size": 8,
+          "vae": "none", "lr": 0.1}
 
 
 def state(step):
