@@ -13,6 +13,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,6 +245,7 @@ def start(precision="fp32"):
     cuda = device.type == "cuda"
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                store=_fresh_store(rank, size), rank=rank, world_size=size,
                                 timeout=datetime.timedelta(minutes=30),
                                 device_id=device if cuda else None)
         yield world
@@ -256,6 +259,30 @@ def start(precision="fp32"):
             f"that ended first says why; what is on disk is whole: repeat the command to go on, or "
             f"let torchrun --max-restarts do so", local=True) from error
     dist.destroy_process_group()
+
+
+def _fresh_store(rank, size):
+    """The store by which the processes find each other, under a name that is new at each start.
+
+    torchrun's store outlives the processes that --max-restarts replaces, and what the old ones left
+    in it would be taken for the new ones' addresses (pytorch issue 135712). So rank 0 draws a name
+    and confirms it to each process that repeats it with a word of its own, which is new as well.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    word = uuid.uuid4().hex
+    if rank == 0:
+        store.set("name", word)
+        for other in range(1, size):
+            while not (answer := store.get(f"answer {other}").decode()).startswith(word):
+                time.sleep(0.05)
+            store.set(f"confirmed {answer}", "")
+        return dist.PrefixStore(word, store)
+    while True:
+        name = store.get("name").decode()
+        store.set(f"answer {rank}", name + word)
+        if store.check([f"confirmed {name}{word}"]):
+            return dist.PrefixStore(name, store)
+        time.sleep(0.05)
 
 
 def generator(seed, *counters, device="cpu"):
