@@ -73,6 +73,7 @@ def parse_args(argv=None):
         parser.error(f"--out-path must lie outside --data-path, where it would be taken for a "
                      f"class, got {args.out_path}; choose another folder")
     read_record(args.out_path)  # refuses a folder of something else before anything heavy
+    runtime.check_folder("--out-path", args.out_path)
     return args
 
 
@@ -222,7 +223,7 @@ def describe_work(args, config, todo):
     numbers = 2 * math.prod(config["latent_shape"]) * (1 + args.flip)
     size = numbers * np.dtype(args.dtype).itemsize + 8  # bytes an image, with its label
     need = count_images(config, todo) * size + 1e6  # dataset.json and headers
-    out = args.out_path.absolute()
+    out = args.out_path
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
     if need > free:
         raise UserError(f"--out-path must have {need / 1e9:.1f} GB free, got {out} with "

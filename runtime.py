@@ -107,6 +107,9 @@ def run(main, parse_args):
     except torch.OutOfMemoryError as error:
         fail(f"the GPU's memory must hold a batch, got {str(error).split('. ')[0]}; lower the "
              f"batch size; train.py has --grad-accum-steps, too", everywhere=True)
+    except PermissionError as error:  # a path below a locked folder cannot even be looked for
+        fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
+             f"permissions or choose another path")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 
@@ -344,16 +347,25 @@ def sweep(folder):
             path.unlink()
 
 
+def check_folder(option, path):
+    """Raise UserError unless the folder that an option names is, or could be made, writable."""
+    path = Path(path)
+    place = next(place for place in (path, *path.parents) if place.exists())
+    fault = f"{place} is a file" if not place.is_dir() else (
+        None if os.access(place, os.W_OK | os.X_OK) else "no permission")
+    if fault:
+        raise UserError(f"{option} must be a folder that can be written, got {path} ({fault}); "
+                        f"choose another")
+
+
 def make_folder(option, path):
     """Create the folder that an option names, with its parents. Raises UserError."""
+    check_folder(option, path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} must be a folder that can be written, got {path} "
                         f"({error.strerror}); choose another") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{option} must be a folder that can be written, got {path} (no "
-                        f"permission); choose another")
 
 
 class Log:

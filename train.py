@@ -261,13 +261,13 @@ def open_data(args, world):
     """
     dataset = (data.LatentShards(args.data_path) if args.encoded_data
                else data.ImageFolder(args.data_path, args.image_size))
-    if args.encoded_data and not args.sample_every and not args.eval_every:
-        return dataset, None
-    try:
-        space = vae.load(args.vae, world.device, precision=args.precision)
-        space.latent_shape(args.image_size)
-    except (ValueError, OSError) as error:
-        raise UserError(error) from error
+    space = None
+    if not args.encoded_data or args.sample_every or args.eval_every:
+        try:
+            space = vae.load(args.vae, world.device, precision=args.precision)
+            space.latent_shape(args.image_size)
+        except (ValueError, OSError) as error:
+            raise UserError(error) from error
     if args.encoded_data:
         dataset.check(space=space, image_size=args.image_size, flip=args.flip)
     return dataset, space
@@ -295,7 +295,7 @@ def open_run(args, config, world):
     try:
         with torch.device("meta"):
             checkpoint.network(config)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter for a size beyond all numbers
         raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
                         f"{error}") from error
     path = checkpoint.check_config(args.run_dir, config, FREE)
