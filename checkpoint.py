@@ -4,8 +4,8 @@ A checkpoint is one file of tensors and plain values, {"step", "model", "ema", "
 from which training continues and sampling starts; it lies in <run-dir>/checkpoints/0050000.pt.
 """
 
+import contextlib
 import json
-import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +20,7 @@ KEYS = ("step", "model", "ema", "opt", "config")
 
 
 def save(path, state, *, keep_last=0):
-    """Write a checkpoint; then, if keep_last > 0, remove all but that many newest of its folder.
+    """Write a checkpoint; then, if keep_last > 0, remove what is older than the newest so many.
 
     Raises UserError if the disk is full or the folder cannot be written.
     """
@@ -30,29 +30,41 @@ def save(path, state, *, keep_last=0):
         except RuntimeError as error:  # PyTorch's word for a disk that takes no more
             raise OSError(str(error).splitlines()[0]) from error
     if keep_last:
-        for old in files(Path(path).parent)[keep_last:]:
-            old.unlink(missing_ok=True)
+        upto = [old for old in files(path.parent) if int(old.stem) <= int(path.stem)]
+        for old in upto[keep_last:]:  # a torn one of a later step is none of those kept
+            with contextlib.suppress(OSError):
+                old.unlink()
 
 
 class Saver:
-    """Writes the checkpoints of a run beside the training: from a copy, one at a time."""
+    """Writes the checkpoints of a run beside the training: from a copy, one at a time.
+
+    ``path`` is the last one's. What is being written when the run ends, ``with`` or without an
+    error, is written to its end.
+    """
 
     def __init__(self, folder, keep_last):
-        self.folder, self.keep_last = Path(folder), keep_last
+        self.folder, self.keep_last, self.path = Path(folder), keep_last, None
         self.thread, self.job = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        return self
 
     def save(self, state):
         """Start to write this state. Raises UserError if the one before could not be written."""
-        self.wait()
-        path = self.folder / f"{state['step']:07d}.pt"
-        self.job = self.thread.submit(save, path, copied(state), keep_last=self.keep_last)
+        self.check(wait=True)
+        self.path = self.folder / f"{state['step']:07d}.pt"
+        self.job = self.thread.submit(save, self.path, copied(state), keep_last=self.keep_last)
 
-    def wait(self):
-        if self.job:
+    def check(self, *, wait=False):
+        """Raises UserError if the last one could not be written, as far as is known."""
+        if self.job and (wait or self.job.done()):
             self.job.result()
 
     def close(self):
-        self.wait()
+        self.check(wait=True)
+
+    def __exit__(self, *_):
         self.thread.shutdown()
 
 
@@ -68,18 +80,20 @@ def copied(value):
 
 
 def files(folder):
-    """The checkpoints of a folder, newest first."""
-    return sorted(Path(folder).glob("[0-9]*.pt"), key=lambda path: path.stem, reverse=True)
+    """The checkpoints of a folder, newest first; a file of any other name is not ours to touch."""
+    found = [path for path in Path(folder).glob("*.pt") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
 def load(path, *, option="--ckpt"):
     """A checkpoint's dict, on the CPU. Raises UserError for a missing, torn or foreign file."""
     remedy = "give a checkpoint that train.py wrote"
     if not Path(path).is_file():
-        raise UserError(f"{option} must be a checkpoint file, got {path} (no such file); {remedy}")
+        found = "a folder" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{option} must be a checkpoint file, got {path} ({found}); {remedy}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of the unpickler or the archive, which raise errors of many kinds
         raise UserError(f"{option} must be a checkpoint file, got {path} (torn, or not opened as "
                         f"data: {type(error).__name__}); {remedy}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
@@ -89,15 +103,52 @@ def load(path, *, option="--ckpt"):
 
 
 def newest(folder):
-    """The path of a folder's newest checkpoint that can be read, or None."""
+    """The path of a folder's newest checkpoint that can be read, or None where there is none.
+
+    Raises UserError if there are some and none can be read: to begin anew would replace them.
+    """
     for path in files(folder):
         try:
-            load(path)
+            load(path, option="--run-dir")
         except UserError as error:
             print(f"passing over {path}: {error}", file=sys.stderr)
         else:
             return path
+    if files(folder):
+        raise UserError(f"--run-dir must hold a checkpoint that can be read, got none in {folder}; "
+                        f"restore one, or choose another folder to begin anew")
     return None
+
+
+def restore(path, net, ema, optimizer):
+    """Take the state of a checkpoint of this very run; returns its step. Raises UserError."""
+    state = load(path, option="--run-dir")
+    with _fitting("--run-dir", path):
+        if not (type(state["step"]) is int and 0 < state["step"] < 2**63):
+            raise ValueError(f"step {state['step']!s:.60}")
+        net.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        params, moments = list(net.parameters()), state["opt"]["state"]
+        fits = [{name: value.shape for name, value in moments[i].items()} == {
+                    "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                for i, p in enumerate(params)]
+        if not all(fits) or len(moments) != len(params):
+            raise ValueError("another network's optimiser")
+        # Its settings are the options', which check_config has compared
+        optimizer.load_state_dict(
+            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state["step"]
+
+
+@contextlib.contextmanager
+def _fitting(option, path):
+    """Turns what a hostile or foreign checkpoint runs into within into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{option} must hold weights that fit its config, got {path} "
+                        f"({reason:.200}); give a checkpoint that train.py wrote") from error
 
 
 def network(config):
@@ -112,14 +163,35 @@ def network(config):
 def load_network(path):
     """(network with the EMA weights, config) of a checkpoint file. Raises UserError."""
     state = load(path)
-    try:
-        net = network(state["config"])
+    with _fitting("--ckpt", path):
+        config = state["config"]
+        _check_fields(config)
+        with torch.device("meta"):  # before memory is taken for what a stranger asks for
+            shapes = {name: value.shape for name, value in network(config).state_dict().items()}
+        if shapes != {name: value.shape for name, value in state["ema"].items()}:
+            raise ValueError(f"the tensors are not those of {config['model']}")
+        net = network(config)
         net.load_state_dict(state["ema"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"--ckpt must hold weights that fit its config, got {path} "
-                        f"({str(error).splitlines()[0]}); give a checkpoint that train.py "
-                        f"wrote") from error
-    return net.eval().requires_grad_(False), state["config"]
+    return net.eval().requires_grad_(False), config
+
+
+def _check_fields(config):
+    """Raises ValueError unless the fields that sampling relies on are of their kind."""
+    for name, ok in {
+        "model": isinstance(config["model"], str),
+        "vae": isinstance(config["vae"], str),
+        "image_size": _is_count(config["image_size"]),
+        "num_classes": _is_count(config["num_classes"]),
+        "latent_shape": len(config["latent_shape"]) == 3
+        and all(map(_is_count, config["latent_shape"]))
+        and config["latent_shape"][1] == config["latent_shape"][2],
+    }.items():
+        if not ok:
+            raise ValueError(f"{name} is {config[name]!s:.60}")
+
+
+def _is_count(value):
+    return type(value) is int and 0 < value < 2**31
 
 
 def check_config(folder, config, free):
@@ -133,10 +205,11 @@ def check_config(folder, config, free):
         try:
             stored = json.loads(path.read_text())
             names = sorted(stored.keys() | config.keys())
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"--run-dir must hold a readable config.json, got {path} ({error}); "
-                            f"choose another folder") from error
-        differing = [f"{name} {stored.get(name)} there, {config.get(name)} here" for name in names
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"--run-dir must hold a readable config.json, got {path} "
+                            f"({error!s:.200}); choose another folder") from error
+        differing = [f"{name:.60} {stored.get(name)!s:.60} there, {config.get(name)!s:.60} here"
+                     for name in names
                      if name not in free and stored.get(name) != config.get(name)]
         if differing:
             raise UserError(f"--run-dir must be a run of the same options, got {folder} "

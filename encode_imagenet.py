@@ -26,6 +26,7 @@ import data
 import latents
 import runtime
 import vae
+from faults import ignore_signals
 from runtime import UserError
 
 # what two runs into one folder must share, and the option that sets it
@@ -63,7 +64,7 @@ def parse_args(argv=None):
                        help="images per pass of a process; bounds its memory")
     group.add_argument("--shard-size", type=runtime.whole(1), default=8192,
                        help="images per shard: what a killed process loses at most")
-    group.add_argument("--num-workers", type=runtime.whole(0), default=8,
+    group.add_argument("--num-workers", type=runtime.whole(0, 1024), default=8,
                        help="processes that read images, for each that encodes")
     args = parser.parse_args(argv)
     if args.data_path.resolve() in (args.out_path.resolve(), *args.out_path.resolve().parents):
@@ -75,6 +76,7 @@ def parse_args(argv=None):
 def main(args):
     with runtime.start(args.precision) as world:
         record = read_record(args.out_path)  # refuses another folder before anything heavy
+        runtime.check_folder("--out-path", args.out_path)
         images = data.ImageFolder(args.data_path, args.image_size)
         try:
             space = vae.load(args.vae, world.device, precision=args.precision,
@@ -139,6 +141,8 @@ def read_record(out):
         record = json.loads(records[0].read_text())
         for key in (*IDENTITY, "vae", "images"):
             record[key]
+        if not isinstance(record.get("skipped", []), list):
+            raise ValueError("skipped is no list")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{rule} with a {records[0].name} that is not of this script; choose "
                         f"another folder") from error
@@ -159,9 +163,10 @@ def check_record(args, record, config):
 
 
 def shown(config, key):
-    """A value as a message shows it: the name and not the hash."""
+    """A value as a message shows it: the name and not the hash, and no more than a line of it."""
     names = {"encoder": "vae", "files": "images"}
-    return f"{config[names[key]]} ({config[key]!s:.8})" if key in names else config[key]
+    value = f"{config[names[key]]} ({config[key]!s:.8})" if key in names else config[key]
+    return f"{value!s:.200}"
 
 
 def is_temporary(path):
@@ -180,8 +185,18 @@ def count_images(config, shards):
 
 
 def read_skipped(files):
-    """The names of the images that are missing from a complete shard."""
-    return json.loads(files.skipped.read_text()) if files.skipped.exists() else []
+    """The names of the images that are missing from a complete shard. Raises UserError."""
+    if not files.skipped.exists():
+        return []
+    try:
+        names = json.loads(files.skipped.read_text())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("no list of names")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{files.skipped} must be as this script writes it, got one that is not "
+                        f"({error!s:.200}); remove that shard's files and repeat the command"
+                        ) from error
+    return names
 
 
 def pending(args, config):
@@ -205,7 +220,7 @@ def describe_work(args, config, todo):
     numbers = 2 * math.prod(config["latent_shape"]) * (1 + args.flip)
     size = numbers * np.dtype(args.dtype).itemsize + 8  # bytes an image, with its label
     need = count_images(config, todo) * size + 1e6  # dataset.json and headers
-    out = args.out_path.absolute()
+    out = args.out_path
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
     if need > free:
         raise UserError(f"--out-path must have {need / 1e9:.1f} GB free, got {out} with "
@@ -265,7 +280,8 @@ def encode(args, images, space, config, todo, world):
     batches = list(itertools.chain(*parts.values()))
     loader = DataLoader(batches, batch_size=None, num_workers=min(args.num_workers, len(batches)),
                         collate_fn=functools.partial(read_batch, images),
-                        pin_memory=world.device.type == "cuda")
+                        pin_memory=world.device.type == "cuda",
+                        worker_init_fn=ignore_signals)
     left, own = count_images(config, todo), count_images(config, mine)
     with world.progress(config["images"], initial=config["images"] - left, desc="encode",
                         unit="image") as bar:

@@ -3,13 +3,14 @@ finite."""
 
 import math
 import os
+import select
 import signal
-import sys
 import threading
 import time
 
 import torch
 
+import runtime
 from runtime import RunError
 
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -17,69 +18,95 @@ GRACE_S = 20  # below the 30 s that torchrun gives a process between SIGTERM and
 
 
 class Signals:
-    """Notes SIGTERM, SIGUSR1 and SIGINT, upon which all processes stop after the same step.
+    """Within ``with``: notes SIGTERM, SIGUSR1, SIGINT, upon which all stop after the same step.
 
     Processes hear of a signal at different moments, so each step they exchange, unwaited for, what
-    they heard; the answer is read a step later, by all alike. A second SIGINT stops at once. A
-    process that cannot finish its step, because another one died, is ended after GRACE_S seconds.
+    they heard; the answer is read a step later, by all alike. What cannot wait for the main thread,
+    which may be inside a collective, a thread sees to: a second SIGINT ends the process at once,
+    and one that cannot finish its step, because another process died, ends after GRACE_S seconds.
     """
 
     def __init__(self, world):
-        self.world, self.heard, self.pending, self.finished = world, None, None, False
-        self.first_interrupt = math.inf
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self.reader, self.writer = reader, writer
-        for number in ASKED:
-            signal.signal(number, self.hear)
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.world, self.heard, self.pending, self.asked = world, None, None, None
+        self.stepping = True
+
+    def __enter__(self):
+        reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.before = [signal.signal(number, self.hear) for number in ASKED]
+        threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
+        return self
 
     def hear(self, number, frame):
         """Python calls this between two operations of the main thread."""
-        now = time.monotonic()
-        if number == signal.SIGINT:
-            # Ctrl-C reaches a process twice under torchrun, from the terminal and from the agent
-            if now - self.first_interrupt > 1:
-                raise KeyboardInterrupt
-            self.first_interrupt = min(now, self.first_interrupt)
         self.heard = signal.Signals(number).name
 
-    def watch(self):
-        """The system writes here at once, also while the main thread waits for another process."""
-        while (number := os.read(self.reader, 1)[0]) not in ASKED:
-            pass
-        time.sleep(GRACE_S)
-        if not self.finished:
-            name = signal.Signals(number).name
-            print(f"rank {self.world.rank}: {name} came and the step did not end within {GRACE_S} "
-                  f"s; leaving without a new checkpoint", file=sys.stderr, flush=True)
-            os._exit(1)
+    def watch(self, reader):
+        """The system writes here at once, also while the main thread waits for a process."""
+        interrupted = deadline = math.inf
+        while True:
+            left = max(0, deadline - time.monotonic()) if deadline < math.inf else None
+            if not select.select([reader], [], [], left)[0]:
+                if self.stepping and not self.asked:
+                    self.leave(f"the step did not end within {GRACE_S} s of a signal", code=1)
+                deadline = math.inf  # what is left is to save
+                continue
+            number, now = os.read(reader, 1), time.monotonic()
+            if not number:
+                return os.close(reader)
+            # Ctrl-C reaches a process twice under torchrun, from the terminal and from the agent
+            if number[0] == signal.SIGINT and now - interrupted > 1:
+                self.leave("interrupted twice", code=130)
+            if number[0] == signal.SIGINT:
+                interrupted = min(now, interrupted)
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and self.world.distributed:
+                deadline = min(deadline, now + GRACE_S)
+
+    def leave(self, reason, code):
+        runtime.say_last(f"rank {self.world.rank}, at {self.world.place}: {reason}; stopped "
+                         f"without a new checkpoint, those before are whole: repeat the command "
+                         f"to go on")
+        os._exit(code)
 
     def stop(self):
         """Called once a step: the name of the signal upon which to stop now, or None."""
-        if not self.world.distributed:
-            return self.heard
-        agreed = self.pending.result() if self.pending else 0
-        number = signal.Signals[self.heard].value if self.heard else 0
-        self.pending = self.world.maximum(number)
-        return signal.Signals(agreed).name if agreed else None
+        if self.world.distributed:
+            agreed = self.pending.result() if self.pending else 0
+            number = signal.Signals[self.heard].value if self.heard else 0
+            self.pending = self.world.maximum(number)
+            self.asked = signal.Signals(agreed).name if agreed else None
+        else:
+            self.asked = self.heard
+        return self.asked
 
     def close(self):
-        """Signals have their usual effect again."""
-        self.finished = True
+        """No step will follow: what is left is to save, which only a second SIGINT cuts short."""
+        self.stepping = False
         if self.pending:
             self.pending.result()
+
+    def __exit__(self, *_):
+        """Signals do what they did before, or, if one came, nothing: the process is ending."""
         signal.set_wakeup_fd(-1)
-        for number in ASKED:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, before in zip(ASKED, self.before):
+            signal.signal(number, signal.SIG_IGN if self.heard or self.asked else before)
+        os.close(self.writer)
 
 
 def ignore_signals(_):
     """For processes that read data: the training process decides when they end."""
     for number in ASKED:
         signal.signal(number, signal.SIG_IGN)
+
+
+def telling(loss):
+    """The loss, with a gradient that is NaN wherever the loss is not finite.
+
+    Where the error overflows, its adaptive weight is 0 and so is its gradient: the loss alone would
+    tell, and only on its own process. A finite loss times 1 keeps its bits.
+    """
+    return loss * (1 + 0 * loss.detach())
 
 
 class Guard:
@@ -99,7 +126,8 @@ class Guard:
     def admit(self, step, loss, norm):
         """1.0 where this step's update must be left out, else 0.0, a scalar on the device.
 
-        norm, of the averaged gradient, is not finite on any process if the loss is not on one.
+        norm, of the averaged gradient of ``telling`` losses, is not finite on any process if the
+        loss is not on one.
         """
         row, total, stop, own = self.state
         bad = (~torch.isfinite(norm)).float()

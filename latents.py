@@ -183,12 +183,13 @@ class LatentShards:
         return moments, self.labels[batch[0]]
 
     def check(self, *, space, image_size, flip):
-        """Raise UserError unless the shards suit the options --vae, --image-size and --flip."""
+        """Raise UserError unless the shards suit --vae (space, or None), --image-size, --flip."""
         if image_size != self.image_size:
             raise UserError(f"--image-size must be that of the latents in {self.folder}, "
                             f"{self.image_size}, got {image_size}; give --image-size "
                             f"{self.image_size} or encode again")
-        if (space.scale, space.latent_shape(image_size)) != (self.scale, self.latent_shape):
+        if space and (space.scale, space.latent_shape(image_size)) != (self.scale,
+                                                                       self.latent_shape):
             raise UserError(f"--vae must be the one that encoded {self.folder}, {self.vae} with "
                             f"scale {self.scale} and latents {self.latent_shape}, got "
                             f"{space.name} with {space.scale} and "

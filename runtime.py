@@ -13,6 +13,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +23,20 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
-class UserError(ValueError):
-    """A mistake of the user's. Its message, one line of option, rule, value and remedy, is all
-    that is printed; the exit code is 2. ``local`` marks one that only this process has seen."""
+class OneLine(Exception):
+    """What ends a run with one line, the message. ``local`` marks what only this process met."""
 
     def __init__(self, message, *, local=False):
         super().__init__(" ".join(str(message).split()))
         self.local = local
 
 
-class RunError(RuntimeError):
-    """What ends a run through no fault of its options. One line is printed; exit code 1."""
+class UserError(OneLine, ValueError):
+    """A mistake of the user's: option, rule, value and remedy. The exit code is 2."""
+
+
+class RunError(OneLine, RuntimeError):
+    """What ends a run through no fault of its options. The exit code is 1."""
 
 
 # ---- the command line -----------------------------------------------------------------------
@@ -61,16 +66,17 @@ def _names_option(parser, error):
     return any(action.dest == first for action in parser._actions)
 
 
-def whole(low):
-    """An argparse type: a whole number of at least low."""
+def whole(low, high=2**63 - 1):
+    """An argparse type: a whole number from low to high."""
     def parse(text):
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < low or value >= 2**63:
+        if value is None or not low <= value <= high:
+            bound = f"{low} or more" if high == 2**63 - 1 else f"one from {low} to {high}"
             raise argparse.ArgumentTypeError(
-                f"must be a whole number, got {text!r}; give {low} or more")
+                f"must be a whole number, got {text!r}; give {bound}")
         return value
     return parse
 
@@ -97,35 +103,47 @@ def run(main, parse_args):
     except UserError as error:
         fail(error, everywhere=error.local)
     except RunError as error:
-        fail(error, code=1)
+        fail(error, everywhere=error.local, code=1)
+    except torch.OutOfMemoryError as error:
+        fail(f"the GPU's memory must hold a batch, got {str(error).split('. ')[0]}; lower the "
+             f"batch size; train.py has --grad-accum-steps, too", everywhere=True)
+    except PermissionError as error:  # a path below a locked folder cannot even be looked for
+        fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
+             f"permissions or choose another path")
     except KeyboardInterrupt:
-        sys.exit(130)
+        fail("interrupted", code=130)
 
 
 def fail(message, *, everywhere=False, code=2):
-    """One line on stderr, from rank 0 unless everywhere, and the end."""
-    if everywhere or int(os.environ.get("RANK", 0)) == 0:
-        for bar in list(tqdm._instances):  # their last refresh would come after our last line
-            bar.close()
-        line = " ".join(str(message).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    """One line on stderr, from one process of each machine unless everywhere, and the end."""
+    if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        say_last(message)
     sys.stdout.flush()
     if dist.is_initialized():
         os._exit(code)  # other processes may be inside a collective; torchrun ends them
     sys.exit(code)
 
 
+def say_last(message):
+    """The line on stderr with which a process ends."""
+    for bar in list(tqdm._instances):  # their last refresh would come after it
+        bar.close()
+    line = " ".join(str(message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+
+
 # ---- processes, device, precision ----------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
-    """This process among all, and its device."""
+    """This process among all, and its device; ``place`` is where in its work it is, for errors."""
 
     rank: int
     size: int
     device: torch.device
     precision: str
+    place: str = "the start"
 
     @property
     def main(self):
@@ -228,12 +246,46 @@ def start(precision="fp32"):
         yield world
         return
     cuda = device.type == "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                            timeout=datetime.timedelta(minutes=30),
-                            device_id=device if cuda else None)
-    yield world
-    world.barrier()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                store=_fresh_store(rank, size), rank=rank, world_size=size,
+                                timeout=datetime.timedelta(minutes=30),
+                                device_id=device if cuda else None)
+        yield world
+        world.barrier()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]
+        raise RunError(
+            f"rank {rank}, at {world.place}: lost the other processes ({reason:.200}); the one "
+            f"that ended first says why; what is on disk is whole: repeat the command to go on, or "
+            f"let torchrun --max-restarts do so", local=True) from error
     dist.destroy_process_group()
+
+
+def _fresh_store(rank, size):
+    """The store by which the processes find each other, under a name that is new at each start.
+
+    torchrun's store outlives the processes that --max-restarts replaces, and what the old ones left
+    in it would be taken for the new ones' addresses (pytorch issue 135712). So rank 0 draws a name
+    and confirms it to each process that repeats it with a word of its own, which is new as well.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    word = uuid.uuid4().hex
+    if rank == 0:
+        store.set("name", word)
+        for other in range(1, size):
+            while not (answer := store.get(f"answer {other}").decode()).startswith(word):
+                time.sleep(0.05)
+            store.set(f"confirmed {answer}", "")
+        return dist.PrefixStore(word, store)
+    while True:
+        name = store.get("name").decode()
+        store.set(f"answer {rank}", name + word)
+        if store.check([f"confirmed {name}{word}"]):
+            return dist.PrefixStore(name, store)
+        time.sleep(0.05)
 
 
 def generator(seed, *counters, device="cpu"):
@@ -263,40 +315,64 @@ def whole_file(path, *, durable=True):
     try:
         yield temporary
         if durable:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            _to_disk(temporary)
         os.replace(temporary, path)
+        if durable:
+            _to_disk(path.parent)  # the new name
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
-                        f"folder you may write", local=True) from error
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
+def _to_disk(path):
+    """Wait until a file, or the names in a folder, would outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path, error):
+    return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
+                     f"folder you may write", local=True)
+
+
 def sweep(folder):
     """Remove what whole_file left in a folder where its process was killed."""
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def check_folder(option, path):
+    """Raise UserError unless the folder that an option names is, or could be made, writable."""
+    path = Path(path)
+    place = next(place for place in (path, *path.parents) if place.exists())
+    fault = f"{place} is a file" if not place.is_dir() else (
+        None if os.access(place, os.W_OK | os.X_OK) else "no permission")
+    if fault:
+        raise UserError(f"{option} must be a folder that can be written, got {path} ({fault}); "
+                        f"choose another")
 
 
 def make_folder(option, path):
     """Create the folder that an option names, with its parents. Raises UserError."""
+    check_folder(option, path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} must be a folder that can be written, got {path} "
                         f"({error.strerror}); choose another") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{option} must be a folder that can be written, got {path} (no "
-                        f"permission); choose another")
 
 
 class Log:
     """log.txt, metrics.jsonl and TensorBoard events of a run; active on rank 0 only.
 
     Records later than ``step``, left by a run that ended after its last checkpoint, are dropped:
-    they are about to be written again.
+    they are about to be written again. Raises UserError where the disk is full.
     """
 
     def __init__(self, folder, *, active, step=0):
@@ -305,41 +381,52 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        folder = Path(folder)
-        self.metrics_path = folder / "metrics.jsonl"
-        if self.metrics_path.exists():
-            kept = [line for line in self.metrics_path.read_text().splitlines(keepends=True)
-                    if _step_of(line) <= step]
-            with whole_file(self.metrics_path) as path:
-                path.write_text("".join(kept))
-        self.text = open(folder / "log.txt", "a", buffering=1)
-        self.metrics = open(self.metrics_path, "a", buffering=1)
-        self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        self.folder = folder = Path(folder)
+        with self._writing():
+            path = folder / "metrics.jsonl"
+            if path.exists():
+                kept = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
+                        if _step_of(line) <= step]
+                with whole_file(path) as temporary:
+                    temporary.write_text("".join(kept))
+            self.text = open(folder / "log.txt", "a", buffering=1, errors="backslashreplace")
+            self.metrics = open(path, "a", buffering=1)
+            self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise _unwritable(error.filename or self.folder, error) from error
 
     def say(self, line):
         """One line, to stderr and log.txt."""
         if self.active:
             tqdm.write(line, file=sys.stderr)
-            self.text.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+            with self._writing():
+                self.text.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def record(self, step, **values):
         """One metrics.jsonl object and one TensorBoard scalar per value."""
         if self.active:
-            self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with self._writing():
+                self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
 
     def close(self):
         if self.active:
-            for file in (self.text, self.metrics, self.board):
-                file.close()
+            with self._writing():
+                for file in (self.text, self.metrics, self.board):
+                    file.close()
 
 
 def _step_of(line):
     """The step of a metrics line; a line torn by a crash counts as too late to keep."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

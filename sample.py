@@ -123,7 +123,7 @@ def open_folder(args, net, config, world):
     if args.sample_dir.exists() and any(args.sample_dir.iterdir()):
         try:
             stored = json.loads(marker.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             stored = None
         if stored != settings:
             raise UserError(f"--sample-dir must be new, or hold this very command's images, got "
@@ -142,6 +142,7 @@ def draw(args, generator, statistics):
     world, writer = generator.world, Writer(args.sample_dir)
     bar = world.progress(args.num_fid_samples, desc="sampling", unit="image")
     for rows in generator.batches(args.num_fid_samples, args.per_proc_batch_size):
+        world.place = f"image {rows.start}"
         paths = [png(args.sample_dir, i) for i in rows]
         stored = args.save_images and all(path.exists() for path in paths)
         if stored and statistics:

@@ -15,7 +15,7 @@ import argparse
 import copy
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -52,6 +52,9 @@ def parse_args(argv=None):
                      f"the reference statistics")
     if args.run_dir is None:
         args.run_dir = Path("results", f"{args.model.replace('/', '-')}-cfg{args.cfg}")
+    if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
+        parser.error(f"--run-dir must lie outside --data-path, where it would be taken for a "
+                     f"class, got {args.run_dir}; choose another folder")
     return args
 
 
@@ -66,7 +69,7 @@ def add_data_options(group):
                        help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a "
                             "local AutoencoderKL; none: train on pixels")
     group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
-    group.add_argument("--num-workers", type=whole(0), default=4,
+    group.add_argument("--num-workers", type=whole(0, 1024), default=4,
                        help="reading processes per process; 0 = none")
 
 
@@ -148,7 +151,7 @@ def method(args, num_classes):
 
 
 def main(args):
-    with runtime.start(args.precision) as world:
+    with runtime.start(args.precision) as world, ExitStack() as stack:
         dataset, space = open_data(args, world)
         config = describe(args, dataset, space)
         batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed,
@@ -174,14 +177,16 @@ def main(args):
             flow.compile()
         batches.start, batches.stop = step, max(step, total)
         params, averages = list(net.parameters()), list(ema.parameters())
-        guard, signals = faults.Guard(world, args.skip_nonfinite), faults.Signals(world)
-        saver = checkpoint.Saver(folder / "checkpoints", args.keep_last)
+        guard = faults.Guard(world, args.skip_nonfinite)
+        signals = stack.enter_context(faults.Signals(world))
+        saver = stack.enter_context(checkpoint.Saver(folder / "checkpoints", args.keep_last))
         generator = Generator(ema, space, config, world, seed=args.seed)
         sums, clock = torch.zeros(5, device=world.device), Clock(step)
         bar = world.progress(total, initial=step)
 
         for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
             # Forward and backward, in equal parts of the batch whose gradients add up
+            world.place = f"step {step + 1}"
             values = torch.zeros(3, device=world.device)
             for part, count, last in parts_of(args, world):
                 rows = slice(part // world.size, None, args.grad_accum_steps)
@@ -189,7 +194,7 @@ def main(args):
                 with nullcontext() if last or not world.distributed else forward.no_sync():
                     with world.autocast():
                         out = flow.loss(net, x, y[rows], draws, forward=forward)
-                    (out.loss / args.grad_accum_steps).backward()
+                    (faults.telling(out.loss) / args.grad_accum_steps).backward()
                 values += torch.stack([out.loss.detach(), out.error.mean(),
                                        out.velocity_error.mean()]) / args.grad_accum_steps
 
@@ -209,13 +214,14 @@ def main(args):
             last = step == total or asked is not None
             if due(step, args.log_every, last) or due(step, args.ckpt_every, last):
                 skipped = guard.check()  # the one synchronisation between log lines
+                saver.check()
             if due(step, args.log_every, last):
                 record(log, step, total, world.mean(sums).tolist(), skipped,
                        clock.rate(step) * args.global_batch_size)
                 sums.zero_()
             if due(step, args.sample_every, step == total) and world.main:
                 generator.picture(folder / "samples" / f"{step:07d}.png")
-            if due(step, args.eval_every, step == total):
+            if due(step, args.eval_every, step == total) and not asked:  # there may be no time
                 metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
                 if world.main:
                     del metrics["protocol"], metrics["num_samples"]  # they never change
@@ -233,7 +239,7 @@ def main(args):
         bar.close()
         log.close()
         if world.main:
-            print(checkpoint.files(folder / "checkpoints")[0])
+            print(saver.path or checkpoint.newest(folder / "checkpoints"))
 
 
 class Clock:
@@ -260,13 +266,13 @@ def open_data(args, world):
     """
     dataset = (data.LatentShards(args.data_path) if args.encoded_data
                else data.ImageFolder(args.data_path, args.image_size))
-    if args.encoded_data and not args.sample_every and not args.eval_every:
-        return dataset, None
-    try:
-        space = vae.load(args.vae, world.device, precision=args.precision)
-        space.latent_shape(args.image_size)
-    except (ValueError, OSError) as error:
-        raise UserError(error) from error
+    space = None
+    if not args.encoded_data or args.sample_every or args.eval_every:
+        try:
+            space = vae.load(args.vae, world.device, precision=args.precision)
+            space.latent_shape(args.image_size)
+        except (ValueError, OSError) as error:
+            raise UserError(error) from error
     if args.encoded_data:
         dataset.check(space=space, image_size=args.image_size, flip=args.flip)
     return dataset, space
@@ -294,7 +300,7 @@ def open_run(args, config, world):
     try:
         with torch.device("meta"):
             checkpoint.network(config)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter for a size beyond all numbers
         raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
                         f"{error}") from error
     path = checkpoint.check_config(args.run_dir, config, FREE)
@@ -318,11 +324,7 @@ def build(args, config, folder, world):
     path = world.agree(checkpoint.newest(folder / "checkpoints") if world.main else None)
     if path is None:
         return 0, net, ema, optimizer
-    state = checkpoint.load(path, option="--run-dir")
-    net.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["opt"])
-    return state["step"], net, ema, optimizer
+    return checkpoint.restore(path, net, ema, optimizer), net, ema, optimizer
 
 
 def introduction(args, world, net, dataset, step, total):

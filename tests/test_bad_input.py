@@ -1,22 +1,29 @@
 """What a user can get wrong: one line with option, rule, value and remedy, exit code 2, and no
 file changed."""
 
+import contextlib
 import importlib
+import json
 import os
 import re
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import run_script, tiny
+from conftest import call, tiny
+from PIL import Image
+from soak import Child, ranks
 
+import checkpoint
 import runtime
 
 
 def snapshot(folder):
     """Everything below a folder: names and, for files, content."""
     return {path.relative_to(folder): path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*")}
+            for path in folder.rglob("*") if not path.is_symlink()}
 
 
 def refusal(script, options, monkeypatch, capfd):
@@ -80,11 +87,42 @@ TRAIN = [
     ({"--batch-size": 32}, "unrecognized arguments: --batch-size 32"),
     ({"--run-dir": "file.txt"}, "--run-dir must be a folder.*file.txt"),
     ({"--run-dir": "file.txt/run"}, "--run-dir must be a folder.*file.txt"),
+    ({"--run-dir": "digits"}, "--run-dir must lie outside --data-path.*got digits; choose another"),
+    ({"--run-dir": "digits/ä run"}, "--run-dir must lie outside --data-path.*got digits/ä run"),
+    ({"--run-dir": "nested"}, "--run-dir must hold a readable config.json, got nested/config.json"),
+    ({"--run-dir": "listed"}, "--run-dir must hold a readable config.json, got listed/config.json"),
+    ({"--run-dir": "only checkpoints"}, "--run-dir must hold config.json beside its checkpoints"),
+    ({"--encoded-data": ()}, "--data-path .* --encoded-data, got digits without dataset.json"),
+    ({"--data-path": "latents"}, "--data-path .* holds latent shards; add --encoded-data"),
+    ({"--data-path": "latents", "--encoded-data": (), "--image-size": 16},
+     "--image-size must be that of the latents in latents, 8, got 16; give --image-size 8"),
+    ({"--data-path": "latents", "--encoded-data": (), "--flip": ()},
+     "--flip needs mirror images among the latents, got latents without; leave it out"),
+    ({"--data-path": "astray", "--encoded-data": ()},
+     "astray/dataset.json must be as encode_imagenet.py writes it, .*; encode again"),
+    ({"--image-size": 10**9}, "--image-size must suit --model DiT-T/4, got 1000000000"),
+    ({"--num-workers": 10**6}, "--num-workers: must be .*got '1000000'; give one from 0 to 1024"),
+    ({"--global-batch-size": 10**15}, "--global-batch-size must be at most .*got 1000000000000000"),
+    ({"--max-steps": "inf"}, "--max-steps: must be a whole number, got 'inf'"),
+    ({"--eval-every": 5}, "--eval-every must come with --fid-ref, got 5 without; name"),
+    ({"--eval-every": 5, "--fid-ref": "objects.npz", "--protocol": "pixels"},
+     "--fid-ref must .*objects.npz"),
+    ({"--compile": "yes"}, "unrecognized arguments: yes"),
+    ({"--results-dir": "run"}, "unrecognized arguments: --results-dir run"),
 ]
 
 
+@pytest.fixture(scope="module")
+def latents(digits, tmp_path_factory):
+    """The digits as shards of pixels."""
+    folder = tmp_path_factory.mktemp("encoded") / "latents"
+    call("encode_imagenet", "--data-path", digits, "--out-path", folder, "--vae", "none",
+         "--image-size", 8, "--num-workers", 0)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, digits, latents, monkeypatch):
     """A working folder with the things that users point scripts at by mistake."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").write_text("not a folder")
@@ -93,13 +131,33 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "flat" / "image.png").write_bytes(b"")
     for i in range(20):
         (tmp_path / "torn" / "ä b" / f"{i} ünread.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    (tmp_path / "digits").symlink_to(digits)
+    (tmp_path / "latents").symlink_to(latents)
+    for folder, name, text in (
+            ("nested", "config.json", "[" * 10**5), ("listed", "config.json", "[1, 2]"),
+            ("only checkpoints", "checkpoints/0000001.pt", "x"),
+            ("astray", "dataset.json", json.dumps(
+                json.loads((latents / "dataset.json").read_text())
+                | {"shards": ["../../etc/passwd"]})),
+            ("nested samples", "samples.json", "[" * 10**5),
+            ("nested encoding", "encoding.json", "[" * 10**5),
+            ("foreign encoding", "dataset.json", '{"format_version": NaN}')):
+        (tmp_path / folder / name).parent.mkdir(parents=True)
+        (tmp_path / folder / name).write_text(text)
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([print] * 3), mu=np.array([print]),
+             sigma=np.array([print]))
+    np.savez(tmp_path / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(192), sigma=np.eye(192))
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / f"bild {i} ü.png")
     return tmp_path
 
 
 @pytest.mark.parametrize(("changes", "line"), TRAIN)
-def test_train_refuses(changes, line, place, digits, monkeypatch, capfd):
+def test_train_refuses(changes, line, place, monkeypatch, capfd):
     before = snapshot(place)
-    options = replaced(tiny(digits, "run"), changes)
+    options = replaced(tiny("digits", "run"), changes)
     if "--data-path" in changes and "readable" in line:  # met while training
         monkeypatch.setattr(runtime.Log, "say", lambda self, line: None)
         monkeypatch.setattr(runtime.World, "progress", lambda self, *a, **k: open(os.devnull))
@@ -121,12 +179,13 @@ def test_train_refuses_a_run_of_other_options(trained, digits, tmp_path, monkeyp
 
 
 def test_train_refuses_a_batch_that_does_not_divide(digits, tmp_path):
-    done = run_script("train.py", *replaced(tiny(digits, tmp_path / "run"),
-                                            {"--global-batch-size": 15}), processes=2)
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error")]
-    assert len(lines) == 1 and "2 process(es)" in lines[0] and "got 15" in lines[0]
-    assert done.stderr.count("Traceback") <= 1  # torchrun's own report, not ours
+    """Two processes, of which one says it."""
+    options = replaced(tiny(digits, tmp_path / "run"), {"--global-batch-size": 15})
+    pair = [Child("train", *options, output=tmp_path / "out", **place) for place in ranks(2)]
+    codes = [child.wait()[0] for child in pair]
+    said = (tmp_path / "out").read_text()
+    assert codes == [2, 2] and not (tmp_path / "run").exists()
+    assert len(said.splitlines()) == 1 and "2 process(es)" in said and "got 15" in said
 
 
 SAMPLE = [
@@ -146,6 +205,11 @@ SAMPLE = [
     ({"--sample-dir": "torn"}, "--sample-dir must be new.*torn.*choose another"),
     ({"--vae": "nowhere"}, "--vae"),
     ({"--cfg-scale": 4}, "unrecognized arguments: --cfg-scale 4"),
+    ({"--model": "DiT-B/4"}, "unrecognized arguments: --model DiT-B/4"),
+    ({"--sample-dir": "nested samples"}, "--sample-dir must be new.*nested samples.*another"),
+    ({"--sample-dir": "digits"}, "--sample-dir must be new.*got digits .*choose another"),
+    ({"--fid-ref": "objects.npz", "--protocol": "pixels"}, "--fid-ref must .*objects.npz"),
+    ({"--no-save-images": ()}, "--no-save-images must come with --fid-ref, .*; give one"),
 ]
 
 
@@ -157,3 +221,196 @@ def test_sample_refuses(changes, line, place, trained, monkeypatch, capfd):
     options = ["--ckpt", trained, "--num-fid-samples", 4, "--sample-dir", "out"]
     assert re.search(line, refusal("sample", replaced(options, changes), monkeypatch, capfd))
     assert snapshot(place) == before
+
+
+HOSTILE = [
+    # what a stranger's checkpoint may say, what the line must say
+    ({"latent_shape": [10**9, 8, 8]}, "the tensors are not those of DiT-T/4"),
+    ({"latent_shape": [3, 10**8, 10**8]}, "--ckpt must hold weights that fit its config"),
+    ({"latent_shape": [3, 8, -8]}, "latent_shape is"),
+    ({"latent_shape": [3, 8, float("nan")]}, "latent_shape is"),
+    ({"latent_shape": None}, "NoneType"),
+    ({"num_classes": "x"}, "num_classes is x"),
+    ({"num_classes": 10**30}, "num_classes is 1000"),
+    ({"num_classes": 2 * 10**9}, "the tensors are not those"),
+    ({"model": ["DiT-T/4"]}, "model is"),
+    ({"model": "DiT-S/4"}, "the tensors are not those of DiT-S/4"),
+    ({"vae": 5}, "vae is 5"),
+    ({"vae": "../../../etc"}, "--vae must be"),
+    ({"image_size": True}, "image_size is True"),
+]
+
+
+@pytest.mark.parametrize(("change", "line"), HOSTILE)
+def test_sample_refuses_a_checkpoint_that_lies(change, line, trained, tmp_path, monkeypatch, capfd):
+    """Before it takes the memory, or opens the file, that a stranger's file asks for."""
+    state = torch.load(trained, weights_only=True)
+    path = tmp_path / "hostile.pt"
+    torch.save(state | {"model": {}, "opt": {}, "config": state["config"] | change}, path)
+    said = refusal("sample", ["--ckpt", path, "--sample-dir", tmp_path / "out"], monkeypatch, capfd)
+    assert re.search(line, said) and ("hostile.pt" in said or "--vae" in said)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_train_refuses_a_checkpoint_of_another_run(trained, digits, tmp_path, monkeypatch, capfd):
+    shutil.copytree(trained.parent.parent, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / trained.name
+    state = torch.load(path, weights_only=True)
+    model = {key: value[..., :1] for key, value in state["model"].items()}
+    moments = {i: dict(value, exp_avg=value["exp_avg"][:1])
+               for i, value in state["opt"]["state"].items()}
+    for change in ({"step": "12"}, {"step": -1}, {"step": float("nan")}, {"model": 3},
+                   {"model": model}, {"ema": {}}, {"opt": []}, {"opt": {"state": {}}},
+                   {"opt": {"state": moments, "param_groups": []}}):
+        torch.save(state | change, path)
+        before = path.read_bytes()
+        line = refusal("train", [*tiny(digits, tmp_path / "run"), "--max-steps", 20], monkeypatch,
+                       capfd)
+        assert "--run-dir must hold weights that fit" in line and path.name in line, change
+        assert path.read_bytes() == before
+
+
+ENCODE = [
+    ({"--data-path": None}, "--data-path"),
+    ({"--out-path": None}, "--out-path"),
+    ({"--data-path": "missing", "--out-path": "digits"}, "--data-path must be a folder.*missing"),
+    ({"--data-path": "file.txt"}, "--data-path must be a folder, got file.txt"),
+    ({"--data-path": "empty class"}, "--data-path must be a folder.*empty class"),
+    ({"--data-path": "latents"}, "--data-path must be a folder of images.*latent shards"),
+    ({"--out-path": "file.txt/out"}, "--out-path must be a folder.*file.txt/out"),
+    ({"--out-path": "digits"}, "--out-path must lie outside --data-path"),
+    ({"--out-path": "torn"}, "--out-path must be new, empty or .*torn with ä b in it; choose"),
+    ({"--out-path": "nested encoding"}, "--out-path must be new.*encoding.json that is not of"),
+    ({"--out-path": "foreign encoding"}, "--out-path must be new.*dataset.json that is not of"),
+    ({"--out-path": "latents", "--image-size": 16}, "--image-size was 8 and is 16; repeat"),
+    ({"--image-size": "8 px"}, "--image-size: must be a whole number, got '8 px'"),
+    ({"--shard-size": 0}, "--shard-size: must be a whole number, got '0'; give 1 or more"),
+    ({"--batch-size": 1.5}, "--batch-size: must be a whole number, got '1.5'"),
+    ({"--num-workers": -1}, "--num-workers: must be a whole number, got '-1'"),
+    ({"--dtype": "bfloat16"}, "--dtype: invalid choice: 'bfloat16'.*float32"),
+    ({"--vae": "stabilityai/sd-vae-ft-ema"}, "--vae must be ema, mse, none or a folder"),
+    ({"--overwrite": ()}, "unrecognized arguments: --overwrite; --help"),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), ENCODE)
+def test_encode_refuses(changes, line, place, latents, monkeypatch, capfd):
+    before = snapshot(place) | snapshot(latents)
+    options = ["--data-path", "digits", "--out-path", "out ü", "--vae", "none", "--image-size", 8,
+               "--num-workers", 0]
+    said = refusal("encode_imagenet", replaced(options, changes), monkeypatch, capfd)
+    assert re.search(line, said), said
+    assert snapshot(place) | snapshot(latents) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 10**5, "5", "[1]", '"names"'])
+def test_encode_refuses_a_list_of_skipped_images_that_is_none(text, latents, digits, tmp_path,
+                                                              monkeypatch, capfd):
+    out = shutil.copytree(latents, tmp_path / "out")
+    (out / "shard-00000.skipped.json").write_text(text)
+    said = refusal("encode_imagenet", [
+        "--data-path", digits, "--out-path", out, "--vae", "none", "--image-size", 8,
+        "--skip-bad-images"], monkeypatch, capfd)
+    assert "skipped.json must be as this script writes it" in said and "repeat" in said
+
+
+EVALUATE = [
+    ({"--samples": None}, "--samples"),
+    ({"--ref": None}, "--ref or --make-ref must be given, and not both; name"),
+    ({"--samples": "missing"}, "--samples must be a folder or an .npz file, got missing"),
+    ({"--samples": "file.txt"}, "--samples must .*file.txt"),
+    ({"--samples": "empty"}, "--samples must hold 2 images or more.*got 0 in empty; add some"),
+    ({"--samples": "torn"}, "--samples must hold readable images, got .*ünread.png"),
+    ({"--samples": "objects.npz"}, "--samples must .*objects.npz"),
+    ({"--samples": "ref.npz", "--ref": "images"}, "--samples must .*ref.npz"),
+    ({"--ref": "missing.npz"}, "--ref must be a whole .npz file.*missing.npz"),
+    ({"--ref": "file.txt"}, "--ref must be a whole .npz file.*file.txt"),
+    ({"--ref": "objects.npz"}, "--ref must .*objects.npz"),
+    ({"--ref": "nan.npz"}, "--ref must have mu .192,. .*finite.*nan.npz; name a reference"),
+    ({"--make-ref": "new.npz"}, "--ref or --make-ref must be given, and not both"),
+    ({"--ref": None, "--make-ref": "file.txt"}, "--make-ref must be a new file.*got file.txt"),
+    ({"--ref": None, "--make-ref": "ref.npz"}, "--make-ref must be a new file.*got ref.npz"),
+    ({"--protocol": "clean-fid"}, "--protocol: invalid choice: 'clean-fid'.*adm"),
+    ({"--batch-size": 0}, "--batch-size: must be a whole number, got '0'; give 1 or more"),
+    ({"--num-workers": "four"}, "--num-workers: must be a whole number, got 'four'"),
+    ({"--image-size": "nan"}, "--image-size: must be a whole number, got 'nan'"),
+    ({"--fid-ref": "ref.npz"}, "unrecognized arguments: --fid-ref ref.npz"),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), EVALUATE)
+def test_evaluate_refuses(changes, line, place, monkeypatch, capfd):
+    before = snapshot(place)
+    options = ["--samples", "images", "--ref", "ref.npz", "--protocol", "pixels"]
+    said = refusal("evaluate_fid", replaced(options, changes), monkeypatch, capfd)
+    assert re.search(line, said), said
+    assert snapshot(place) == before
+
+
+# ---- permissions and names -----------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(place, digits):
+    """A working folder in which files and folders can be locked; root would pass every lock."""
+    (place / "digits").unlink()
+    shutil.copytree(digits, place / "digits")
+    (place / "locked").mkdir()
+    (place / "closed").mkdir()
+    for folder in (place, place / "digits"):
+        folder.chmod(0o777)
+
+    @contextlib.contextmanager
+    def somebody():
+        (place / "locked").chmod(0o555)
+        (place / "closed").chmod(0)
+        root = os.getuid() == 0
+        if root:
+            os.setresuid(65534, 65534, 0)
+        try:
+            yield
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
+            (place / "locked").chmod(0o755)
+            (place / "closed").chmod(0o755)
+    return somebody
+
+
+FORBIDDEN = [
+    ("train", {"--run-dir": "locked"}, "--run-dir must be a folder that can be written"),
+    ("train", {"--run-dir": "locked/run"}, "--run-dir must be a folder that can be written"),
+    ("train", {"--data-path": "closed", "--run-dir": "r"}, "--data-path must be a folder.*closed"),
+    ("sample", {"--ckpt": "locked.pt"}, "--ckpt must be a checkpoint file, got locked.pt"),
+    ("sample", {"--sample-dir": "locked/out"}, "--sample-dir must be a folder that can be written"),
+    ("encode_imagenet", {"--out-path": "locked/out"}, "--out-path must be a folder that can be"),
+    ("evaluate_fid", {"--ref": "locked.pt"}, "--ref must .*locked.pt"),
+    ("evaluate_fid", {"--ref": None, "--make-ref": "locked/x.npz"}, "--make-ref must be a folder"),
+    ("sample", {"--ckpt": "closed/x.pt"}, "closed/x.pt must be open to this user, got: .*; change"),
+    ("encode_imagenet", {"--out-path": "closed/out"}, "closed/out must be open to this user"),
+]
+
+
+@pytest.mark.parametrize(("script", "changes", "line"), FORBIDDEN)
+def test_what_may_not_be_read_or_written_is_named(script, changes, line, nobody, place, trained,
+                                                  monkeypatch, capfd):
+    shutil.copy(trained, place / "ok.pt")
+    shutil.copy(trained, place / "locked.pt")
+    options = {
+        "train": tiny("digits", "run"), "sample": ["--ckpt", "ok.pt", "--sample-dir", "out"],
+        "encode_imagenet": ["--data-path", "digits", "--out-path", "out", "--vae", "none"],
+        "evaluate_fid": ["--samples", "images", "--ref", "ref.npz", "--protocol", "pixels"]}[script]
+    (place / "locked.pt").chmod(0)
+    before = snapshot(place)
+    with nobody():
+        assert re.search(line, refusal(script, replaced(options, changes), monkeypatch, capfd))
+    assert snapshot(place) == before
+
+
+def test_names_with_blanks_and_other_alphabets_work(place, digits):
+    run, out = place / "mein Lauf ☃" / "日本", place / "Bilder ü" / "a b"
+    shutil.copytree(digits, place / "Ziffern é")
+    call("train", *tiny("Ziffern é", run), "--max-steps", 2)
+    call("sample", "--ckpt", checkpoint.newest(run / "checkpoints"), "--sample-dir", out,
+         "--num-fid-samples", 4)
+    assert len(list(out.glob("*.png"))) == 4 and (out.parent / "a b.npz").exists()

@@ -1,6 +1,8 @@
 """Checkpoints: whole, found again, opened as data, enough to rebuild the network."""
 
 import pickle
+import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import checkpoint
 from models import DiT_models
 from runtime import UserError
 
-CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "lr": 0.1}
+CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "image_size": 8,
+          "vae": "none", "lr": 0.1}
 
 
 def state(step):
@@ -36,6 +39,23 @@ def test_a_torn_newest_file_is_reported_and_the_one_before_it_used(folder, capsy
     assert "0000010.pt" in capsys.readouterr().err
 
 
+def test_a_folder_without_a_readable_checkpoint_is_refused(folder):
+    """To begin anew would replace them, and they may be unreadable for an hour only."""
+    for path in checkpoint.files(folder):
+        path.write_bytes(b"unreadable")
+    with pytest.raises(UserError, match="--run-dir must hold a checkpoint that can be read, got"):
+        checkpoint.newest(folder)
+
+
+def test_files_of_other_names_are_neither_taken_nor_removed(folder):
+    """0000010-best.pt once was the newest, and gone after the next save."""
+    for name in ("0000010-best.pt", "0000011 (copy).pt", "best.pt", "9.pt.bak"):
+        (folder / name).write_text("mine")
+    checkpoint.save(folder / "10000000.pt", state(10**7), keep_last=1)
+    assert checkpoint.newest(folder).name == "10000000.pt"  # though "1" sorts before "9"
+    assert len(list(folder.iterdir())) == 5
+
+
 def test_an_empty_folder_has_no_newest(tmp_path):
     assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "none") is None
 
@@ -43,6 +63,44 @@ def test_an_empty_folder_has_no_newest(tmp_path):
 def test_only_the_last_are_kept(folder):
     checkpoint.save(folder / "0000011.pt", state(11), keep_last=2)
     assert [path.stem for path in checkpoint.files(folder)] == ["0000011", "0000010"]
+
+
+def test_a_torn_file_of_a_later_step_is_none_of_those_kept(folder):
+    """It was kept in place of the only good one, after a run that went on from an older one."""
+    (folder / "0000020.pt").write_bytes(b"torn")
+    checkpoint.save(folder / "0000011.pt", state(11), keep_last=1)
+    assert checkpoint.newest(folder).stem == "0000011"
+
+
+def test_what_is_being_written_when_a_run_fails_is_written_to_its_end(tmp_path, monkeypatch):
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *words, **more: (
+        time.sleep(0.5), save(*words, **more)))
+    with pytest.raises(KeyError), checkpoint.Saver(tmp_path, keep_last=0) as saver:
+        saver.save(state(1))
+        raise KeyError
+    assert checkpoint.load(tmp_path / "0000001.pt")["step"] == 1
+
+
+def test_what_is_written_is_the_state_of_its_step(tmp_path, monkeypatch):
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *words, **more: (
+        time.sleep(0.2), save(*words, **more)))
+    weight = torch.ones(3)
+    with checkpoint.Saver(tmp_path, keep_last=0) as saver:
+        saver.save({**state(1), "opt": {"state": {0: [weight]}}})
+        weight.zero_()  # training goes on
+        saver.close()
+    assert torch.equal(checkpoint.load(tmp_path / "0000001.pt")["opt"]["state"][0][0],
+                       torch.ones(3))
+
+
+def test_a_checkpoint_that_could_not_be_written_is_known_before_the_next(tmp_path):
+    with checkpoint.Saver(tmp_path / "missing", keep_last=0) as saver:
+        saver.save(state(1))
+        wait([saver.job])
+        with pytest.raises(UserError, match="cannot write .*0000001.pt"):
+            saver.check()
 
 
 def test_the_network_is_rebuilt_from_the_file_alone(folder):
@@ -89,6 +147,9 @@ def test_a_run_of_other_options_is_refused_by_name(tmp_path):
     checkpoint.write_config(checkpoint.check_config(tmp_path, CONFIG, ()), CONFIG)
     checkpoint.check_config(tmp_path, CONFIG, ())
     checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ("lr",))
+    with pytest.raises(UserError) as error:  # an ImageNet of classes is no line
+        checkpoint.check_config(tmp_path, {**CONFIG, "classes": ["n01440764"] * 1000}, ())
+    assert len(str(error.value)) < 500
     with pytest.raises(UserError, match="lr 0.1 there, 0.2 here"):
         checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
     (tmp_path / "config.json").write_text("{")

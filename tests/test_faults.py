@@ -1,172 +1,286 @@
 """Runs that are stopped, killed, fed with bad numbers or left without disk, and go on."""
 
+import multiprocessing
 import os
-import random
 import re
-import resource
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
+import soak
 import torch
-from conftest import ROOT, call, command, run_script, tiny
+from conftest import ROOT, command
+from soak import Child, differences, logged, ranks
 
+import checkpoint
+import data
 import faults
 import runtime
 
 WORLD = runtime.World(0, 1, torch.device("cpu"), "fp32")
 
 
-def options(digits, folder, steps):
-    return [*tiny(digits, folder), "--max-steps", steps, "--ckpt-every", 3, "--log-every", 1]
+def options(digits, folder, steps, *extra):
+    """A checkpoint every three steps, all of which are kept."""
+    return [*soak.options(digits, folder, steps), "--keep-last", 0, *extra]
 
 
-def weights(folder, step):
-    return torch.load(folder / "checkpoints" / f"{step:07d}.pt", weights_only=True)
-
-
-def assert_same_state(one, two):
-    """Bit for bit: weights, averages and optimiser."""
-    for kind in ("model", "ema"):
-        for key, value in one[kind].items():
-            assert torch.equal(value, two[kind][key]), f"{kind} {key}"
-    for i, state in one["opt"]["state"].items():
-        for key, value in state.items():
-            assert torch.equal(value, two["opt"]["state"][i][key]), f"optimiser {key}"
+def begin(digits, folder, steps, *extra, processes=1, script="train"):
+    """Processes that train to this step."""
+    places = ranks(processes) if processes > 1 else [{}]
+    return [Child(script, *options(digits, folder, steps, *extra), **place,
+                  output=f"{folder}.{i}.txt") for i, place in enumerate(places)]
 
 
 def train(digits, folder, steps, *extra, processes=1):
-    """Train to this step, with a checkpoint every three."""
-    if processes == 1:
-        call("train", *options(digits, folder, steps), *extra)
-    else:
-        done = run_script("train.py", *options(digits, folder, steps), *extra, processes=processes)
-        assert done.returncode == 0, done.stderr
+    """Train to this step; what the processes print."""
+    ends = [child.wait() for child in begin(digits, folder, steps, *extra, processes=processes)]
+    assert not any(code for code, _ in ends), ends
+    return "".join(said for _, said in ends)
 
 
-def start(*arguments, processes=1, **options):
-    return subprocess.Popen(command(*arguments, processes=processes), cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+def torchrun(digits, folder, steps, *agent):
+    """A job of two processes under torchrun, with options of its own."""
+    launch = command("train.py", *options(digits, folder, steps), processes=2)
+    return start([*launch[:4], *agent, *launch[4:]])
 
 
-def wait_for_step(folder, step, process, timeout=180):
+def start(words):
+    return subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                         "CUDA_VISIBLE_DEVICES": ""})
+
+
+def wait_for_step(folder, step, alive, timeout=180):
     """Until the run has logged this step."""
-    for _ in range(timeout * 20):
-        path = folder / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} did not come")
+    end = time.monotonic() + timeout
+    while logged(folder) < step:
+        assert alive() and time.monotonic() < end, f"step {step} did not come"
+        time.sleep(0.01)
+
+
+def workers(agent):
+    """The processes of a torchrun, the oldest first."""
+    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, found.split()))
+
+
+def final(folder, step):
+    return checkpoint.load(folder / "checkpoints" / f"{step:07d}.pt")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(digits, tmp_path_factory):
-    """The final states of runs of 20 steps, 1.6 epochs, by number of processes."""
-    states = {}
+    """The folders of runs of 20 steps, 1.6 epochs, by number of processes."""
+    root = tmp_path_factory.mktemp("uninterrupted")
     for processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"uninterrupted{processes}")
-        train(digits, folder, 20, processes=processes)
-        states[processes] = weights(folder, 20)
-    return states
+        train(digits, root / str(processes), 20, processes=processes)
+    return {processes: root / str(processes) for processes in (1, 2)}
+
+
+# ---- resume --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resumed_run_equals_uninterrupted_run(processes, digits, tmp_path, uninterrupted):
     """Interrupted twice, in mid-epoch, it ends with the same bits."""
     for steps in (7, 14, 20):
-        train(digits, tmp_path, steps, processes=processes)
-    assert_same_state(uninterrupted[processes], weights(tmp_path, 20))
+        train(digits, tmp_path / "run", steps, processes=processes)
+    assert not differences(final(uninterrupted[processes], 20), final(tmp_path / "run", 20))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(digits, tmp_path, uninterrupted):
-    for steps, processes in ((7, 2), (20, 1)):
-        train(digits, tmp_path, steps, processes=processes)
-    for key, value in uninterrupted[1]["model"].items():
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[2], run)
+    for path in checkpoint.files(run / "checkpoints")[:-2]:
+        path.unlink()
+    train(digits, run, 20)
+    for key, value in final(uninterrupted[1], 20)["model"].items():
         if not key.endswith("qkv.bias"):  # of key biases Adam sees the rounding only
-            other = weights(tmp_path, 20)["model"][key]
+            other = final(run, 20)["model"][key]
             assert (other - value).abs().max() <= 1e-5 * value.abs().max(), key
 
 
-def test_a_killed_run_loses_nothing(digits, tmp_path, uninterrupted):
-    """SIGKILL at three random moments; at each, once one was written, a checkpoint loads."""
-    moments = random.Random(0)
-    for _ in range(3):
-        process = start("train.py", *options(digits, tmp_path, 20), start_new_session=True)
-        logged = len(list((tmp_path / "checkpoints").glob("*.pt"))) * 3
-        if logged < 18:
-            wait_for_step(tmp_path, logged + 1, process)
-            time.sleep(moments.uniform(0, 0.5))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        files = sorted((tmp_path / "checkpoints").glob("[0-9]*.pt"))
-        if files:
-            assert torch.load(files[-1], weights_only=True)["step"] == int(files[-1].stem)
-    train(digits, tmp_path, 20)
-    assert_same_state(uninterrupted[1], weights(tmp_path, 20))
-    assert not list((tmp_path / "checkpoints").glob(".*")), "half a file was left behind"
+def test_the_averages_in_a_checkpoint_are_of_its_own_step(digits, tmp_path):
+    """Saving goes on beside the training: what it writes may be of no later step, nor torn."""
+    run = tmp_path / "run"
+    train(digits, run, 8, "--ckpt-every", 1)
+    for step in range(2, 9):
+        before, now = final(run, step - 1), final(run, step)
+        for key, average in now["ema"].items():
+            expected = torch.lerp(before["ema"][key], now["model"][key], 1 - 0.9)
+            assert torch.equal(average, expected), f"step {step} {key}"
+
+
+def test_a_killed_run_loses_nothing(digits, tmp_path):
+    """SIGKILL at 20 random moments; at each, once one was written, the newest checkpoint loads."""
+    assert soak.kill_and_finish(digits, tmp_path, kills=20, seed=0)["bit_equal"]
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[1], run)
+    os.truncate(run / "checkpoints" / "0000020.pt", 10**6)
+    said = train(digits, run, 20)
+    assert "passing over" in said and "0000020.pt (torn" in said and "steps 18 to 20" in said
+    assert not differences(final(uninterrupted[1], 20), final(run, 20))
+    for path in checkpoint.files(run / "checkpoints"):
+        os.truncate(path, 10**4)
+    child, = begin(digits, run, 20)
+    code, said = child.wait()
+    assert code == 2 and "--run-dir must hold a checkpoint that can be read" in said
+    assert len(checkpoint.files(run / "checkpoints")) == 7
+
+
+# ---- signals -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrupted):
-    """One run, ended by each signal in turn; torchrun passes on SIGTERM and SIGINT only."""
-    step = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)[::processes]:
-        process = start("train.py", *options(digits, tmp_path, 20), processes=processes)
-        wait_for_step(tmp_path, step + 1, process)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        if processes == 1:  # torchrun reports the signal as its own end
-            assert process.returncode == 0, err
-        asked = re.search(rf"{number.name}: saved step (\d+); repeat", err)
-        assert asked, err
-        step = int(asked[1])
-        assert weights(tmp_path, step)["step"] == step
-    train(digits, tmp_path, 20, processes=processes)
-    assert_same_state(uninterrupted[processes], weights(tmp_path, 20))
+    """One run, ended by each signal in turn, of which only one of two processes hears."""
+    run, step = tmp_path / "run", 0
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        children = begin(digits, run, 20, processes=processes)
+        wait_for_step(run, step + 1, lambda: children[0].alive)  # noqa: B023
+        os.kill(children[-1].pid, number)
+        ends = [child.wait() for child in children]
+        assert not any(code for code, _ in ends), ends
+        found = re.findall(rf"{number.name}: saved step (\d+); repeat", ends[0][1])
+        step = int(found[-1])
+        assert final(run, step)["step"] == step < 20
+    train(digits, run, 20, processes=processes)
+    assert not differences(final(uninterrupted[processes], 20), final(run, 20))
 
 
-def test_a_second_interrupt_stops_at_once():
-    signals = faults.Signals(WORLD)
+def test_signals_do_not_cut_the_last_save_short(digits, tmp_path, monkeypatch):
+    """Slurm and torchrun send SIGTERM one after the other: the second came when the step had ended
+    and signals had their usual effect again, and killed the process while it saved."""
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *words, **more: (
+        time.sleep(3), save(*words, **more)))
+    child, = begin(digits, tmp_path / "run", 1000, "--ckpt-every", 1000)
+    wait_for_step(tmp_path / "run", 2, lambda: child.alive)
+    for _ in range(4):
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.5)
+    code, said = child.wait()
+    assert code == 0 and len(checkpoint.files(tmp_path / "run" / "checkpoints")) == 1, said
+
+
+STUCK = """
+import sys, time, faults, runtime
+faults.GRACE_S = float(sys.argv[1])
+with runtime.start() as world, faults.Signals(world):
+    print("ready", flush=True)
+    time.sleep(600) if world.rank else world.barrier()  # rank 0 waits within PyTorch, in C++
+"""
+
+
+@pytest.mark.parametrize(("numbers", "grace", "code", "line"), [
+    ([signal.SIGINT, signal.SIGINT], 600, 130, "rank 0, at the start: interrupted twice; stopped"),
+    ([signal.SIGTERM], 1, 1, "rank 0, at the start: the step did not end within 1.0 s")])
+def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, line, tmp_path):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    pair = [subprocess.Popen(
+        [sys.executable, tmp_path / "stuck.py", str(grace)], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, env={**os.environ, **place, "PYTHONPATH": str(ROOT)})
+        for place in ranks(2)]
     try:
-        signals.hear(signal.SIGINT, None)
-        signals.hear(signal.SIGINT, None)  # the same Ctrl-C, passed on by torchrun
-        assert signals.stop() == "SIGINT"
-        signals.first_interrupt -= 2
-        with pytest.raises(KeyboardInterrupt):
-            signals.hear(signal.SIGINT, None)
+        for process in pair:
+            assert process.stdout.readline() == "ready\n"
+        for number in numbers:
+            time.sleep(1.2)  # two within a second are one Ctrl-C
+            assert pair[0].poll() is None
+            pair[0].send_signal(number)
+        began = time.monotonic()
+        _, err = pair[0].communicate(timeout=60)
+        assert pair[0].returncode == code and time.monotonic() - began < 10
+        assert err.strip().splitlines()[-1].startswith(f"stuck.py: error: {line}"), err
     finally:
-        signals.close()
+        for process in pair:
+            process.kill()
+            process.wait()
+
+
+def test_signals_have_their_usual_effect_after_a_run():
+    before = [signal.getsignal(number) for number in faults.ASKED]
+    with faults.Signals(WORLD) as signals:
+        assert signals.stop() is None
+        assert signal.getsignal(signal.SIGTERM) == signals.hear
+    assert [signal.getsignal(number) for number in faults.ASKED] == before
+
+
+# ---- processes that die --------------------------------------------------------------------
 
 
 def test_a_killed_rank_ends_the_job(digits, tmp_path):
-    process = start("train.py", *options(digits, tmp_path, 10**6), processes=2)
-    wait_for_step(tmp_path, 4, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    victim = max(map(int, children.stdout.split()))
+    """Within 30 s, and with a last line from the rank that is left."""
+    agent = torchrun(digits, tmp_path / "run", 10**6)
+    wait_for_step(tmp_path / "run", 4, lambda: agent.poll() is None)
     began = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - began < 30
-    assert torch.load(sorted((tmp_path / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+    os.kill(workers(agent)[-1], signal.SIGKILL)
+    _, err = agent.communicate(timeout=60)
+    assert agent.returncode != 0 and time.monotonic() - began < 30
+    lines = [line for line in err.splitlines() if line.startswith("train.py: error")]
+    assert len(lines) == 1 and "Traceback" not in err.split(lines[0])[0], err
+    assert re.search(r"rank [01], at step \d+: lost the other processes \(.*Connection .*\); .* "
+                     r"repeat the command", lines[0])
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")
 
 
-def test_a_diverging_run_stops_and_keeps_its_checkpoints(digits, tmp_path):
-    train(digits, tmp_path, 3)
-    state = torch.load(tmp_path / "checkpoints" / "0000003.pt", weights_only=True)
-    for key, value in state["model"].items():
-        if key.endswith("fc1.weight"):
-            value.fill_(1e38)
-    torch.save(state, tmp_path / "checkpoints" / "0000003.pt")
-    with pytest.raises(runtime.RunError, match="step 6: not a finite number"):
-        train(digits, tmp_path, 10, "--skip-nonfinite", 2)
-    done = run_script("train.py", *options(digits, tmp_path, 10))
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "step 4: not a finite number: loss on rank 0" in last and "--skip-nonfinite" in last
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0000003.pt"]
+def agents(digits, folder, steps, *extra):
+    """Two torchruns of one process each, which meet as those of two machines do."""
+    port = ranks(1)[0]["MASTER_PORT"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+              "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
+              "--local_addr=127.0.0.1", "--max-restarts=1", str(ROOT / "train.py")]
+    return [start([*launch, *map(str, options(digits, folder, steps, *extra))]) for _ in range(2)]
+
+
+def test_two_nodes_train_resume_and_restart_by_themselves(digits, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    for steps in (7, 20):
+        pair = agents(digits, run, steps)
+        if steps == 20:
+            wait_for_step(run, 10, lambda: pair[0].poll() is None)  # noqa: B023
+            os.kill(workers(pair[1])[0], signal.SIGKILL)
+        errs = [agent.communicate(timeout=180)[1] for agent in pair]
+        assert not any(agent.returncode for agent in pair), errs
+    assert not differences(final(uninterrupted[2], 20), final(run, 20))
+    text = (run / "log.txt").read_text()
+    assert text.count("2 process(es)") == 3 and "steps 7 to 20" in text
+    assert len(re.findall(r"\bstep 7/", text)) == 1  # saved and logged by one process alone
+
+
+# ---- numbers and disks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("fc1.weight", 1e38), ("final_layer.linear.bias", 1e25)])
+def test_a_diverging_run_stops_and_keeps_its_checkpoints(name, value, digits, tmp_path,
+                                                         uninterrupted):
+    """The second makes an error that overflows, whose gradient is 0 and told nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[1], run)
+    for path in checkpoint.files(run / "checkpoints")[:-1]:
+        path.unlink()
+    path, = checkpoint.files(run / "checkpoints")
+    state = torch.load(path, weights_only=True)
+    for key, weight in state["model"].items():
+        if key.endswith(name):
+            weight.fill_(value)
+    torch.save(state, path)
+    for skip, step in ((2, 6), (0, 4)):
+        child, = begin(digits, run, 10, "--skip-nonfinite", skip)
+        code, said = child.wait()
+        last = said.strip().splitlines()[-1]
+        assert code == 1 and "Traceback" not in said
+        assert f"step {step}: not a finite number: loss on rank 0" in last
+        assert "--skip-nonfinite" in last and "last checkpoint is intact" in last
+    assert list((run / "checkpoints").iterdir()) == [path]
 
 
 def test_steps_that_are_not_finite_leave_weights_and_optimiser_alone():
@@ -191,12 +305,57 @@ def test_steps_that_are_not_finite_leave_weights_and_optimiser_alone():
     assert guard.admit(9, torch.tensor(1.0), torch.tensor(1.0)) == 1  # nothing moves any more
 
 
-def test_a_full_disk_is_one_line_and_older_files_stay(digits, tmp_path):
-    train(digits, tmp_path, 3)
-    process = start("train.py", *options(digits, tmp_path, 9), preexec_fn=lambda: (
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))))  # 1 MB a file
-    _, err = process.communicate(timeout=120)
-    line = err.strip().splitlines()[-1]
-    assert process.returncode == 2 and "Traceback" not in err, err
-    assert re.search("train.py: error: cannot write .*0000006.pt.*; free space", line)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000003.pt"]
+def test_a_loss_that_is_not_finite_tells_by_its_gradient():
+    for value, finite in ((0.1, True), (3e38, True), (float("inf"), False), (float("nan"), False)):
+        x = torch.tensor(value, requires_grad=True)
+        loss = faults.telling(x)
+        loss.backward()
+        assert bool(torch.isfinite(x.grad)) == finite
+        assert not finite or (loss == x and x.grad == 1)
+
+
+def test_a_full_disk_is_one_line_and_older_files_stay(digits, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[1], run)
+    before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()}
+    code, said = Child("train", *options(digits, run, 10**6), output=tmp_path / "out.txt",
+                       limit=10**6).wait()  # 1 MB a file
+    assert code == 2 and "Traceback" not in said, said
+    last = said.strip().splitlines()[-1]
+    assert re.search("train.py: error: cannot write .*0000021.pt.*; free space", last)
+    assert {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
+def test_a_log_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / name).symlink_to("/dev/full")
+    monkeypatch.setattr(runtime.Path, "exists", lambda path: False)  # nothing to read there
+    with pytest.raises(runtime.UserError, match="cannot write .*; free space"):
+        log = runtime.Log(tmp_path, active=True)
+        log.say("a line")
+        log.record(1, error=1.0)
+
+
+def test_memory_that_does_not_suffice_is_one_line(monkeypatch, capfd):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    with pytest.raises(SystemExit) as exit:
+        runtime.run(main, lambda: None)
+    err = capfd.readouterr().err
+    assert exit.value.code == 2 and len(err.splitlines()) == 1
+    assert "got CUDA out of memory; lower the batch size" in err
+
+
+def test_readers_leave_the_end_to_the_training_process(digits, tmp_path):
+    """A signal to the whole process group, as from a terminal, reaches the workers, too."""
+    images = data.ImageFolder(digits, 8)
+    batches = data.Batches(200, 10, seed=0, flip=False, world=WORLD, stop=10**6)
+    loaded = data.load(images, batches, workers=1, device=torch.device("cpu"))
+    next(loaded)
+    reader, = [child for child in multiprocessing.active_children() if child.daemon]
+    for number in faults.ASKED:
+        os.kill(reader.pid, number)
+    for _ in range(20):
+        next(loaded)

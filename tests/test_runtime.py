@@ -93,3 +93,12 @@ def test_two_processes_agree_average_and_leave_cleanly(tmp_path):
         assert done.returncode == 0, done.stderr
         assert sorted(done.stdout.split()) == ["7|1.5|False", "7|1.5|True"]
         assert "terminate" not in done.stderr
+
+
+def test_an_interrupted_script_ends_in_one_line(capfd):
+    def main(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        runtime.run(main, lambda: None)
+    assert exit.value.code == 130 and capfd.readouterr().err.strip().endswith("error: interrupted")

@@ -1,0 +1,119 @@
+"""What saving checkpoints costs a training run, as a share of its wall time.
+
+    python benchmarks/checkpoint.py                       # a GPU
+    python benchmarks/checkpoint.py --batch-size 16       # CPU, some minutes
+
+Training steps (step, gradient norm, averages: train.py's work without its log) are timed without a
+save, their median being a step's time; then, around each save, the time of the call that copies the
+state and the time by which the steps during the write exceed that median. Their sum over the time
+of --ckpt-every steps is the share. The next save waits for the one before, as in train.py.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file is a "checkpoint", too
+
+import checkpoint  # noqa: E402
+import runtime  # noqa: E402
+from meanflow import MeanFlow  # noqa: E402
+
+SHAPE = (4, 32, 32)  # of ImageNet at 256 px
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="The share of wall time that saving checkpoints takes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="DiT-S/4", help="size and patch size")
+    parser.add_argument("--batch-size", type=int, default=256, help="latents per step")
+    parser.add_argument("--ckpt-every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--steps", type=int, default=20, help="steps timed without a save")
+    parser.add_argument("--saves", type=int, default=5, help="checkpoints written")
+    parser.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
+                        help="as in train.py")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    with (runtime.start(args.precision) as world, tempfile.TemporaryDirectory() as folder,
+          checkpoint.Saver(folder, keep_last=1) as saver):
+        print(*runtime.describe(world), sep="\n", file=sys.stderr)
+        training = Training(args, world)
+        for _ in range(3):
+            training.step()
+        step = statistics.median(training.step() for _ in range(args.steps))
+        calls, excesses, writes = [], [], []
+        for number in range(1, args.saves + 1):
+            call, excess, write = around_a_save(training, saver, number, step)
+            calls.append(call), excesses.append(excess), writes.append(write)
+        size = saver.path.stat().st_size
+        cost = statistics.mean(calls) + statistics.mean(excesses)
+        print(json.dumps({
+            "model": args.model, "batch_size": args.batch_size, "device": world.device.type,
+            "step_s": round(step, 4), "checkpoint_mb": round(size / 1e6, 1),
+            "call_s": round(statistics.mean(calls), 4),
+            "steps_slowed_by_s": round(statistics.mean(excesses), 4),
+            "write_s": round(statistics.mean(writes), 3),
+            "share_percent": round(100 * cost / (cost + args.ckpt_every * step), 4)}))
+
+
+class Training:
+    """The work of train.py's loop on random latents."""
+
+    def __init__(self, args, world):
+        self.args, self.world = args, world
+        self.config = {"model": args.model, "latent_shape": SHAPE, "num_classes": 1000}
+        self.net = checkpoint.network(self.config).to(world.device)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True)
+        self.flow = MeanFlow(num_classes=1000, cfg=3.0)
+        self.x = torch.randn(args.batch_size, *SHAPE, device=world.device)
+        self.y = torch.randint(1000, (args.batch_size,), device=world.device)
+
+    def step(self):
+        """The seconds that a step takes."""
+        begin = time.perf_counter()
+        params, averages = list(self.net.parameters()), list(self.ema.parameters())
+        with self.world.autocast():
+            out = self.flow.loss(self.net, self.x, self.y,
+                                 self.flow.draw(self.x.shape, device=self.x.device))
+        out.loss.backward()
+        torch.nn.utils.get_total_norm([p.grad for p in params])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch._foreach_lerp_(averages, params, 1e-4)
+        return self.seconds_since(begin)
+
+    def seconds_since(self, begin):
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def state(self, number):
+        return {"step": number, "model": self.net.state_dict(), "ema": self.ema.state_dict(),
+                "opt": self.optimizer.state_dict(), "config": self.config}
+
+
+def around_a_save(training, saver, number, step):
+    """Seconds of the call, by which the steps during the write were slower, and of the write."""
+    begin = time.perf_counter()
+    saver.save(training.state(number))
+    call, excess = training.seconds_since(begin), 0.0
+    while not saver.job.done():
+        excess += training.step() - step
+    written = time.perf_counter() - begin
+    saver.check()
+    return call, excess, written
+
+
+if __name__ == "__main__":
+    main(parse_args())
