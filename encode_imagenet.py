@@ -67,18 +67,16 @@ def parse_args(argv=None):
     group.add_argument("--num-workers", type=runtime.whole(0, 1024), default=8,
                        help="processes that read images, for each that encodes")
     args = parser.parse_args(argv)
-    if not args.data_path.is_dir():
-        parser.error(f"--data-path must be a folder, got {args.data_path}; check the path")
     if args.data_path.resolve() in (args.out_path.resolve(), *args.out_path.resolve().parents):
         parser.error(f"--out-path must lie outside --data-path, where it would be taken for a "
                      f"class, got {args.out_path}; choose another folder")
-    read_record(args.out_path)  # refuses a folder of something else before anything heavy
-    runtime.check_folder("--out-path", args.out_path)
     return args
 
 
 def main(args):
     with runtime.start(args.precision) as world:
+        record = read_record(args.out_path)  # refuses another folder before anything heavy
+        runtime.check_folder("--out-path", args.out_path)
         images = data.ImageFolder(args.data_path, args.image_size)
         try:
             space = vae.load(args.vae, world.device, precision=args.precision,
@@ -86,7 +84,6 @@ def main(args):
             config = configuration(args, images, space)
         except (ValueError, OSError) as error:
             raise UserError(error) from error
-        record = read_record(args.out_path)
         if record:
             check_record(args, record, config)
         todo = pending(args, config)

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
@@ -140,57 +143,100 @@ class MeanFlow:
         t = draws.t[:, None, None, None]
         z = (1 - t) * x + t * draws.eps
         v = draws.eps - x
-        y, target = self.target(net, z, v, y, draws)
-        forward = net if forward is None else forward
-        u = forward(z, draws.r, draws.t, y).to(target.dtype)
+        y_input = torch.where(draws.dropped, self.num_classes, y)
+        forward = net if forward is None else forward  # a compiled module has no truth value
+        u = forward(z, draws.r, draws.t, y_input).to(z.dtype)
+        target = self.target(net, z, v, y, draws, u.detach())
         error = (u - target).square().sum(dim=(1, 2, 3))
         velocity_error = (u.detach() - v).square().sum(dim=(1, 2, 3))
         return Loss((self.weight(error) * error).mean(), error.detach(), velocity_error)
 
+    def compile(self, **options):
+        """Compile the passes without gradient; the options are those of torch.compile.
+
+        Forward mode must stand inside the compiled function: a compiled network under
+        ``torch.func.jvp`` breaks the graph (pytorch#187284). The forward with gradient is the
+        caller's to compile and to give to ``loss``.
+        """
+        options = {"dynamic": False, **options}  # two or three shapes, each for the whole training
+        self.velocity = torch.compile(self.velocity, **options)
+        self.time_derivative = torch.compile(self.time_derivative, **options)
+
     @torch.no_grad()
-    def target(self, net, z, v, y, draws):
-        """The labels after the drop and the regression target v_g - (t-r) du/dt (Eq. 10, 19)."""
-        v_g = self.guided_velocity(net, z, v, y, draws.t)
-        y = torch.where(draws.dropped, self.num_classes, y)
+    def target(self, net, z, v, y, draws, u):
+        """The regression target v_g - (t-r) du/dt (Eq. 10, 19), (B, C, H, W), without gradient.
+
+        y are the labels before the drop, u is the network's output after it.
+        """
+        v_g = self.guided_velocity(net, z, v, y, draws, u)
         v_g = torch.where(draws.dropped[:, None, None, None], v, v_g)  # null label: plain velocity
         if draws.equal == len(y):
-            return y, v_g
+            return v_g
         # Only rows with r < t need the derivative: they are the tail, one static slice. A copy,
         # because a view as the primal of a dual tensor fails inside torch.compile.
+        y = torch.where(draws.dropped, self.num_classes, y)
         tail = [a[draws.equal:].clone() for a in (z, draws.r, draws.t, y, v_g)]
         z, r, t, _, tangent = tail
         du_dt = self.time_derivative(net, *tail)
         interval = (t - r)[:, None, None, None]
-        return y, torch.cat([v_g[:draws.equal], tangent - interval * du_dt])
+        return torch.cat([v_g[:draws.equal], tangent - interval * du_dt])
 
-    def guided_velocity(self, net, z, v, y, t):
+    def guided_velocity(self, net, z, v, y, draws, u):
         """v_g = omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y) (Eq. 20).
 
         Outside the interval on t it is v. Passes whose coefficient vanishes are not made: none
-        for cfg = 1 and kappa = 0, no null pass for cfg = 1, no labelled pass for kappa = 0.
+        for cfg = 1 and kappa = 0, no null pass for cfg = 1, no labelled pass for kappa = 0. The
+        labelled pass runs on the rows with r < t alone: where r = t it is u itself, but for rows
+        with a dropped label, which have no use for v_g.
         """
         if self.cfg == 1 and self.kappa == 0:
             return v
-        v_g = self.omega * v
+        t, v_g = draws.t, self.omega * v
         if self.cfg != 1:
             null = torch.full_like(y, self.num_classes)
-            v_g = v_g + (1 - self.omega - self.kappa) * net(z, t, t, null).to(v.dtype)
+            v_g = v_g + (1 - self.omega - self.kappa) * self.velocity(net, z, t, null)
         if self.kappa > 0:
-            v_g = v_g + self.kappa * net(z, t, t, y).to(v.dtype)
+            equal, (z, t, y) = u[:draws.equal], (a[draws.equal:] for a in (z, t, y))
+            tail = self.velocity(net, z, t, y) if len(y) else u[draws.equal:]
+            v_g = v_g + self.kappa * torch.cat([equal, tail])
         start, end = self.cfg_interval
-        inside = (t >= start) & (t <= end)
+        inside = (draws.t >= start) & (draws.t <= end)
         return torch.where(inside[:, None, None, None], v_g, v)
+
+    def velocity(self, net, z, t, y):
+        """u(z, t, t, y): the network's own instantaneous velocity."""
+        return net(z, t, t, y).to(z.dtype)
 
     def time_derivative(self, net, z, r, t, y, v_g):
         """du/dt along the path: the Jacobian-vector product with tangent (v_g, 0, 1) (Eq. 8)."""
         tangents = (v_g, torch.zeros_like(r), torch.ones_like(t))
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+        # Fused attention has no forward-mode derivative: the plain formula instead
+        with sdpa_kernel(SDPBackend.MATH), LinearTangents():
             _, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
         return du_dt.to(v_g.dtype)
 
     def weight(self, error):
         """The adaptive weight 1 / (error + c)^p, without gradient (Eq. 22)."""
         return (error.detach() + self.c) ** -self.p
+
+
+class LinearTangents(TorchFunctionMode):
+    """Makes linear layers cost two products in forward mode instead of three.
+
+    PyTorch's own rule adds the product of the input with the tangent of the weight, which nobody
+    varies: a matrix of zeros, written out and multiplied (torch 2.15, eager and compiled).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return self.linear(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def linear(x, weight, bias=None):
+        x, tangent = forward_ad.unpack_dual(x)
+        y = F.linear(x, weight, bias)
+        return y if tangent is None else forward_ad.make_dual(y, F.linear(tangent, weight))
 
 
 def starts(indices, shape, *, seed, num_classes, labels="balanced"):

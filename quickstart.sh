@@ -22,14 +22,18 @@ show() {  # print a command, then run it
 
 show python benchmarks/digits.py write data/digits
 show $torchrun train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/2 \
-    --cfg 1 --label-drop 0 --global-batch-size 64 --max-steps 4000 --lr 2e-3 --ema-decay 0.999 \
-    --num-workers 0 --no-compile --log-every 200 --sample-every 1000 --run-dir $run
+    --cfg 1 --label-drop 0 --ratio 0.5 --p-mean -0.2 --p-std 1.2 --global-batch-size 64 --lr 2e-3 \
+    --ema-decay 0.998 --max-steps 2000 --num-workers 0 --no-compile --log-every 200 \
+    --sample-every 1000 --run-dir $run
 for steps in 1 2; do
-    show $torchrun sample.py --ckpt $run/checkpoints/0004000.pt --num-fid-samples 1797 \
+    show $torchrun sample.py --ckpt $run/checkpoints/0002000.pt --num-fid-samples 1797 \
         --num-sampling-steps $steps --per-proc-batch-size 300 --sample-dir $run/$steps-step
 done
+show python evaluate_fid.py --samples $run/1-step.npz --ref data/digits --image-size 8 \
+    --protocol pixels --num-workers 0
 for steps in 1 2; do
     printf '\nQuality in %s step(s): ' $steps
     python benchmarks/digits.py judge $run/$steps-step.npz
 done
-echo "Pictures: $run/1-step.png (one step), $run/2-step.png (two), $run/samples/ (while training)"
+printf 'Pictures: %s (one step), %s (two), %s (while training)\n' \
+    $run/1-step.png $run/2-step.png $run/samples/

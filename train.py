@@ -14,6 +14,7 @@ Repeating a command continues its run. The defaults are the paper's DiT-B/4 reci
 import argparse
 import copy
 import time
+import warnings
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -166,10 +167,14 @@ def main(args):
 
         flow = method(args, config["num_classes"])
         forward = net
-        if world.distributed:  # the buffers are constant: no need to send them each step
-            forward = DistributedDataParallel(net, broadcast_buffers=False)
+        if world.distributed:
+            with warnings.catch_warnings():  # of a new name for the option, unknown to torch 2.11
+                warnings.simplefilter("ignore")
+                # The buffers are constant: no need to send them each step
+                forward = DistributedDataParallel(net, broadcast_buffers=False)
         if args.compile:
-            forward, flow.target = torch.compile(forward), torch.compile(flow.target)
+            forward = torch.compile(forward)
+            flow.compile()
         batches.start, batches.stop = step, max(step, total)
         params, averages = list(net.parameters()), list(ema.parameters())
         guard = faults.Guard(world, args.skip_nonfinite)

@@ -10,12 +10,16 @@ real digits in pixel space, [-1, 1], 64 dimensions; two halves of the real set a
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fid import frechet_distance  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -47,14 +51,13 @@ def judge(samples, digits):
     judge = SVC(kernel="rbf", gamma=0.001, C=10).fit(digits.data, digits.target)
     accuracy = (judge.predict(grey * 16 / 255) == np.arange(len(grey)) % 10).mean()
     return {"num_samples": len(grey), "accuracy": round(float(accuracy), 4),
-            "frechet": round(frechet(grey / 127.5 - 1, digits.data / 8 - 1), 4)}
+            "frechet": round(frechet_distance(gaussian(grey / 127.5 - 1),
+                                              gaussian(digits.data / 8 - 1)), 4)}
 
 
-def frechet(a, b):
-    """Squared Frechet distance of two sets of rows, taken as Gaussians."""
-    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    overlap = np.sqrt(np.linalg.eigvals(s1 @ s2).astype(complex)).real.sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2 * overlap)
+def gaussian(rows):
+    """Mean and covariance of rows (N, D)."""
+    return rows.mean(0), np.cov(rows, rowvar=False)
 
 
 if __name__ == "__main__":

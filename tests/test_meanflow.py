@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_target_of_a_path_dependent_velocity():
         return z * (t * (r + 2))[:, None, None, None]
 
     expected = v - 0.25 * (v * 0.5 + z) * 2.25
-    assert torch.allclose(flow.target(net, z, v, y, draws)[1], expected, rtol=1e-12)
+    assert torch.allclose(flow.target(net, z, v, y, draws, None), expected, rtol=1e-12)
 
 
 def test_derivative_agrees_with_central_differences():
@@ -137,9 +138,9 @@ def test_rows_with_equal_times_have_the_guided_velocity_as_target():
     draws = constant_draws(8, r=0.4, t=0.4, equal=6, shape=(4, 8, 8))
     v, y = torch.randn_like(draws.eps), torch.arange(8)
     with torch.no_grad():
-        v_g = flow.guided_velocity(net, draws.eps, v, y, draws.t)
-    labels, target = flow.target(net, draws.eps, v, y, draws)
-    assert torch.equal(target[:6], v_g[:6]) and torch.equal(labels, y)
+        v_g = flow.guided_velocity(net, draws.eps, v, y, draws, None)
+    target = flow.target(net, draws.eps, v, y, draws, None)
+    assert torch.equal(target[:6], v_g[:6])
 
 
 def test_dropped_rows_lose_label_and_guidance():
@@ -147,9 +148,11 @@ def test_dropped_rows_lose_label_and_guidance():
     draws = constant_draws(4, r=0.4, t=0.4, equal=4, shape=(4, 8, 8))
     draws = Draws(draws.r, draws.t, draws.eps, torch.tensor([True, True, False, False]), 4)
     v, y = torch.randn_like(draws.eps), torch.arange(4)
-    labels, target = MeanFlow(num_classes=10, cfg=3.0).target(net, draws.eps, v, y, draws)
-    assert labels.tolist() == [10, 10, 2, 3]
+    flow = MeanFlow(num_classes=10, cfg=3.0)
+    target = flow.target(net, draws.eps, v, y, draws, None)
     assert torch.equal(target[:2], v[:2]) and not torch.equal(target[2:], v[2:])
+    flow.loss(net, draws.eps, y, draws)
+    assert net.labels[1] == [10, 10, 2, 3]  # of the forward with gradient, after the null pass
 
 
 def test_guidance_acts_in_the_closed_interval_only():
@@ -157,7 +160,8 @@ def test_guidance_acts_in_the_closed_interval_only():
     t = torch.tensor([0.29, 0.3, 0.5, 0.8, 0.81], dtype=torch.float64)
     v = torch.ones_like(draws.eps)
     flow = MeanFlow(num_classes=3, cfg=4.0, kappa=0.25, cfg_interval=(0.3, 0.8))
-    v_g = flow.guided_velocity(zero, draws.eps, v, torch.zeros(5).long(), t)
+    draws = replace(draws, r=t, t=t, equal=3)
+    v_g = flow.guided_velocity(zero, draws.eps, v, torch.zeros(5).long(), draws, 0 * v)
     assert v_g[:, 0, 0, 0].tolist() == [1, 3, 3, 3, 1]  # omega = 4 (1 - .25)
 
 
@@ -166,9 +170,9 @@ def test_guidance_acts_in_the_closed_interval_only():
 
 @pytest.mark.parametrize(("cfg", "kappa", "calls"), [
     (1.0, 0.0, [[0, 1]]),  # no guidance: the gradient forward alone
-    (1.0, 0.5, [[0, 1], [0, 1]]),  # the null pass has coefficient 0
-    (3.0, 0.0, [[7, 7], [0, 1]]),
-    (3.0, 0.5, [[7, 7], [0, 1], [0, 1]])])
+    (1.0, 0.5, [[0, 1]]),  # the null pass has coefficient 0, the labelled one is that forward
+    (3.0, 0.0, [[0, 1], [7, 7]]),
+    (3.0, 0.5, [[0, 1], [7, 7]])])
 def test_equal_times_cost_no_derivative_and_no_guidance_no_pass(cfg, kappa, calls):
     net = Counted(zero)
     draws = constant_draws(2, r=0.5, t=0.5, equal=2)
@@ -182,7 +186,15 @@ def test_only_rows_with_r_below_t_enter_the_derivative():
     net = Counted(zero)
     draws = constant_draws(8, r=0.2, t=0.5, equal=6)
     MeanFlow(num_classes=7).loss(net, draws.eps, torch.arange(8) % 7, draws)
-    assert [len(labels) for labels in net.labels] == [2, 8]
+    assert [len(labels) for labels in net.labels] == [8, 2]
+
+
+def test_labelled_pass_of_the_guidance_is_made_on_rows_with_r_below_t_only():
+    """Where r = t the forward with gradient has made it."""
+    net = Counted(zero)
+    draws = constant_draws(8, r=0.2, t=0.5, equal=6)
+    MeanFlow(num_classes=9, cfg=2.0, kappa=0.5).loss(net, draws.eps, torch.arange(8), draws)
+    assert net.labels == [list(range(8)), [9] * 8, [6, 7], [6, 7]]
 
 
 def test_gradient_flows_through_the_given_forward_only():

@@ -67,3 +67,37 @@ def test_steps_and_random_labels_change_the_images(trained, sampled):
         call("sample", *options(trained, other), *extra)
         assert files(other) != files(sampled)
         assert json.loads((other / "samples.json").read_text())["images"] == 21
+
+
+def reference(digits, path):
+    """Pixel statistics of the real digits."""
+    call("evaluate_fid", "--samples", digits, "--make-ref", path, "--protocol", "pixels",
+         "--image-size", 8, "--num-workers", 0)
+    return path
+
+
+def result(capfd):
+    return json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+
+
+def test_metrics_of_sampling_are_those_of_the_files(trained, digits, tmp_path, capfd):
+    """With and without files, in one and two processes, and of files that are there already."""
+    ref = reference(digits, tmp_path / "ref.npz")
+    evaluate = ["--fid-ref", ref, "--protocol", "pixels"]
+    call("evaluate_fid", "--samples", sample_all(trained, tmp_path / "files"), "--ref", ref,
+         "--protocol", "pixels", "--num-workers", 0)
+    expected = result(capfd)["fid"]
+    for folder, extra in (("files", []), ("new", []), ("none", ["--no-save-images"])):
+        call("sample", *options(trained, tmp_path / folder), *evaluate, *extra)
+        metrics = result(capfd)
+        assert metrics["fid"] == pytest.approx(expected, rel=1e-9)
+        assert metrics["num_samples"] == 21 and metrics["protocol"] == "pixels"
+    assert not (tmp_path / "none").exists() and not (tmp_path / "none.npz").exists()
+    done = run_script("sample.py", *options(trained, tmp_path / "two"), *evaluate,
+                      "--no-save-images", processes=2)
+    assert json.loads(done.stdout)["fid"] == pytest.approx(expected, rel=1e-9), done.stderr
+
+
+def sample_all(trained, folder):
+    call("sample", *options(trained, folder))
+    return folder

@@ -1,0 +1,154 @@
+"""What makes a step fast or small changes its numbers by rounding only: compiled, in parts, with
+activations recomputed, in bfloat16; each against the official step's numbers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_models import golden, golden_network
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from meanflow import Draws, LinearTangents, MeanFlow
+
+CASES = ["none", "cfg_w3_k0", "cfg_w1_k05"]
+
+
+def golden_step(case, dtype=torch.float32):
+    """The network, the method, (x, y, draws) and the numbers of an official step."""
+    numbers = golden(f"loss_{case}", dtype)
+    settings = json.loads(numbers["settings"])
+    flow = MeanFlow(
+        num_classes=settings["num_classes"], kappa=settings["kappa"],
+        cfg=settings["omega"] / (1 - settings["kappa"]), c=settings["norm_eps"])
+    draws = Draws(numbers["r"], numbers["t"], numbers["e"], numbers["drop_mask"], 6)
+    return golden_network(dtype), flow, (numbers["x"], numbers["labels"], draws), numbers
+
+
+def gradient(net):
+    """All gradients as one vector."""
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+def assert_official(net, errors, numbers, tolerance):
+    """Errors per row and every stored gradient, as max|a-b| / max|b|."""
+    gradients = {f"grad.{key}": p.grad for key, p in net.named_parameters()}
+    gradients |= {f"gradsub.{key}": p.grad.flatten()[::7] for key, p in net.named_parameters()}
+    pairs = [(errors, numbers["sq_err"])]
+    pairs += [(a, numbers[key]) for key, a in gradients.items() if key in numbers]
+    assert len(pairs) == 46  # each of 45 gradients is stored in full or in part
+    for a, b in pairs:
+        b = torch.as_tensor(b)
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_step_equals_the_official_implementation(case):
+    """As traced and differentiated by PyTorch's compiler, before it makes machine code of it,
+    which takes minutes."""
+    net, flow, batch, numbers = golden_step(case)
+    flow.compile(backend="aot_eager")
+    out = flow.loss(net, *batch, forward=torch.compile(net, backend="aot_eager"))
+    out.loss.backward()
+    assert_official(net, out.error, numbers, 1e-5)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))),
+                    reason="machine code for a CPU takes a C++ compiler")
+def test_derivative_in_machine_code_equals_the_official_implementation():
+    net, flow, batch, numbers = golden_step("none")
+    flow.compile()
+    out = flow.loss(net, *batch)
+    out.loss.backward()
+    assert_official(net, out.error, numbers, 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 3e-7)])
+def test_step_in_parts_with_recomputed_activations_equals_the_official_implementation(
+        case, dtype, tolerance):
+    """Each part of 4 rows has three with r = t; the parts' mean gradient is the batch's."""
+    net, flow, (x, y, draws), numbers = golden_step(case, dtype)
+    net.checkpoint_activations = True
+    parts, errors = 2, torch.empty_like(x[:, 0, 0, 0])
+    for i in range(parts):
+        out = flow.loss(net, x[i::parts], y[i::parts], draws.part(i, parts))
+        (out.loss / parts).backward()
+        errors[i::parts] = out.error
+    assert_official(net, errors, numbers, tolerance)
+
+
+def test_recomputing_activations_changes_no_gradient_but_the_work():
+    """Bit for bit, because the recomputed blocks repeat the same operations; the blocks' forward
+    products are counted twice."""
+    gradients, flops = [], []
+    for recompute in (False, True):
+        net, flow, batch, _ = golden_step("cfg_w1_k05")
+        net.checkpoint_activations = recompute
+        with FlopCounterMode(display=False) as counter:
+            flow.loss(net, *batch).loss.backward()
+        gradients.append(gradient(net))
+        flops.append(counter.get_total_flops())
+    assert torch.equal(*gradients) and flops[1] > 1.1 * flops[0]
+
+
+def test_parts_of_unequal_shares_compile_and_add_up():
+    """Five rows with r = t and three without, in two parts: 3 + 1 and 2 + 2. Each share of the
+    derivative has its own static shape."""
+    net, flow, (x, y, draws), _ = golden_step("cfg_w1_k05")
+    draws = Draws(draws.r.where(torch.arange(8) != 5, 0.5 * draws.t), draws.t, draws.eps,
+                  draws.dropped, 5)
+    flow.loss(net, x, y, draws).loss.backward()
+    whole = gradient(net)
+    net.zero_grad()
+    flow.compile(backend="aot_eager")
+    for i in range(2):
+        part = draws.part(i, 2)
+        assert part.equal == (3, 2)[i]
+        (flow.loss(net, x[i::2], y[i::2], part).loss / 2).backward()
+    assert (gradient(net) - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_step_is_the_float32_step_to_bfloat16_rounding(case):
+    """bfloat16 has 8 bits: each product rounds by up to 2^-9, and an error sums over squares.
+    The whole gradient keeps its direction; weights and gradients stay float32."""
+    net, flow, batch, numbers = golden_step(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flow.loss(net, *batch)
+    out.loss.backward()
+    bf16 = gradient(net)
+    net.zero_grad()
+    flow.loss(net, *batch).loss.backward()
+    assert out.loss.dtype == out.error.dtype == bf16.dtype == torch.float32
+    assert not torch.equal(bf16, gradient(net))
+    assert torch.allclose(out.error, torch.as_tensor(numbers["sq_err"]), rtol=0.02)
+    assert F.cosine_similarity(bf16, gradient(net), dim=0) > 0.999
+    assert 0.98 < bf16.norm() / gradient(net).norm() < 1.02
+
+
+def test_derivative_equals_forward_mode_of_pytorch_with_a_third_less_products():
+    """PyTorch multiplies the input of a linear layer by a weight tangent of zeros too."""
+    net, flow, (x, y, draws), _ = golden_step("none", torch.float64)
+    v_g = torch.randn_like(x)
+    tangents = (v_g, torch.zeros_like(draws.r), torch.ones_like(draws.t))
+    math = sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as theirs, torch.no_grad(), math:
+        _, expected = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (x, draws.r, draws.t),
+                                     tangents)
+    with FlopCounterMode(display=False) as ours, torch.no_grad():
+        du_dt = flow.time_derivative(net, x, draws.r, draws.t, y, v_g)
+    assert torch.allclose(du_dt, expected, rtol=1e-10, atol=1e-12)
+    assert ours.get_total_flops() < 0.7 * theirs.get_total_flops()
+
+
+def test_linear_tangents_leave_other_functions_and_plain_inputs_alone():
+    x, weight, bias = torch.randn(5, 3), torch.randn(2, 3), torch.randn(2)
+    with LinearTangents():
+        plain = F.linear(x, weight, bias), F.linear(x, weight=weight), x.exp()
+        y, tangent = torch.func.jvp(lambda x: F.linear(x, weight, bias).exp(), (x,), (x,))
+    assert torch.equal(plain[0], F.linear(x, weight, bias))
+    assert torch.equal(plain[1], F.linear(x, weight)) and torch.equal(plain[2], x.exp())
+    assert torch.allclose(tangent, y * (x @ weight.T))
