@@ -274,7 +274,7 @@ ENCODE = [
     ({"--data-path": None}, "--data-path"),
     ({"--out-path": None}, "--out-path"),
     ({"--data-path": "missing", "--out-path": "digits"}, "--data-path must be a folder.*missing"),
-    ({"--data-path": "file.txt"}, "--data-path must be a folder, got file.txt"),
+    ({"--data-path": "file.txt"}, "--data-path must be a folder.*file.txt"),
     ({"--data-path": "empty class"}, "--data-path must be a folder.*empty class"),
     ({"--data-path": "latents"}, "--data-path must be a folder of images.*latent shards"),
     ({"--out-path": "file.txt/out"}, "--out-path must be a folder.*file.txt/out"),
