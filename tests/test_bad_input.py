@@ -273,7 +273,8 @@ def test_train_refuses_a_checkpoint_of_another_run(trained, digits, tmp_path, mo
 ENCODE = [
     ({"--data-path": None}, "--data-path"),
     ({"--out-path": None}, "--out-path"),
-    ({"--data-path": "missing", "--out-path": "digits"}, "--data-path must be a folder.*missing"),
+    ({"--data-path": "missing"}, "--data-path must be a folder.*missing"),
+    ({"--data-path": "out", "--out-path": "digits"}, "--out-path must be new.*got digits"),
     ({"--data-path": "file.txt"}, "--data-path must be a folder.*file.txt"),
     ({"--data-path": "empty class"}, "--data-path must be a folder.*empty class"),
     ({"--data-path": "latents"}, "--data-path must be a folder of images.*latent shards"),
