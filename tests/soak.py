@@ -80,11 +80,14 @@ def options(data, folder, steps):
 class Child:
     """A script of this repository in a process of its own, on the CPU.
 
-    Forked where there is no GPU: to import PyTorch takes longer than what is watched here.
+    Forked, as to import PyTorch takes longer than what is watched here, but from a server that does
+    nothing else: a fork of this process would share its locks, and one killed while it holds a
+    lock leaves all others waiting.
     """
 
     def __init__(self, script, *words, output, limit=None, **environment):
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train", "sample", "encode_imagenet"])
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.output, words = Path(output), [str(word) for word in words]
         self.process = context.Process(
@@ -135,6 +138,14 @@ def logged(folder):
         return 0
 
 
+def wait_for_step(folder, step, alive, timeout=180):
+    """Until a run has logged this step. Raises AssertionError if it is no longer alive()."""
+    end = time.monotonic() + timeout
+    while logged(folder) < step:
+        assert alive() and time.monotonic() < end, f"step {step} did not come"
+        time.sleep(0.002)
+
+
 def differences(one, two):
     """Where two checkpoints' weights, averages and optimiser differ in a bit."""
     found = [f"{kind} {key}" for kind in ("model", "ema") for key, value in one[kind].items()
@@ -156,8 +167,7 @@ def kill_and_finish(data, folder, *, kills, seed):
     for _ in range(kills):
         target = saved + moments.randint(0, REACH)
         child = Child("train", *options(data, broken, steps), output=folder / "child.txt")
-        while child.alive and logged(broken) < target:
-            time.sleep(0.002)
+        wait_for_step(broken, target, lambda: child.alive)  # noqa: B023
         time.sleep(moments.uniform(0, 0.1))
         child.process.kill()
         code, said = child.wait()

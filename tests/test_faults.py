@@ -13,7 +13,7 @@ import pytest
 import soak
 import torch
 from conftest import ROOT, command
-from soak import Child, differences, logged, ranks
+from soak import Child, differences, ranks, wait_for_step
 
 import checkpoint
 import data
@@ -48,18 +48,10 @@ def torchrun(digits, folder, steps, *agent):
     return start([*launch[:4], *agent, *launch[4:]])
 
 
-def start(words):
-    return subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                         "CUDA_VISIBLE_DEVICES": ""})
-
-
-def wait_for_step(folder, step, alive, timeout=180):
-    """Until the run has logged this step."""
-    end = time.monotonic() + timeout
-    while logged(folder) < step:
-        assert alive() and time.monotonic() < end, f"step {step} did not come"
-        time.sleep(0.01)
+def start(words, **environment):
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*map(str, words)], cwd=ROOT, env=os.environ | fixed | environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def workers(agent):
@@ -155,19 +147,27 @@ def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrup
     assert not differences(final(uninterrupted[processes], 20), final(run, 20))
 
 
-def test_signals_do_not_cut_the_last_save_short(digits, tmp_path, monkeypatch):
+SLOW = """
+import time, checkpoint, runtime, train
+save = checkpoint.save
+checkpoint.save = lambda *words, **more: (time.sleep(3), save(*words, **more))
+runtime.run(train.main, train.parse_args)
+"""
+
+
+def test_signals_do_not_cut_the_last_save_short(digits, tmp_path):
     """Slurm and torchrun send SIGTERM one after the other: the second came when the step had ended
     and signals had their usual effect again, and killed the process while it saved."""
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *words, **more: (
-        time.sleep(3), save(*words, **more)))
-    child, = begin(digits, tmp_path / "run", 1000, "--ckpt-every", 1000)
-    wait_for_step(tmp_path / "run", 2, lambda: child.alive)
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = start([sys.executable, tmp_path / "slow.py",
+                     *options(digits, tmp_path / "run", 1000, "--ckpt-every", 1000)])
+    wait_for_step(tmp_path / "run", 2, lambda: process.poll() is None)
     for _ in range(4):
-        os.kill(child.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
-    code, said = child.wait()
-    assert code == 0 and len(checkpoint.files(tmp_path / "run" / "checkpoints")) == 1, said
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert len(checkpoint.files(tmp_path / "run" / "checkpoints")) == 1, err
 
 
 STUCK = """
@@ -184,10 +184,7 @@ with runtime.start() as world, faults.Signals(world):
     ([signal.SIGTERM], 1, 1, "rank 0, at the start: the step did not end within 1.0 s")])
 def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, line, tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
-    pair = [subprocess.Popen(
-        [sys.executable, tmp_path / "stuck.py", str(grace)], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE, env={**os.environ, **place, "PYTHONPATH": str(ROOT)})
-        for place in ranks(2)]
+    pair = [start([sys.executable, tmp_path / "stuck.py", grace], **place) for place in ranks(2)]
     try:
         for process in pair:
             assert process.stdout.readline() == "ready\n"
@@ -237,7 +234,7 @@ def agents(digits, folder, steps, *extra):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
               "--local_addr=127.0.0.1", "--max-restarts=1", str(ROOT / "train.py")]
-    return [start([*launch, *map(str, options(digits, folder, steps, *extra))]) for _ in range(2)]
+    return [start([*launch, *options(digits, folder, steps, *extra)]) for _ in range(2)]
 
 
 def test_two_nodes_train_resume_and_restart_by_themselves(digits, tmp_path, uninterrupted):
