@@ -81,13 +81,16 @@ def test_numbers_in_range_are_taken():
 
 
 def test_two_processes_agree_average_and_leave_cleanly(tmp_path):
-    """Without a barrier before the process group is left, gloo aborts about once in ten runs."""
+    """gloo aborted a process about once in ten runs without a barrier at the end, and about once
+    in 25 (of training: "terminate called without an active exception") where Python cleaned up."""
     script = tmp_path / "script.py"
     script.write_text(
         "import torch, runtime\n"
-        "with runtime.start() as world:\n"
-        "    mean = world.mean(torch.tensor([world.rank + 1.0]))\n"
-        "    print(f'{world.agree(world.rank + 7)}|{mean.item()}|{world.main}\\n', end='')\n")
+        "def main(args):\n"
+        "    with runtime.start() as world:\n"
+        "        mean = world.mean(torch.tensor([world.rank + 1.0]))\n"
+        "        print(f'{world.agree(world.rank + 7)}|{mean.item()}|{world.main}\\n', end='')\n"
+        "runtime.run(main, lambda: None)\n")
     for _ in range(3):
         done = run_script(script, processes=2, PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
