@@ -7,6 +7,7 @@ the rows rank::world, so the data a run sees does not depend on the number of pr
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import os
@@ -78,6 +79,9 @@ class ImageFolder:
                             f"got {path} ({str(error).splitlines()[0][:300]}); check the path"
                             ) from error
         self.image_size, self.classes = image_size, found.classes
+        # Decoded images of a set as small as the quickstart's are kept
+        small = len(found) * 3 * image_size**2 <= 16 * 2**20
+        self.read = functools.cache(read_image) if small else read_image
         self.labels = torch.tensor(found.targets)  # (N,) int64
         # one array and not a million strings: worker processes share its memory for good
         self.files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
@@ -92,7 +96,7 @@ class ImageFolder:
         """
         rows, mirrored = batch
         try:
-            images = [read_image(self.path(row), self.image_size) for row in rows.tolist()]
+            images = [self.read(self.path(row), self.image_size) for row in rows.tolist()]
         except UserError as error:
             return error
         images = torch.stack([x.flip(2) if m else x for x, m in zip(images, mirrored.tolist())])
