@@ -145,6 +145,8 @@ def _fitting(option, path):
     """Turns what a hostile or foreign checkpoint runs into within into a UserError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{option} must hold weights that fit its config, got {path} "
@@ -195,29 +197,33 @@ def _is_count(value):
 
 
 def check_config(folder, config, free):
-    """Refuse a run directory that was begun with other options; write config.json otherwise.
+    """The path of a run directory's config.json. Raises UserError where it is of another run.
 
-    free: names of options that may change between two starts of a run. Raises UserError naming
-    the options that differ.
+    A run that has no checkpoint yet may become another. free: names of options that may change
+    between two starts of a run.
     """
-    path = Path(folder) / "config.json"
+    path, begun = Path(folder) / "config.json", bool(files(Path(folder) / "checkpoints"))
     if path.exists():
         try:
             stored = json.loads(path.read_text())
-            names = sorted(stored.keys() | config.keys())
+            found = differences(stored, config, free)
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"--run-dir must hold a readable config.json, got {path} "
                             f"({error!s:.200}); choose another folder") from error
-        differing = [f"{name:.60} {stored.get(name)!s:.60} there, {config.get(name)!s:.60} here"
-                     for name in names
-                     if name not in free and stored.get(name) != config.get(name)]
-        if differing:
+        if found and (begun or not config.keys() <= stored.keys()):
             raise UserError(f"--run-dir must be a run of the same options, got {folder} "
-                            f"({'; '.join(differing)}); choose another folder or these options")
-    elif files(Path(folder) / "checkpoints"):
+                            f"({found}); choose another folder or these options")
+    elif begun:
         raise UserError(f"--run-dir must hold config.json beside its checkpoints, got {folder}; "
                         f"choose another folder")
     return path
+
+
+def differences(stored, wanted, free=()):
+    """In words, the settings, two dicts, in which what lies there differs from what is wanted."""
+    return "; ".join(f"{name:.60} {stored.get(name)!s:.60} there, {wanted.get(name)!s:.60} here"
+                     for name in sorted(stored.keys() | wanted.keys())
+                     if name not in free and stored.get(name) != wanted.get(name))
 
 
 def write_config(path, config):

@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 import faults
 import runtime
 from latents import LatentShards
-from runtime import UserError
+from runtime import RunError, UserError
 
 # ---- images ---------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def load(dataset, batches, *, workers, device):
 
     Workers read ahead, so neither a slow image nor a cold disk holds up the caller: processes for
     images, threads for latents, which to hand from process to process costs ten times as much as
-    to read. Raises UserError for what a worker could not read.
+    to read. Raises UserError for what a worker could not read, RunError if one was killed.
     """
     cuda = device.type == "cuda"
     if workers and isinstance(dataset, LatentShards):
@@ -168,11 +168,18 @@ def load(dataset, batches, *, workers, device):
                             pin_memory=cuda, persistent_workers=workers > 0,
                             prefetch_factor=4 if workers else None,
                             worker_init_fn=faults.ignore_signals)
-    for batch in served:
-        if isinstance(batch, UserError):
-            # a new one: raised itself, it would hold on to its own frame, and to the workers
-            raise UserError(batch, local=True)
-        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+    try:
+        for batch in served:
+            if isinstance(batch, UserError):
+                # a new one: raised itself, it would hold on to its own frame, and to the workers
+                raise UserError(batch, local=True)
+            yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(f"a process that reads images ended ({str(error).splitlines()[0]}), perhaps "
+                       f"for want of memory; lower --num-workers and repeat the command",
+                       local=True) from error
 
 
 def ahead(function, items, *, threads, depth):

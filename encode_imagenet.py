@@ -74,7 +74,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    with runtime.start(args.precision) as world:
+    # A process without work waits for another's shard, which may take hours on a CPU
+    with runtime.start(args.precision, patience_h=7 * 24) as world:
         record = read_record(args.out_path)  # refuses another folder before anything heavy
         runtime.check_folder("--out-path", args.out_path)
         images = data.ImageFolder(args.data_path, args.image_size)
@@ -316,13 +317,11 @@ def read_batch(images, rows):
 def encode_batch(args, space, config, device, batch):
     """What read_batch returns -> labels, moments, those of the mirror images or None, faults."""
     pixels, labels, faults = batch
-    if device.type == "cpu":
-        # its sums depend on the number of threads, which torchrun sets to 1: so do we, always
-        torch.set_num_threads(1)
     try:
-        pixels = pixels.to(device, non_blocking=True)
-        moments = to_disk(args, space, config, pixels)
-        mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
+        with runtime.one_thread():
+            pixels = pixels.to(device, non_blocking=True)
+            moments = to_disk(args, space, config, pixels)
+            mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
     except torch.OutOfMemoryError as error:
         raise UserError(f"--batch-size must fit in the GPU's memory, got {args.batch_size}; lower "
                         f"it and repeat the command", local=True) from error

@@ -21,7 +21,8 @@ class Signals:
     """Within ``with``: notes SIGTERM, SIGUSR1, SIGINT, upon which all stop after the same step.
 
     Processes hear of a signal at different moments, so each step they exchange, unwaited for, what
-    they heard; the answer is read a step later, by all alike. What cannot wait for the main thread,
+    they heard; the answer is read a step later, by all alike: several processes stop one step later
+    than a single one. What cannot wait for the main thread,
     which may be inside a collective, a thread sees to: a second SIGINT ends the process at once,
     and one that cannot finish its step, because another process died, ends after GRACE_S seconds.
     """
@@ -55,8 +56,9 @@ class Signals:
             number, now = os.read(reader, 1), time.monotonic()
             if not number:
                 return os.close(reader)
-            # Ctrl-C reaches a process twice under torchrun, from the terminal and from the agent
-            if number[0] == signal.SIGINT and now - interrupted > 1:
+            # torchrun passes the first Ctrl-C on as it is and the second as SIGTERM; where the
+            # terminal reaches this process, too, one Ctrl-C is two signals within a moment
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and now - interrupted > 1:
                 self.leave("interrupted twice", code=130)
             if number[0] == signal.SIGINT:
                 interrupted = min(now, interrupted)
@@ -81,10 +83,14 @@ class Signals:
         return self.asked
 
     def close(self):
-        """No step will follow: what is left is to save, which only a second SIGINT cuts short."""
-        self.stepping = False
+        """After the last step, once all processes are there."""
+        self.steps_end()
         if self.pending:
             self.pending.result()
+
+    def steps_end(self):
+        """What is left is to save, which only a second Ctrl-C cuts short."""
+        self.stepping = False
 
     def __exit__(self, *_):
         """Signals do what they did before, or, if one came, nothing: the process is ending."""

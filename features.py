@@ -34,8 +34,8 @@ def reading(option, path, *, local=False):
         yield
     except UserError:
         raise
-    except (OSError, EOFError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError,
-            pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
+            ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{option} must be a whole .npz file of plain arrays, got {path} "
                         f"({error}); write it again or name another", local=local) from error
 

@@ -4,6 +4,7 @@ import torch
 
 import data
 import fid
+import runtime
 from features import Extractor
 from meanflow import sample, starts
 
@@ -24,10 +25,11 @@ class Generator:
         """uint8 (B, 3, H, W), on the world's device, of the images with these numbers."""
         z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
                        num_classes=self.config["num_classes"])
-        with self.world.autocast():
-            x = sample(self.net, z1.to(self.world.device), y.to(self.world.device),
-                       steps=self.steps)
-        return self.space.decode(x)
+        with runtime.one_thread():
+            with self.world.autocast():
+                x = sample(self.net, z1.to(self.world.device), y.to(self.world.device),
+                           steps=self.steps)
+            return self.space.decode(x)
 
     def batches(self, count, batch_size):
         """This process's batches of the images 0 .. count - 1, as ranges: whole ones, dealt out in

@@ -7,9 +7,10 @@ source environment.sh
 prepare requirements.txt
 export PATH="$PWD/.venv/bin:$PATH"
 
-# One process per GPU, or two on the CPU
+# One process per GPU, or two on the CPU; a power of two, over which batches divide
 processes=$(python -c 'import os, torch
-print(torch.cuda.device_count() or min(2, os.cpu_count()))')
+count = torch.cuda.device_count() or min(2, os.cpu_count())
+print(2 ** (count.bit_length() - 1))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os
 print(max(1, os.cpu_count() // $processes))")}
 torchrun="torchrun --standalone --nproc_per_node=$processes"

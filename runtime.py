@@ -7,6 +7,7 @@ Nothing else in the repository reads ranks from the environment or picks a devic
 import argparse
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import math
@@ -24,7 +25,8 @@ from tqdm import tqdm
 
 
 class OneLine(Exception):
-    """What ends a run with one line, the message. ``local`` marks what only this process met."""
+    """What ends a run with one line, the message. ``local`` marks what one process may meet alone
+    before the processes know of each other."""
 
     def __init__(self, message, *, local=False):
         super().__init__(" ".join(str(message).split()))
@@ -101,17 +103,19 @@ def run(main, parse_args):
     try:
         main(parse_args())
     except UserError as error:
-        fail(error, everywhere=error.local)
+        fail(error, local=error.local)
     except RunError as error:
-        fail(error, everywhere=error.local, code=1)
-    except torch.OutOfMemoryError as error:
-        fail(f"the GPU's memory must hold a batch, got {str(error).split('. ')[0]}; lower the "
-             f"batch size; train.py has --grad-accum-steps, too", everywhere=True)
+        fail(error, local=error.local, code=1)
     except PermissionError as error:  # a path below a locked folder cannot even be looked for
         fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
              f"permissions or choose another path")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
+    except (RuntimeError, MemoryError) as error:
+        if not _lacks_memory(error):
+            raise
+        fail(f"memory must hold a batch, got {str(error).split('. ')[0] or 'no more'}; lower the "
+             f"batch size; train.py has --grad-accum-steps, too", local=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The interpreter's own end races with gloo's threads, which abort it once in some 25 runs
         sys.stdout.flush()
@@ -119,14 +123,35 @@ def run(main, parse_args):
         os._exit(0)
 
 
-def fail(message, *, everywhere=False, code=2):
-    """One line on stderr, from one process of each machine unless everywhere, and the end."""
-    if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+def _lacks_memory(error):
+    """Whether it says so of a GPU, or of the CPU, for which PyTorch has no error of its own."""
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "can't allocate memory" in str(error))
+
+
+def fail(message, *, local=False, code=2):
+    """One line on stderr, from one of the processes, and the end of this one."""
+    if _speaks(local):
         say_last(message)
     sys.stdout.flush()
     if dist.is_initialized():
         os._exit(code)  # other processes may be inside a collective; torchrun ends them
     sys.exit(code)
+
+
+_meeting = None  # the store by which the processes found each other, once they did
+
+
+def _speaks(local):
+    """Whether this process says why it ends: the first that fails does, as it knows why.
+
+    Before they know of each other, or when one took the store along, one of each machine does.
+    """
+    if _meeting is not None:
+        with contextlib.suppress(RuntimeError):
+            _meeting.set_timeout(datetime.timedelta(seconds=10))
+            return _meeting.add("failed", 1) == 1
+    return local or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def say_last(message):
@@ -228,22 +253,43 @@ class _Maximum:
 
 
 @contextlib.contextmanager
-def start(precision="fp32"):
+def one_thread():
+    """Where bits count: a CPU's sums depend on the number of threads, of which torchrun gives each
+    of several processes one and Python alone as many as there are cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _device():
+    """This process's own: the GPU of its local rank, or the CPU. Raises UserError."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node must be at most the number of GPUs, "
+                        f"{torch.cuda.device_count()}; this is process {local_rank + 1}; "
+                        f"start fewer", local=True)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def start(precision="fp32", *, patience_h=0.5):
     """The World of this process, set up from torchrun's environment (one process without it).
 
-    precision: fp32, tf32 (fp32 with TensorFloat-32 products on GPUs) or bf16 (autocast). Leaves
-    the process group behind a barrier: without it gloo aborts a process that is left behind.
+    precision: fp32, tf32 (fp32 with TensorFloat-32 products on GPUs) or bf16 (autocast).
+    patience_h: hours that a process may wait for another that lives; one that ends is noticed at
+    once. Leaves the process group behind a barrier: without it gloo aborts a process that is left
+    behind.
     """
+    global _meeting
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node must be at most the number of GPUs, "
-                            f"{torch.cuda.device_count()}; this is process {local_rank + 1}; "
-                            f"start fewer", local=True)
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    device = _device()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     world = World(rank, size, device, precision)
@@ -252,9 +298,10 @@ def start(precision="fp32"):
         return
     cuda = device.type == "cuda"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                store=_fresh_store(rank, size), rank=rank, world_size=size,
-                                timeout=datetime.timedelta(minutes=30),
+        _meeting = _fresh_store(rank, size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=_meeting,
+                                rank=rank, world_size=size,
+                                timeout=datetime.timedelta(hours=patience_h),
                                 device_id=device if cuda else None)
         yield world
         world.barrier()
@@ -373,6 +420,37 @@ def make_folder(option, path):
                         f"({error.strerror}); choose another") from error
 
 
+@contextlib.contextmanager
+def alone(option, folder):
+    """Holds the folder that an option names: no other process may at the same time.
+
+    The system lets go of it when this process ends, however it does. Raises UserError.
+    """
+    descriptor, end = os.open(folder, os.O_RDONLY), time.monotonic() + READERS_S
+    try:
+        while not _locked(descriptor):
+            if time.monotonic() > end:
+                raise UserError(f"{option} must be of one run at a time, got {folder}, which "
+                                f"another process is writing; end that or choose another folder")
+            time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+READERS_S = 15  # a killed process's readers, which hold what it held, notice within some seconds
+
+
+def _locked(descriptor):
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        return True
+    return True
+
+
 class Log:
     """log.txt, metrics.jsonl and TensorBoard events of a run; active on rank 0 only.
 
@@ -410,7 +488,10 @@ class Log:
         if self.active:
             tqdm.write(line, file=sys.stderr)
             with self._writing():
-                self.text.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+                self._write(line)
+
+    def _write(self, line):
+        self.text.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def record(self, step, **values):
         """One metrics.jsonl object and one TensorBoard scalar per value."""
@@ -420,11 +501,19 @@ class Log:
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
 
-    def close(self):
-        if self.active:
-            with self._writing():
-                for file in (self.text, self.metrics, self.board):
-                    file.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        """Closes all; an error that ends the run is the last line of log.txt."""
+        if not self.active:
+            return
+        with contextlib.suppress(OSError) if error else self._writing():
+            if error:
+                reason = next(iter(str(error).splitlines()), "")
+                self._write(f"ended by {kind.__name__}: {reason}")
+            for file in (self.text, self.metrics, self.board):
+                file.close()
 
 
 def _step_of(line):

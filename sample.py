@@ -30,13 +30,15 @@ import vae
 from generation import Evaluation, Generator
 from runtime import UserError, whole
 
+MARKER = "samples.json"  # in the sample folder: whose images these are
+
 
 def parse_args(argv=None):
     parser = runtime.Parser("Sample images from a checkpoint. Repeat a command to continue it.")
     parser.add_argument("--ckpt", type=Path, required=True,
                         help="checkpoint that train.py wrote; its EMA weights sample")
     parser.add_argument("--num-fid-samples", type=whole(1), default=50000, help="count of images")
-    parser.add_argument("--num-sampling-steps", type=whole(1), default=1,
+    parser.add_argument("--num-sampling-steps", type=whole(1, 10000), default=1,
                         help="network evaluations per image, at equal steps of time")
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"),
                         help="new folder for the PNG files")
@@ -65,8 +67,12 @@ def parse_args(argv=None):
 
 
 def main(args):
-    with runtime.start(args.precision) as world:
+    # A process whose images are done waits for the others', which may take hours on a CPU
+    with runtime.start(args.precision, patience_h=7 * 24) as world:
         net, config = checkpoint.load_network(args.ckpt)
+        wanted = settings(args, net, config)
+        if args.save_images:
+            check_folder(args, wanted)
         evaluation = statistics = None
         if args.fid_ref:
             evaluation = Evaluation(args.fid_ref, args.protocol, config, world)
@@ -76,16 +82,15 @@ def main(args):
         except (ValueError, OSError) as error:
             raise UserError(error) from error
         if args.save_images:
-            open_folder(args, net, config, world)
+            open_folder(args, wanted, world)
         generator = Generator(net.to(world.device), space, config, world, seed=args.seed,
                               labels=args.labels, steps=args.num_sampling_steps)
         draw(args, generator, statistics)
         world.barrier()
         if args.save_images and world.main:
-            beside = args.sample_dir.parent / args.sample_dir.name
             paths = [png(args.sample_dir, i) for i in range(args.num_fid_samples)]
-            write_npz(beside.with_name(beside.name + ".npz"), paths, world)
-            generator.picture(beside.with_name(beside.name + ".png"))
+            write_npz(beside(args, ".npz"), paths, world)
+            generator.picture(beside(args, ".png"))
         result = evaluation.metrics(statistics) if args.fid_ref else None
         if world.main:
             report(args, evaluation, result)
@@ -106,34 +111,50 @@ def png(folder, i):
     return folder / f"{i:06d}.png"
 
 
-def open_folder(args, net, config, world):
-    """Make the sample folder, or recognise it by samples.json as this command's own.
+def beside(args, suffix):
+    """The file of this suffix that is named as the sample folder, and lies beside it."""
+    return Path(os.path.abspath(args.sample_dir) + suffix)
 
-    Raises UserError for a folder that holds anything else.
-    """
+
+def settings(args, net, config):
+    """What samples.json says: all that the images are a function of."""
     weights = net.final_layer.linear.weight.cpu().numpy().tobytes()
-    settings = {
-        "images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
-        "labels": args.labels, "batch": args.per_proc_batch_size, "precision": args.precision,
-        "vae": args.vae or config["vae"], "weights": hashlib.sha256(weights).hexdigest()}
-    marker = args.sample_dir / "samples.json"
-    if args.sample_dir.exists() and not args.sample_dir.is_dir():
-        raise UserError(f"--sample-dir must be a folder, got the file {args.sample_dir}; choose "
-                        f"another")
-    if args.sample_dir.exists() and any(args.sample_dir.iterdir()):
-        try:
-            stored = json.loads(marker.read_text())
-        except (OSError, ValueError, RecursionError):
-            stored = None
-        if stored != settings:
-            raise UserError(f"--sample-dir must be new, or hold this very command's images, got "
-                            f"{args.sample_dir} (other files or other settings); choose another")
+    return {"images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
+            "labels": args.labels, "batch": args.per_proc_batch_size, "precision": args.precision,
+            "vae": args.vae or config["vae"], "weights": hashlib.sha256(weights).hexdigest()}
+
+
+def check_folder(args, wanted):
+    """Raise UserError unless the sample folder is new or, by samples.json, this command's own.
+
+    One that a killed command left without an image may become another's.
+    """
+    folder = args.sample_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another")
+    runtime.check_folder("--sample-dir", folder)
+    found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
+                               beside(args, ".npz"), beside(args, ".png"))
+             if path.exists() and not (path.name.startswith(".") and path.suffix == ".tmp")]
+    if not found:
+        return
+    try:
+        fault = checkpoint.differences(json.loads((folder / MARKER).read_text()), wanted)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        fault = f"{found[0]} is none of this command's files"
+    if fault and found != [folder / MARKER]:
+        raise UserError(f"--sample-dir must be new, or hold this very command's images, got "
+                        f"{folder} ({fault}); choose another")
+
+
+def open_folder(args, wanted, world):
+    """Make the sample folder, which all processes have checked, and say whose it is."""
     world.barrier()
     if world.main:
         runtime.make_folder("--sample-dir", args.sample_dir)
         runtime.sweep(args.sample_dir)
-        with runtime.whole_file(marker) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        with runtime.whole_file(args.sample_dir / MARKER) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=1) + "\n")
     world.barrier()
 
 

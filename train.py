@@ -134,7 +134,8 @@ def add_run_options(group):
     group.add_argument("--sample-every", type=whole(0), default=5000,
                        help="steps between pictures of one-step samples; 0 = none")
     group.add_argument("--eval-every", type=whole(0), default=0,
-                       help="steps between evaluations of one-step samples; 0 = none")
+                       help="steps between evaluations of one-step samples, each of which follows "
+                            "a checkpoint; 0 = none")
     group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
                        help="reference statistics for --eval-every")
     group.add_argument("--eval-samples", type=whole(2), default=10000,
@@ -159,9 +160,9 @@ def main(args):
         total = args.max_steps or args.epochs * batches.steps_per_epoch
         evaluation = (Evaluation(args.fid_ref, args.protocol, config, world)
                       if args.eval_every else None)
-        folder = open_run(args, config, world)
+        folder = open_run(args, config, world, stack)
         step, net, ema, optimizer = build(args, config, folder, world)
-        log = runtime.Log(folder, active=world.main, step=step)
+        log = stack.enter_context(runtime.Log(folder, active=world.main, step=step))
         for line in introduction(args, world, net, dataset, step, total):
             log.say(line)
 
@@ -180,8 +181,10 @@ def main(args):
         guard = faults.Guard(world, args.skip_nonfinite)
         signals = stack.enter_context(faults.Signals(world))
         saver = stack.enter_context(checkpoint.Saver(folder / "checkpoints", args.keep_last))
+        stack.callback(signals.steps_end)  # before the saver's end, also after an error
         generator = Generator(ema, space, config, world, seed=args.seed)
-        sums, clock = torch.zeros(5, device=world.device), Clock(step)
+        sums, skipped, asked = torch.zeros(5, device=world.device), 0, None
+        clock = Clock(step)
         bar = world.progress(total, initial=step)
 
         for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
@@ -209,35 +212,38 @@ def main(args):
             sums += torch.where(optimizer.found_inf > 0, 0, values)
             bar.update()
 
-            # Log, picture, checkpoint
+            # Log and checkpoint; only then what may fail or take long: picture and evaluation
             asked = signals.stop()
             last = step == total or asked is not None
-            if due(step, args.log_every, last) or due(step, args.ckpt_every, last):
-                skipped = guard.check()  # the one synchronisation between log lines
+            evaluates = due(step, args.eval_every, step == total)
+            saves = due(step, args.ckpt_every, last) or evaluates
+            if saves or due(step, args.log_every, last):
+                skipped += guard.check()  # the one synchronisation between log lines
                 saver.check()
             if due(step, args.log_every, last):
                 record(log, step, total, world.mean(sums).tolist(), skipped,
                        clock.rate(step) * args.global_batch_size)
                 sums.zero_()
+                skipped = 0
+            if saves and world.main:
+                saver.save({"step": step, "model": net.state_dict(), "ema": ema.state_dict(),
+                            "opt": optimizer.state_dict(), "config": config})
             if due(step, args.sample_every, step == total) and world.main:
                 generator.picture(folder / "samples" / f"{step:07d}.png")
-            if due(step, args.eval_every, step == total) and not asked:  # there may be no time
+            if evaluates and not asked:  # there may be no time
                 metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
                 if world.main:
                     del metrics["protocol"], metrics["num_samples"]  # they never change
                     log.say(f"step {step}/{total}  " + "  ".join(
                         f"{name} {value:.4f}" for name, value in metrics.items()))
                     log.record(step, **metrics)
-            if due(step, args.ckpt_every, last) and world.main:
-                saver.save({"step": step, "model": net.state_dict(), "ema": ema.state_dict(),
-                            "opt": optimizer.state_dict(), "config": config})
             if asked:
-                log.say(f"{asked}: saved step {step}; repeat the command to go on")
                 break
         signals.close()
         saver.close()
         bar.close()
-        log.close()
+        if asked:
+            log.say(f"{asked}: saved step {step}; repeat the command to go on")
         if world.main:
             print(saver.path or checkpoint.newest(folder / "checkpoints"))
 
@@ -290,8 +296,11 @@ def describe(args, dataset, space):
                      "num_images": len(dataset)}
 
 
-def open_run(args, config, world):
-    """The run's folder, made or recognised. Raises UserError before anything is written."""
+def open_run(args, config, world, stack):
+    """The run's folder, made or recognised, and this run's alone until the stack is left.
+
+    Raises UserError before anything is written.
+    """
     parts = world.size * args.grad_accum_steps
     if args.global_batch_size % parts:
         raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
@@ -305,6 +314,8 @@ def open_run(args, config, world):
                         f"{error}") from error
     path = checkpoint.check_config(args.run_dir, config, FREE)
     if world.main:
+        runtime.make_folder("--run-dir", args.run_dir)
+        stack.enter_context(runtime.alone("--run-dir", args.run_dir))
         for folder in ("checkpoints", "samples"):
             runtime.make_folder("--run-dir", args.run_dir / folder)
             runtime.sweep(args.run_dir / folder)

@@ -145,6 +145,12 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder):
 
 def test_a_run_of_other_options_is_refused_by_name(tmp_path):
     checkpoint.write_config(checkpoint.check_config(tmp_path, CONFIG, ()), CONFIG)
+    # Without a checkpoint there is nothing to spoil: it may have failed for these very options
+    checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
+    with pytest.raises(UserError, match="new None there, 1 here"):  # another program's config.json
+        checkpoint.check_config(tmp_path, {**CONFIG, "new": 1}, ())
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "0000001.pt").touch()
     checkpoint.check_config(tmp_path, CONFIG, ())
     checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ("lr",))
     with pytest.raises(UserError) as error:  # an ImageNet of classes is no line

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, fed with bad numbers or left without disk, and go on."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import soak
@@ -19,6 +21,7 @@ import checkpoint
 import data
 import faults
 import runtime
+from runtime import UserError
 
 WORLD = runtime.World(0, 1, torch.device("cpu"), "fp32")
 
@@ -181,6 +184,7 @@ with runtime.start() as world, faults.Signals(world):
 
 @pytest.mark.parametrize(("numbers", "grace", "code", "line"), [
     ([signal.SIGINT, signal.SIGINT], 600, 130, "rank 0, at the start: interrupted twice; stopped"),
+    ([signal.SIGINT, signal.SIGTERM], 600, 130, "rank 0, at the start: interrupted twice; stopped"),
     ([signal.SIGTERM], 1, 1, "rank 0, at the start: the step did not end within 1.0 s")])
 def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, line, tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
@@ -200,6 +204,19 @@ def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, l
         for process in pair:
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_torchrun_passes_a_signal_on(name, digits, tmp_path):
+    """SIGUSR1 if it is told to. Its own end is not clean: it calls a signal an error."""
+    agent = torchrun(digits, tmp_path / "run", 10**6,
+                     "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    wait_for_step(tmp_path / "run", 2, lambda: agent.poll() is None)
+    agent.send_signal(signal.Signals[name])
+    _, err = agent.communicate(timeout=60)
+    step, = re.findall(rf"{name}: saved step (\d+); repeat", err)
+    assert final(tmp_path / "run", int(step))["step"] == int(step)
+    assert "train.py: error" not in err
 
 
 def test_signals_have_their_usual_effect_after_a_run():
@@ -226,6 +243,37 @@ def test_a_killed_rank_ends_the_job(digits, tmp_path):
     assert re.search(r"rank [01], at step \d+: lost the other processes \(.*Connection .*\); .* "
                      r"repeat the command", lines[0])
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")
+
+
+ALONE = """
+import runtime
+def main(args):
+    with runtime.start() as world:
+        if world.rank == 1:
+            raise runtime.UserError("--option must be right, got wrong; mend it")
+        world.barrier()
+runtime.run(main, lambda: None)
+"""
+
+
+def test_the_process_that_fails_first_speaks_and_no_other(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    pair = [start([sys.executable, tmp_path / "alone.py"], **place) for place in ranks(2)]
+    errs = [process.communicate(timeout=60)[1] for process in pair]
+    assert [process.returncode for process in pair] == [1, 2]
+    assert errs == ["", "alone.py: error: --option must be right, got wrong; mend it\n"]
+
+
+def test_a_run_directory_is_of_one_run_at_a_time(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "READERS_S", 0.5)
+    with runtime.alone("--run-dir", tmp_path):
+        child, = begin(digits, tmp_path, 20)
+        with (pytest.raises(UserError, match="--run-dir must be of one run at a time"),
+              runtime.alone("--run-dir", tmp_path)):
+            pass
+        time.sleep(1)
+        assert child.alive and not (tmp_path / "config.json").exists()
+    assert child.wait()[0] == 0  # it waited for what a killed process's readers may hold
 
 
 def agents(digits, folder, steps, *extra):
@@ -277,7 +325,38 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoints(name, value, digits, tm
         assert code == 1 and "Traceback" not in said
         assert f"step {step}: not a finite number: loss on rank 0" in last
         assert "--skip-nonfinite" in last and "last checkpoint is intact" in last
+        assert "ended by RunError: step" in (run / "log.txt").read_text().splitlines()[-1]
     assert list((run / "checkpoints").iterdir()) == [path]
+
+
+SPOILT = """
+import itertools, faults, runtime, train
+tell, losses = faults.telling, itertools.count(1)
+faults.telling = lambda loss: tell(loss * float("nan") if next(losses) in (3, 5) else loss)
+runtime.run(train.main, train.parse_args)
+"""
+
+
+def test_steps_that_are_left_out_are_logged(digits, tmp_path):
+    """Also the one that was counted for a checkpoint, before the next line of the log."""
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    process = start([sys.executable, tmp_path / "spoilt.py", *options(digits, tmp_path / "run", 8),
+                     "--skip-nonfinite", 1, "--log-every", 4])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["skipped_steps"] for line in lines] == [1, 1] and "1 steps left out" in err
+    before, after = final(tmp_path / "run", 3), final(tmp_path / "run", 8)
+    assert before["opt"]["state"][0]["step"] == 2 and after["opt"]["state"][0]["step"] == 6
+    assert all(value.isfinite().all() for value in after["model"].values())
+
+
+def test_the_rank_whose_loss_is_not_finite_is_named():
+    world = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda own: [own, 1.0])
+    guard = faults.Guard(world, tolerance=0)
+    guard.admit(1, torch.tensor(0.5), torch.tensor(float("nan")))
+    with pytest.raises(runtime.RunError, match="step 1: .*loss on rank 1;"):
+        guard.check()
 
 
 def test_steps_that_are_not_finite_leave_weights_and_optimiser_alone():
@@ -328,7 +407,7 @@ def test_a_full_disk_is_one_line_and_older_files_stay(digits, tmp_path, uninterr
 def test_a_log_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
     (tmp_path / name).symlink_to("/dev/full")
     monkeypatch.setattr(runtime.Path, "exists", lambda path: False)  # nothing to read there
-    with pytest.raises(runtime.UserError, match="cannot write .*; free space"):
+    with pytest.raises(UserError, match="cannot write .*; free space"):
         log = runtime.Log(tmp_path, active=True)
         log.say("a line")
         log.record(1, error=1.0)
@@ -356,3 +435,7 @@ def test_readers_leave_the_end_to_the_training_process(digits, tmp_path):
         os.kill(reader.pid, number)
     for _ in range(20):
         next(loaded)
+    reader.kill()  # as a system without memory does
+    with pytest.raises(runtime.RunError, match="reads images ended .*; lower --num-workers"):
+        for _ in loaded:
+            pass

@@ -44,25 +44,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     """They would stand twice in the file; a line torn by the crash goes as well."""
-    log = runtime.Log(tmp_path, active=True)
-    for step in (1, 2, 3):
-        log.record(step, error=float(step))
-    log.close()
+    with runtime.Log(tmp_path, active=True) as log:
+        for step in (1, 2, 3):
+            log.record(step, error=float(step))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "err')
-    log = runtime.Log(tmp_path, active=True, step=2)
-    log.record(3, error=30.0)
-    log.close()
+    with runtime.Log(tmp_path, active=True, step=2) as log:
+        log.record(3, error=30.0)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records == [{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
                        {"step": 3, "error": 30.0}]
 
 
 def test_the_log_of_other_processes_is_silent(tmp_path, capfd):
-    log = runtime.Log(tmp_path, active=False)
-    log.say("nothing")
-    log.record(1, error=0.0)
-    log.close()
+    with runtime.Log(tmp_path, active=False) as log:
+        log.say("nothing")
+        log.record(1, error=0.0)
     assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
 
 

@@ -1,18 +1,23 @@
 """Sampling from a checkpoint alone, in any number of processes."""
 
 import json
+import random
+import time
 
 import numpy as np
 import pytest
 from conftest import call, run_script
 from PIL import Image
+from soak import Child
+
+from runtime import UserError
 
 
 @pytest.fixture(scope="module")
 def sampled(trained, tmp_path_factory):
-    """21 images in two processes, whose last batch is not full."""
+    """21 images in two processes of two threads each, whose last batch is not full."""
     folder = tmp_path_factory.mktemp("sampled") / "two"
-    done = run_script("sample.py", *options(trained, folder), processes=2)
+    done = run_script("sample.py", *options(trained, folder), processes=2, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(folder)
     return folder
@@ -54,11 +59,43 @@ def test_an_interrupted_command_goes_on_where_it_stopped(trained, sampled):
     assert (sampled / "000005.png").stat().st_mtime_ns == untouched
 
 
+def test_a_killed_command_loses_nothing(trained, sampled):
+    """SIGKILL at four random moments, the last batch excepted; nothing is made twice."""
+    killed, moments = sampled.with_name("killed"), random.Random(0)
+    for _ in range(4):
+        there = len(list(killed.glob("*.png")))
+        child = Child("sample", *options(trained, killed), output=killed.with_suffix(".txt"))
+        target = min(there + moments.randint(0, 8), 17)
+        while child.alive and len(list(killed.glob("*.png"))) < target:
+            time.sleep(0.001)
+        child.process.kill()
+        assert child.wait()[0] == -9
+    call("sample", *options(trained, killed))
+    assert files(killed) == files(sampled)
+
+
 def test_image_i_depends_on_seed_plus_i(trained, sampled):
     shifted = sampled.with_name("shifted")
     call("sample", *options(trained, shifted), "--seed", 10)
     # Labels are balanced over ten classes, so that image 10 + i has the label of image i
     assert (shifted / "000003.png").read_bytes() == (sampled / "000013.png").read_bytes()
+
+
+def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path):
+    """As a command that failed for its batch size, say, leaves it."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "samples.json").write_text('{"batch": 10000}')
+    (tmp_path / "new" / ".samples.json.1.tmp").write_text("{")
+    call("sample", *options(trained, tmp_path / "new"))
+    assert len(list((tmp_path / "new").iterdir())) == 22
+
+
+def test_files_beside_the_folder_are_not_replaced(trained, tmp_path):
+    """A reference that is named as the folder, say."""
+    (tmp_path / "new.npz").write_text("precious")
+    with pytest.raises(UserError, match="--sample-dir must be new.*new.npz is none of this"):
+        call("sample", *options(trained, tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["new.npz"]
 
 
 def test_steps_and_random_labels_change_the_images(trained, sampled):
