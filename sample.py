@@ -139,10 +139,12 @@ def check_folder(args, wanted):
     if not found:
         return
     try:
-        fault = checkpoint.differences(json.loads((folder / MARKER).read_text()), wanted)
+        stored = json.loads((folder / MARKER).read_text())
+        fault = checkpoint.differences(stored, wanted)
+        begun = found != [folder / MARKER] or stored.keys() != wanted.keys()
     except (OSError, ValueError, AttributeError, RecursionError):
-        fault = f"{found[0]} is none of this command's files"
-    if fault and found != [folder / MARKER]:
+        fault, begun = f"{found[0]} is none of this command's files", True
+    if fault and begun:
         raise UserError(f"--sample-dir must be new, or hold this very command's images, got "
                         f"{folder} ({fault}); choose another")
 

@@ -83,8 +83,9 @@ def test_image_i_depends_on_seed_plus_i(trained, sampled):
 
 def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path):
     """As a command that failed for its batch size, say, leaves it."""
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "samples.json").write_text('{"batch": 10000}')
+    call("sample", *options(trained, tmp_path / "new"), "--per-proc-batch-size", 10000)
+    for path in [*tmp_path.glob("new.*"), *(tmp_path / "new").glob("*.png")]:
+        path.unlink()
     (tmp_path / "new" / ".samples.json.1.tmp").write_text("{")
     call("sample", *options(trained, tmp_path / "new"))
     assert len(list((tmp_path / "new").iterdir())) == 22
