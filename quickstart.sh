@@ -22,12 +22,12 @@ show() {  # print a command, then run it
 }
 
 show python benchmarks/digits.py write data/digits
-show $torchrun train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/2 \
-    --cfg 1 --label-drop 0 --ratio 0.5 --p-mean -0.2 --p-std 1.2 --global-batch-size 64 --lr 2e-3 \
-    --ema-decay 0.999 --max-steps 4500 --num-workers 0 --no-compile --log-every 300 \
-    --sample-every 1500 --run-dir $run
+show $torchrun train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/4 \
+    --cfg 1 --label-drop 0 --ratio 0.5 --p-mean 0.1 --p-std 1.2 --global-batch-size 256 --lr 4e-3 \
+    --ema-decay 0.997 --max-steps 1950 --num-workers 0 --no-compile --log-every 150 \
+    --sample-every 650 --run-dir $run
 for steps in 1 2; do
-    show $torchrun sample.py --ckpt $run/checkpoints/0004500.pt --num-fid-samples 1797 \
+    show $torchrun sample.py --ckpt $run/checkpoints/0001950.pt --num-fid-samples 1797 \
         --num-sampling-steps $steps --per-proc-batch-size 300 --sample-dir $run/$steps-step
 done
 show python evaluate_fid.py --samples $run/1-step.npz --ref data/digits --image-size 8 \

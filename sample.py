@@ -1,6 +1,6 @@
 """Sample images from a checkpoint, in one network evaluation each.
 
-    python sample.py --ckpt results/quickstart/checkpoints/0004500.pt --num-fid-samples 80
+    python sample.py --ckpt results/quickstart/checkpoints/0001950.pt --num-fid-samples 80
     torchrun --standalone --nproc_per_node=8 sample.py --ckpt CHECKPOINT.pt --fid-ref REF.npz
 
 writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's

@@ -2,7 +2,7 @@
 
 One process, for instance on a laptop, and eight GPUs of one node:
 
-    python train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/2 --cfg 1
+    python train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/4 --cfg 1
     torchrun --standalone --nproc_per_node=8 train.py --data-path imagenet/train --vae ema
 
 Several nodes: on each, torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
