@@ -59,8 +59,9 @@ def parse_args(argv=None):
                      help="processes that read image files, per process; 0 = read in it")
     args = parser.parse_args(argv)
     if (args.ref is None) == (args.make_ref is None):
-        parser.error("--ref or --make-ref must be given, and not both; name a reference to compare "
-                     "with, or one to make")
+        given = "neither" if args.ref is None else "both"
+        parser.error(f"--ref or --make-ref must be given, and not both, got {given}; name a "
+                     "reference to compare with, or one to make")
     return args
 
 

@@ -75,7 +75,7 @@ class MeanFlow:
                  label_drop=0.1, p=1.0, c=0.01):
         def check(ok, name, rule, value):
             if not ok:
-                raise ValueError(f"{name} must be {rule}, got {value}")
+                raise ValueError(f"{name} must be {rule}, got {value}; choose another value")
 
         start, end = cfg_interval
         check(num_classes >= 1, "num_classes", "at least 1", num_classes)

@@ -52,7 +52,9 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        fail(f"{message}; --help lists the options" if "unrecognized" in message else message)
+        remedies = {"unrecognized": "--help lists the options", "expected": "give it",
+                    "required": "give them", "not allowed with": "give one of them"}
+        fail("; ".join([message, *(remedies[word] for word in remedies if word in message)][:2]))
 
     def validate(self, build, /, *args, **kwargs):
         """What build(...) returns; its ValueError, a rule broken by the options, is our error."""

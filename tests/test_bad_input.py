@@ -36,6 +36,9 @@ def refusal(script, options, monkeypatch, capfd):
     assert exit.value.code == 2 and out == ""
     lines = err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{script}.py: error: "), err
+    # option, rule, value and remedy; choices are a remedy
+    assert re.search("--[a-z]|must be|cannot write", err) and re.search("; |choose from", err), err
+    assert re.search("got|invalid choice|required|unrecognized|not allowed|cannot write", err), err
     return lines[0]
 
 
@@ -317,7 +320,7 @@ def test_encode_refuses_a_list_of_skipped_images_that_is_none(text, latents, dig
 
 EVALUATE = [
     ({"--samples": None}, "--samples"),
-    ({"--ref": None}, "--ref or --make-ref must be given, and not both; name"),
+    ({"--ref": None}, "--ref or --make-ref must be given, and not both, got neither; name"),
     ({"--samples": "missing"}, "--samples must be a folder or an .npz file, got missing"),
     ({"--samples": "file.txt"}, "--samples must .*file.txt"),
     ({"--samples": "empty"}, "--samples must hold 2 images or more.*got 0 in empty; add some"),
