@@ -7,7 +7,6 @@ the rows rank::world, so the data a run sees does not depend on the number of pr
 
 import collections
 import concurrent.futures
-import functools
 import hashlib
 import itertools
 import os
@@ -80,8 +79,7 @@ class ImageFolder:
                             ) from error
         self.image_size, self.classes = image_size, found.classes
         # Decoded images of a set as small as the quickstart's are kept
-        small = len(found) * 3 * image_size**2 <= 16 * 2**20
-        self.read = functools.cache(read_image) if small else read_image
+        self.kept = {} if len(found) * 3 * image_size**2 <= 16 * 2**20 else None
         self.labels = torch.tensor(found.targets)  # (N,) int64
         # one array and not a million strings: worker processes share its memory for good
         self.files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
@@ -96,11 +94,18 @@ class ImageFolder:
         """
         rows, mirrored = batch
         try:
-            images = [self.read(self.path(row), self.image_size) for row in rows.tolist()]
+            images = [self.image(row) for row in rows.tolist()]
         except UserError as error:
             return error
         images = torch.stack([x.flip(2) if m else x for x, m in zip(images, mirrored.tolist())])
         return images, self.labels[rows]
+
+    def image(self, row):
+        if self.kept is None:
+            return read_image(self.path(row), self.image_size)
+        if row not in self.kept:
+            self.kept[row] = read_image(self.path(row), self.image_size)
+        return self.kept[row]
 
     def name(self, row):
         """The path of an image relative to the folder."""

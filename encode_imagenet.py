@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def parse_args(argv=None):
 
 def main(args):
     # A process without work waits for another's shard, which may take hours on a CPU
-    with runtime.start(args.precision, patience_h=7 * 24) as world:
+    with runtime.start(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
         record = read_record(args.out_path)  # refuses another folder before anything heavy
         runtime.check_folder("--out-path", args.out_path)
         images = data.ImageFolder(args.data_path, args.image_size)
@@ -93,6 +94,8 @@ def main(args):
         if world.main:
             for line in (*runtime.describe(world), plan):
                 print(line, file=sys.stderr)
+            runtime.make_folder("--out-path", args.out_path)
+            stack.enter_context(runtime.alone("--out-path", args.out_path))
             claim(args.out_path, config, todo)
         world.barrier()
 
@@ -206,12 +209,14 @@ def pending(args, config):
     todo, row = [], (2, *config["latent_shape"])
     for shard in range(math.ceil(config["images"] / config["shard_size"])):
         files = latents.ShardFiles(args.out_path, shard)
-        if not files.moments.exists() or (files.skipped.exists() and not args.skip_bad_images):
+        arrays = [files.moments, files.flip][:1 + args.flip]
+        whole = all(path.exists() for path in (*arrays, files.labels))
+        if not whole or (files.skipped.exists() and not args.skip_bad_images):
             todo.append(shard)
             continue
         count = len(rows_of(config, shard)) - len(read_skipped(files))
         latents.map_array(files.labels, "int64", (count,))
-        for path in [files.moments, files.flip][:1 + args.flip]:
+        for path in arrays:
             latents.map_array(path, args.dtype, (count, *row))
     return todo
 
@@ -234,7 +239,6 @@ def describe_work(args, config, todo):
 
 def claim(out, config, todo):
     """Rank 0 makes the folder ours, and clears away what a killed run left half done."""
-    runtime.make_folder("--out-path", out)
     if not (out / "dataset.json").exists():
         latents.write_json(out / latents.UNFINISHED, config)
     for path in filter(is_temporary, list(out.iterdir())):

@@ -43,11 +43,6 @@ class Draws:
         equal = len(range(i, self.equal, n))
         return Draws(self.r[rows], self.t[rows], self.eps[rows], self.dropped[rows], equal)
 
-    def to(self, device):
-        """The same draws on another device."""
-        moved = (x.to(device, non_blocking=True) for x in (self.r, self.t, self.eps, self.dropped))
-        return Draws(*moved, self.equal)
-
 
 class Loss(NamedTuple):
     """What ``MeanFlow.loss`` returns; only ``loss`` carries a gradient."""
@@ -242,9 +237,9 @@ class LinearTangents(TorchFunctionMode):
 def starts(indices, shape, *, seed, num_classes, labels="balanced"):
     """Noise z1 (B, C, H, W) and labels y (B,) of the images with these indices, on the CPU.
 
-    Both are functions of seed + index alone, so a picture depends neither on the batch it is in
+    Noise is a function of seed + index alone, so a picture depends neither on the batch it is in
     nor on the number of processes; seeds further apart than the count of images share none.
-    labels: "balanced" is index modulo num_classes, "random" is uniform.
+    labels: "balanced" is index modulo num_classes, "random" is uniform, from seed + index, too.
     """
     z1, y = [], []
     for i in indices:

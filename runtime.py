@@ -496,12 +496,20 @@ class Log:
         self.text.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def record(self, step, **values):
-        """One metrics.jsonl object and one TensorBoard scalar per value."""
+        """One metrics.jsonl object and one TensorBoard scalar per number."""
         if self.active:
             with self._writing():
                 self.metrics.write(json.dumps({"step": step, **values}) + "\n")
                 for name, value in values.items():
-                    self.board.add_scalar(name, value, step)
+                    if not isinstance(value, str):
+                        self.board.add_scalar(name, value, step)
+
+    def has(self, step, name):
+        """Whether a value of this name was recorded for this step."""
+        if not self.active:
+            return False
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return any(name in json.loads(line) for line in lines if _step_of(line) == step)
 
     def __enter__(self):
         return self

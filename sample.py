@@ -5,7 +5,7 @@
 
 writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
 evaluator reads, and a picture of the first of them, <sample-dir>.png; with --fid-ref it prints
-the metrics, too. Image i is a function of the checkpoint and seed + i. An interrupted command,
+the metrics, too. The noise of image i is a function of seed + i alone. An interrupted command,
 repeated, goes on where it stopped.
 """
 
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--per-proc-batch-size", type=whole(1), default=25,
                         help="images per batch, on which the rounding depends")
     parser.add_argument("--seed", type=whole(0), default=0,
-                        help="image i is a function of seed + i")
+                        help="noise of image i is a function of seed + i")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
                         help="label of image i: i modulo the classes, or uniform from seed + i")
     parser.add_argument("--fid-ref", type=Path, metavar="REF.npz",
@@ -93,18 +93,20 @@ def main(args):
             generator.picture(beside(args, ".png"))
         result = evaluation.metrics(statistics) if args.fid_ref else None
         if world.main:
-            report(args, evaluation, result)
+            report(args, wanted, evaluation, result)
 
 
-def report(args, evaluation, result):
+def report(args, wanted, evaluation, result):
     """The result alone on stdout: the metrics, or where the images are."""
     if result is None:
         print(args.sample_dir)
         return
     for line in fid.notes(evaluation.reference, args.protocol, args.num_fid_samples):
         print(line, file=sys.stderr)
-    print(json.dumps(result | {"ref": str(args.fid_ref), "ckpt": str(args.ckpt),
-                               "labels": args.labels, "steps": args.num_sampling_steps}))
+    print(json.dumps(result | {
+        "num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
+        "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels, "seed": args.seed,
+        "steps": args.num_sampling_steps, "precision": args.precision}))
 
 
 def png(folder, i):

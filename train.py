@@ -163,7 +163,10 @@ def main(args):
         folder = open_run(args, config, world, stack)
         step, net, ema, optimizer = build(args, config, folder, world)
         log = stack.enter_context(runtime.Log(folder, active=world.main, step=step))
-        for line in introduction(args, world, net, dataset, step, total):
+        lines = introduction(args, world, net, dataset, step, total)
+        if evaluation:
+            lines += fid.notes(evaluation.reference, args.protocol, args.eval_samples)
+        for line in lines:
             log.say(line)
 
         flow = method(args, config["num_classes"])
@@ -187,6 +190,10 @@ def main(args):
         generator = Generator(ema, space, config, world, seed=args.seed)
         sums, skipped, asked = torch.zeros(5, device=world.device), 0, None
         clock = Clock(step)
+        # One that a run was ended in the midst of is made up for
+        if (step and due(step, args.eval_every, step == total)
+                and not world.agree(log.has(step, "fid"))):
+            evaluate(args, evaluation, generator, log, step)
         bar = world.progress(total, initial=step)
 
         for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
@@ -233,12 +240,7 @@ def main(args):
             if due(step, args.sample_every, step == total) and world.main:
                 generator.picture(folder / "samples" / f"{step:07d}.png")
             if evaluates and not asked:  # there may be no time
-                metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
-                if world.main:
-                    del metrics["protocol"], metrics["num_samples"]  # they never change
-                    log.say(f"step {step}/{total}  " + "  ".join(
-                        f"{name} {value:.4f}" for name, value in metrics.items()))
-                    log.record(step, **metrics)
+                evaluate(args, evaluation, generator, log, step)
             if asked:
                 break
         signals.close()
@@ -372,6 +374,16 @@ def prepare(args, config, flow, space, images, step, part, count):
         x = vae.posterior_sample(moments, noise, config["scale"])
     generator = runtime.generator(args.seed, step, "method", device=device)
     return x, flow.draw(shape, device=device, generator=generator).part(part, count)
+
+
+def evaluate(args, evaluation, generator, log, step):
+    """Measure the first images of the averaged network: one log line and one metrics record."""
+    metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
+    if generator.world.main:
+        log.say(f"step {step}  " + "  ".join(
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in metrics.items()))
+        log.record(step, **metrics)
 
 
 def record(log, step, total, sums, skipped, rate):

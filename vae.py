@@ -139,8 +139,7 @@ def _open(cls, path):
     """The model in a local folder. Raises ValueError unless every weight is there and fits."""
     try:
         model, found = cls.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False,
-            output_loading_info=True)
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True)
         if cls.load_config(path)["_class_name"] != cls.__name__:
             raise ValueError(f"its config.json is not of an {cls.__name__}")
         if any(found.values()):
@@ -155,13 +154,12 @@ def _open(cls, path):
 
 def _download(cls, name):
     """ema or mse, from the cache and else from the hub. Raises OSError if it is in neither."""
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False}
     try:
-        return cls.from_pretrained(HUB[name], local_files_only=True, **options).float()
+        return cls.from_pretrained(HUB[name], local_files_only=True, use_safetensors=True).float()
     except Exception:  # not in the cache: any other fault will show again below
         pass
     try:
-        return cls.from_pretrained(HUB[name], **options).float()
+        return cls.from_pretrained(HUB[name], use_safetensors=True).float()
     except Exception as error:  # of diffusers, the hub's client or the network
         raise OSError(
             f"--vae {name} is {HUB[name]}, got neither a copy in Hugging Face's cache nor a "

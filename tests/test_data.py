@@ -275,6 +275,14 @@ def test_the_loader_serves_shards_in_order(shards, workers):
         assert torch.equal(labels, rows % 3)
 
 
+def test_a_process_that_is_not_forked_gets_the_images(digits):
+    """As on Python 3.14, which no longer forks by default."""
+    images = data.ImageFolder(digits, 8)
+    batch = torch.arange(4), torch.zeros(4, dtype=torch.bool)
+    expected, _ = images[batch]
+    assert torch.equal(pickle.loads(pickle.dumps(images))[batch][0], expected)
+
+
 def test_a_process_that_is_not_forked_opens_the_shards_itself(shards):
     message = pickle.dumps(data.LatentShards(shards))
     assert len(message) < 1000

@@ -316,7 +316,7 @@ def test_a_folder_of_something_else_is_refused_and_kept(world, tmp_path, name, t
     assert read(tmp_path) == {name: text.encode()}
 
 
-@pytest.mark.parametrize("how", ["truncated", "foreign", "without labels"])
+@pytest.mark.parametrize("how", ["truncated", "foreign", "labels truncated"])
 def test_a_damaged_shard_is_refused_and_kept(world, whole, tmp_path, how):
     out = shutil.copytree(whole, tmp_path / "out")
     files = latents.ShardFiles(out, 1)
@@ -325,11 +325,19 @@ def test_a_damaged_shard_is_refused_and_kept(world, whole, tmp_path, how):
     elif how == "foreign":
         np.save(files.moments, np.zeros(7))
     else:
-        files.labels.unlink()
+        files.labels.write_bytes(files.labels.read_bytes()[:-5])
     before = read(out)
     with refused("shard-00001", "remove it and repeat"):
         encode(world, out, "--flip")
     assert read(out) == before
+
+
+@pytest.mark.parametrize("name", ["moments", "labels", "flip"])
+def test_a_shard_of_which_a_file_was_removed_is_encoded_again(world, whole, tmp_path, name):
+    out = shutil.copytree(whole, tmp_path / "out")
+    getattr(latents.ShardFiles(out, 1), name).unlink()
+    encode(world, out, "--flip")
+    assert read(out) == read(whole)
 
 
 def test_too_little_disk_is_said_before_anything_is_written(world, tmp_path, monkeypatch):

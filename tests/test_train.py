@@ -1,5 +1,6 @@
 """Training as users run it: one to four processes, its files, its pictures."""
 
+import functools
 import json
 
 import pytest
@@ -156,21 +157,76 @@ def test_latents_without_pictures_need_no_vae(tmp_path):
     assert weights(tmp_path / "run", "0000001.pt")["config"]["scale"] != 1
 
 
-def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_path):
-    ref = tmp_path / "ref.npz"
+def evaluation(digits, folder):
+    """Options that evaluate every two steps against the real digits."""
+    ref = folder / "ref.npz"
     call("evaluate_fid", "--samples", digits, "--make-ref", ref, "--protocol", "pixels",
          "--image-size", 8, "--num-workers", 0)
-    evaluate = ["--eval-every", 2, "--fid-ref", ref, "--eval-samples", 60, "--protocol", "pixels"]
+    return ["--eval-every", 2, "--fid-ref", ref, "--eval-samples", 60, "--protocol", "pixels"]
+
+
+def evaluations(folder):
+    """The metrics records of evaluations."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [record for record in records if "fid" in record]
+
+
+def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_path):
+    evaluate = evaluation(digits, tmp_path)
     for name, extra in (("without", []), ("with", evaluate)):
         call("train", *tiny(digits, tmp_path / name), "--max-steps", 4, *extra)
     states = [weights(tmp_path / name, "0000004.pt")["model"] for name in ("without", "with")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    records = [json.loads(line) for line in open(tmp_path / "with" / "metrics.jsonl")]
-    measured = [record for record in records if "fid" in record]
+    measured = evaluations(tmp_path / "with")
     assert [record["step"] for record in measured] == [2, 4]
+    assert measured[0]["protocol"] == "pixels" and measured[0]["num_samples"] == 60
+    assert "60 samples where the reference suggests 200" in (tmp_path / "with/log.txt").read_text()
     call("sample", "--ckpt", tmp_path / "with" / "checkpoints" / "0000004.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
     samples = fid.Statistics(Extractor("pixels", WORLD), 60, (8, 8))
     samples.add(next(NpzImages(tmp_path / "samples.npz", option="").batches(60, WORLD))[1], 0)
-    reference = fid.Reference.load(ref, "pixels", (8, 8), option="--ref")
+    reference = fid.Reference.load(evaluate[3], "pixels", (8, 8), option="--ref")
     assert measured[-1]["fid"] == pytest.approx(fid.evaluate(samples, reference)["fid"], rel=1e-9)
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(digits, tmp_path):
+    options = [*tiny(digits, tmp_path / "run"), "--max-steps", 4, *evaluation(digits, tmp_path)]
+    call("train", *options)
+    path = tmp_path / "run" / "metrics.jsonl"
+    before = evaluations(tmp_path / "run")
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True)
+                            if not ("fid" in line and '"step": 4' in line)))
+    for _ in range(2):
+        call("train", *options)
+        assert evaluations(tmp_path / "run") == before
+
+
+def test_two_processes_accumulate_and_evaluate_as_one(digits, tmp_path):
+    """As on GPUs that hold a part of their share; gradients are averaged once a step."""
+    evaluate = evaluation(digits, tmp_path)
+    options = ["--max-steps", 4, "--cfg", 2, "--kappa", 0.5, *evaluate]
+    call("train", *tiny(digits, tmp_path / "one"), *options)
+    done = run_script("train.py", *tiny(digits, tmp_path / "two"), *options, "--grad-accum-steps",
+                      2, processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (weights(tmp_path / name, "0000004.pt")["model"] for name in ("one", "two"))
+    for key, value in one.items():
+        if not key.endswith("qkv.bias"):  # of key biases Adam sees the rounding only
+            assert (two[key] - value).abs().max() <= 1e-5 * value.abs().max(), key
+    for first, second in zip(*map(evaluations, (tmp_path / "one", tmp_path / "two"))):
+        assert second["fid"] == pytest.approx(first["fid"], rel=1e-3) and first["fid"] > 0
+
+
+def test_a_compiled_run_in_bfloat16_follows_the_plain_one(digits, tmp_path, monkeypatch):
+    """What a GPU runs by default, but for the code that the compiler makes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    lines = {}
+    variants = {"plain": ["--no-compile"], "fast": ["--compile", "--precision", "bf16"]}
+    for name, extra in variants.items():
+        call("train", *tiny(digits, tmp_path / name), "--max-steps", 8, "--cfg", 2, "--kappa", 0.5,
+             *extra)
+        *_, lines[name] = map(json.loads, (tmp_path / name / "metrics.jsonl").open())
+    for key in ("error", "velocity_error"):
+        assert lines["fast"][key] == pytest.approx(lines["plain"][key], rel=0.02)
+    state = weights(tmp_path / "fast", "0000008.pt")
+    assert all(value.dtype == torch.float32 for value in state["model"].values())
