@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 import faults
 import runtime
 from latents import LatentShards
-from runtime import RunError, UserError
+from runtime import UserError
 
 # ---- images ---------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ def load(dataset, batches, *, workers, device):
 
     Workers read ahead, so neither a slow image nor a cold disk holds up the caller: processes for
     images, threads for latents, which to hand from process to process costs ten times as much as
-    to read. Raises UserError for what a worker could not read, RunError if one was killed.
+    to read. Raises UserError for what a worker could not read.
     """
     cuda = device.type == "cuda"
     if workers and isinstance(dataset, LatentShards):
@@ -173,18 +173,11 @@ def load(dataset, batches, *, workers, device):
                             pin_memory=cuda, persistent_workers=workers > 0,
                             prefetch_factor=4 if workers else None,
                             worker_init_fn=faults.ignore_signals)
-    try:
-        for batch in served:
-            if isinstance(batch, UserError):
-                # a new one: raised itself, it would hold on to its own frame, and to the workers
-                raise UserError(batch, local=True)
-            yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(f"a process that reads images ended ({str(error).splitlines()[0]}), perhaps "
-                       f"for want of memory; lower --num-workers and repeat the command",
-                       local=True) from error
+    for batch in served:
+        if isinstance(batch, UserError):
+            # a new one: raised itself, it would hold on to its own frame, and to the workers
+            raise UserError(batch, local=True)
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 def ahead(function, items, *, threads, depth):

@@ -22,9 +22,9 @@ class Signals:
 
     Processes hear of a signal at different moments, so each step they exchange, unwaited for, what
     they heard; the answer is read a step later, by all alike: several processes stop one step later
-    than a single one. What cannot wait for the main thread,
-    which may be inside a collective, a thread sees to: a second SIGINT ends the process at once,
-    and one that cannot finish its step, because another process died, ends after GRACE_S seconds.
+    than a single one. What cannot wait for the main thread, which may be inside a collective, a
+    thread sees to: a second Ctrl-C ends the process at once, and one that cannot finish its step,
+    because another process died, ends after GRACE_S seconds.
     """
 
     def __init__(self, world):

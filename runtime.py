@@ -114,10 +114,10 @@ def run(main, parse_args):
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except (RuntimeError, MemoryError) as error:
-        if not _lacks_memory(error):
+        line = _shortage(error)
+        if line is None:
             raise
-        fail(f"memory must hold a batch, got {str(error).split('. ')[0] or 'no more'}; lower the "
-             f"batch size; train.py has --grad-accum-steps, too", local=True)
+        fail(line, local=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The interpreter's own end races with gloo's threads, which abort it once in some 25 runs
         sys.stdout.flush()
@@ -125,10 +125,19 @@ def run(main, parse_args):
         os._exit(0)
 
 
-def _lacks_memory(error):
-    """Whether it says so of a GPU, or of the CPU, for which PyTorch has no error of its own."""
-    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or "can't allocate memory" in str(error))
+def _shortage(error):
+    """The line for an error that comes of too little memory, else None.
+
+    Only a GPU's has a class of its own; a reader that the system kills for memory has none, either.
+    """
+    reason = str(error).split("DefaultCPUAllocator: ")[-1].split(". ")[0].split("\n")[0]
+    if "DataLoader worker" in reason:
+        return (f"--num-workers must be as many readers as memory holds, got one that ended "
+                f"({reason}); lower it and repeat the command")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in reason:
+        return (f"memory must hold a batch, got {reason or 'no more'}; lower the batch size; "
+                f"train.py has --grad-accum-steps, too")
+    return None
 
 
 def fail(message, *, local=False, code=2):

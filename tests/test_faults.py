@@ -413,18 +413,27 @@ def test_a_log_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
         log.record(1, error=1.0)
 
 
-def test_memory_that_does_not_suffice_is_one_line(monkeypatch, capfd):
-    def main(args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+def out_of_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
+
+@pytest.mark.parametrize(("work", "line"), [
+    (out_of_gpu_memory, "memory must hold a batch, got CUDA out of memory; lower the batch size"),
+    (lambda: torch.empty(2**50), "memory must hold a batch, got can't allocate memory: .*; lower"),
+    (lambda: bytearray(2**60), "memory must hold a batch, got no more; lower the batch size")])
+def test_memory_that_does_not_suffice_is_one_line(work, line, capfd):
     with pytest.raises(SystemExit) as exit:
-        runtime.run(main, lambda: None)
+        runtime.run(lambda args: work(), lambda: None)
     err = capfd.readouterr().err
-    assert exit.value.code == 2 and len(err.splitlines()) == 1
-    assert "got CUDA out of memory; lower the batch size" in err
+    assert exit.value.code == 2 and len(err.splitlines()) == 1 and re.search(line, err), err
 
 
-def test_readers_leave_the_end_to_the_training_process(digits, tmp_path):
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        runtime.run(lambda args: torch.ones(2) + torch.ones(3), lambda: None)
+
+
+def test_readers_leave_the_end_to_the_training_process(digits, capfd):
     """A signal to the whole process group, as from a terminal, reaches the workers, too."""
     images = data.ImageFolder(digits, 8)
     batches = data.Batches(200, 10, seed=0, flip=False, world=WORLD, stop=10**6)
@@ -436,6 +445,7 @@ def test_readers_leave_the_end_to_the_training_process(digits, tmp_path):
     for _ in range(20):
         next(loaded)
     reader.kill()  # as a system without memory does
-    with pytest.raises(runtime.RunError, match="reads images ended .*; lower --num-workers"):
-        for _ in loaded:
-            pass
+    with pytest.raises(SystemExit):
+        runtime.run(lambda args: list(loaded), lambda: None)
+    err = capfd.readouterr().err  # Python's own threads may complain, too
+    assert re.search("error: --num-workers must be .*, got one that ended .*; lower it", err), err
