@@ -54,6 +54,18 @@ def test_moments_are_mean_and_std_of_the_posterior_unscaled(space):
     torch.testing.assert_close(moments[:, 1], (logvar / 2).exp())
 
 
+def test_weights_with_the_names_of_the_published_files_are_read(space, copy):
+    """The Stable Diffusion VAEs are older than diffusers' present names for attention's layers."""
+    path = copy / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    for now, then in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                      ("to_out.0", "proj_attn")):
+        state = {name.replace(now, then): value for name, value in state.items()}
+    save_file(state, path, metadata={"format": "pt"})
+    assert any("query" in name for name in state)
+    assert torch.equal(vae.load(str(copy), chunk=2).encode(images(2)), space.encode(images(2)))
+
+
 def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
     whole = vae.load(str(folder), chunk=100)
     x = images(5)
