@@ -1,0 +1,71 @@
+"""GPU hours of the paper's runs, from counted FLOPs and an assumed share of a GPU's peak.
+
+    python benchmarks/gpu_hours.py --share 0.4
+
+hours = images * FLOPs / (GPUs * share * peak * 3600). FLOPs are those of matrix products,
+convolutions and attention, a multiply-add being two, of one step's forward and backward, counted
+without computing anything. Epochs, batch and steps are of the paper's
+Table 4; peaks are the data sheets' of dense bfloat16 products.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from train_step import FlopCounter  # noqa: E402
+
+from meanflow import MeanFlow  # noqa: E402
+from models import DiT_models  # noqa: E402
+
+RUNS = [  # name, model, epochs, omega', kappa
+    ("B/4", "DiT-B/4", 80, 3.0, 0.0), ("B/2", "DiT-B/2", 240, 2.0, 0.5),
+    ("M/2", "DiT-M/2", 240, 2.0, 0.5), ("L/2", "DiT-L/2", 240, 2.5, 0.92),
+    ("XL/2", "DiT-XL/2", 240, 2.5, 0.92), ("XL/2+", "DiT-XL/2", 1000, 2.0, 0.5)]
+IMAGES_PER_EPOCH = 5004 * 256
+PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s; of the SXM H100
+BATCH = 4  # of which one row has r < t
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="GPU hours of the paper's runs.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.4,
+                        help="share of the peak that a whole step reaches")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a run")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    print("| | epochs | guidance | F, GFLOP | step, GFLOP | in F | to flow matching | EFLOP |"
+          + "".join(f" {args.gpus} {gpu}, hours |" for gpu in PEAKS))
+    print("|---" * (8 + len(PEAKS)) + "|")
+    for name, model, epochs, omega, kappa in RUNS:
+        forward, flow = flops(model, ratio=0)
+        _, step = flops(model, cfg=omega, kappa=kappa)
+        run = step * epochs * IMAGES_PER_EPOCH
+        hours = [f"{run / (args.gpus * args.share * peak * 3600):.1f}" for peak in PEAKS.values()]
+        print(f"| {name} | {epochs} | omega' {omega:g}, kappa {kappa:g} | {forward / 1e9:.1f} | "
+              f"{step / 1e9:.1f} | {step / forward:.2f} | {step / flow:.2f} | {run / 1e18:.1f} | "
+              f"{' | '.join(hours)} |")
+
+
+def flops(model, **settings):
+    """FLOPs per image of one forward pass and of one step."""
+    method = MeanFlow(num_classes=1000, **settings)
+    with FakeTensorMode():  # tensors with a shape and nothing in it
+        net = DiT_models[model]()
+        x, y = torch.empty(BATCH, 4, 32, 32), torch.zeros(BATCH, dtype=torch.int64)
+        draws = method.draw(x.shape)
+        with FlopCounter() as forward:
+            net(x, draws.r, draws.t, y)
+        with FlopCounter() as step:
+            method.loss(net, x, y, draws).loss.backward()
+    return forward.total / BATCH, step.total / BATCH
+
+
+if __name__ == "__main__":
+    main(parse_args())
