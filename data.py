@@ -101,6 +101,7 @@ class ImageFolder:
         return images, self.labels[rows]
 
     def image(self, row):
+        """uint8 (3, size, size), not mirrored. Raises UserError."""
         if self.kept is None:
             return read_image(self.path(row), self.image_size)
         if row not in self.kept:

@@ -94,7 +94,6 @@ def main(args):
         if world.main:
             for line in (*runtime.describe(world), plan):
                 print(line, file=sys.stderr)
-            runtime.make_folder("--out-path", args.out_path)
             stack.enter_context(runtime.alone("--out-path", args.out_path))
             claim(args.out_path, config, todo)
         world.barrier()
@@ -238,7 +237,7 @@ def describe_work(args, config, todo):
 
 
 def claim(out, config, todo):
-    """Rank 0 makes the folder ours, and clears away what a killed run left half done."""
+    """Rank 0 marks the folder as ours, and clears away what a killed run left half done."""
     if not (out / "dataset.json").exists():
         latents.write_json(out / latents.UNFINISHED, config)
     for path in filter(is_temporary, list(out.iterdir())):

@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         remedies = {"unrecognized": "--help lists the options", "expected": "give it",
                     "required": "give them", "not allowed with": "give one of them"}
-        fail("; ".join([message, *(remedies[word] for word in remedies if word in message)][:2]))
+        remedy = next((remedies[word] for word in remedies if word in message), None)
+        fail(f"{message}; {remedy}" if remedy else message)
 
     def validate(self, build, /, *args, **kwargs):
         """What build(...) returns; its ValueError, a rule broken by the options, is our error."""
@@ -159,10 +160,23 @@ def _speaks(local):
     Before they know of each other, or when one took the store along, one of each machine does.
     """
     if _meeting is not None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError), _silent():
             _meeting.set_timeout(datetime.timedelta(seconds=10))
             return _meeting.add("failed", 1) == 1
     return local or int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def _silent():
+    """Without stderr, on which PyTorch's C++ lists its call stack where the store is gone."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def say_last(message):
@@ -431,12 +445,16 @@ def make_folder(option, path):
                         f"({error.strerror}); choose another") from error
 
 
+READERS_S = 15  # a killed process's readers, which hold what it held, notice within some seconds
+
+
 @contextlib.contextmanager
 def alone(option, folder):
-    """Holds the folder that an option names: no other process may at the same time.
+    """Makes the folder that an option names and holds it: no other process may at the same time.
 
     The system lets go of it when this process ends, however it does. Raises UserError.
     """
+    make_folder(option, folder)
     descriptor, end = os.open(folder, os.O_RDONLY), time.monotonic() + READERS_S
     try:
         while not _locked(descriptor):
@@ -447,9 +465,6 @@ def alone(option, folder):
         yield
     finally:
         os.close(descriptor)
-
-
-READERS_S = 15  # a killed process's readers, which hold what it held, notice within some seconds
 
 
 def _locked(descriptor):

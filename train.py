@@ -319,7 +319,6 @@ def open_run(args, config, world, stack):
                         f"{error}{remedy}") from error
     path = checkpoint.check_config(args.run_dir, config, FREE)
     if world.main:
-        runtime.make_folder("--run-dir", args.run_dir)
         stack.enter_context(runtime.alone("--run-dir", args.run_dir))
         for folder in ("checkpoints", "samples"):
             runtime.make_folder("--run-dir", args.run_dir / folder)

@@ -4,8 +4,8 @@
 
 hours = images * FLOPs / (GPUs * share * peak * 3600). FLOPs are those of matrix products,
 convolutions and attention, a multiply-add being two, of one step's forward and backward, counted
-without computing anything. Epochs, batch and steps are of the paper's
-Table 4; peaks are the data sheets' of dense bfloat16 products.
+without computing anything. Epochs, batch and steps are of the paper's Table 4; peaks are the data
+sheets' of dense bfloat16 products.
 """
 
 import argparse

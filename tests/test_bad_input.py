@@ -12,8 +12,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call, run_script, tiny
+from conftest import call, tiny
 from PIL import Image
+from soak import Child, ranks
 
 import checkpoint
 import runtime
@@ -181,12 +182,13 @@ def test_train_refuses_a_run_of_other_options(trained, digits, tmp_path, monkeyp
 
 
 def test_train_refuses_a_batch_that_does_not_divide(digits, tmp_path):
-    """Two processes, of which one says it, before torchrun says more."""
+    """Two processes, of which one says it."""
     options = replaced(tiny(digits, tmp_path / "run"), {"--global-batch-size": 15})
-    done = run_script("train.py", *options, processes=2)
-    lines = [line for line in done.stderr.splitlines() if "train.py: error: " in line]
-    assert len(lines) == 1 and "2 process(es)" in lines[0] and "got 15" in lines[0], done.stderr
-    assert done.returncode and not (tmp_path / "run").exists()
+    pair = [Child("train", *options, output=tmp_path / "out", **place) for place in ranks(2)]
+    codes = [child.wait()[0] for child in pair]
+    said = (tmp_path / "out").read_text()
+    assert codes == [2, 2] and not (tmp_path / "run").exists()
+    assert len(said.splitlines()) == 1 and "2 process(es)" in said and "got 15" in said
 
 
 SAMPLE = [
