@@ -1,0 +1,123 @@
+"""How far each --precision is from exact arithmetic, beside the arithmetic of the official runs.
+
+    python benchmarks/precision.py
+    python benchmarks/precision.py --ckpt results/quickstart/checkpoints/0001950.pt
+
+One training step with guidance (omega' 2, kappa .5) in each arithmetic, against the same step in
+float64: relative differences (2-norm) of the derivative du/dt, of the errors per row and of the
+gradient of all weights. The official code multiplies float32 arrays on TPUs, whose products round
+their factors to bfloat16 by default and add in float32. Rounded factors are simulated, so the
+figures do not depend on the machine: every factor of a matrix product or convolution, forward,
+backward and in the derivative, is rounded before an exact float32 product.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import checkpoint  # noqa: E402
+import runtime  # noqa: E402
+from meanflow import MeanFlow  # noqa: E402
+from models import DiT_models  # noqa: E402
+
+aten = torch.ops.aten
+# product -> place of its first factor among its arguments
+PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1,
+            aten.convolution.default: 0, aten.convolution_backward.default: 0}
+
+
+def parse_args(argv=None):
+    parser = runtime.Parser(__doc__.split("\n", 1)[0])
+    parser.add_argument("--ckpt", type=Path,
+                        help="checkpoint to take the network from (default: DiT-S/4, 32 x 32 x 4, "
+                             "all weights random)")
+    parser.add_argument("--batch-size", type=runtime.whole(4), default=8, help="rows of the step")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    torch.manual_seed(0)
+    net, shape, classes = network(args.ckpt)
+    method = Watched(num_classes=classes, cfg=2.0, kappa=0.5)
+    x = torch.randn(args.batch_size, *shape)
+    y = torch.randint(classes, (args.batch_size,))
+    draws = method.draw(x.shape)
+    exact = step(copy.deepcopy(net).double(), method, x.double(), y, dataclasses.replace(
+        draws, r=draws.r.double(), t=draws.t.double(), eps=draws.eps.double()))
+    print("| arithmetic | du/dt | error | gradient |\n|---|---|---|---|")
+    for name, arithmetic in {
+        "float32": contextlib.nullcontext(),
+        "TensorFloat-32 factors (`tf32` on a GPU)": Rounded(to_tf32),
+        "bfloat16 factors (official, on TPUs)": Rounded(lambda a: a.bfloat16().float()),
+        "bfloat16 autocast (`bf16`)": torch.autocast("cpu", torch.bfloat16),
+    }.items():
+        found = step(net, method, x, y, draws, arithmetic)
+        print(f"| {name} | " + " | ".join(
+            f"{float((a - b).norm() / b.norm()):.1e}" for a, b in zip(found, exact)) + " |")
+
+
+def network(path):
+    """(network in train mode, shape of its data, number of classes)."""
+    if path:
+        net, config = checkpoint.load_network(path)
+        return net.train().requires_grad_(), config["latent_shape"], config["num_classes"]
+    net = DiT_models["DiT-S/4"]()
+    for name, weight in net.named_parameters():
+        if "adaLN" in name or "final_layer" in name:  # zeros, behind which nothing is seen
+            torch.nn.init.normal_(weight, std=0.02)
+    return net, (4, 32, 32), 1000
+
+
+def step(net, method, x, y, draws, arithmetic=None):
+    """(du/dt, errors, gradient) of one step, in float64."""
+    net.zero_grad()
+    # The plain formula everywhere: the factors within a fused kernel cannot be rounded
+    with sdpa_kernel(SDPBackend.MATH):
+        with arithmetic or contextlib.nullcontext():
+            out = method.loss(net, x, y, draws)
+            if isinstance(arithmetic, Rounded):
+                out.loss.backward()
+        if not isinstance(arithmetic, Rounded):  # a backward pass stands outside of autocast
+            out.loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
+    return method.du_dt.double(), out.error.double(), gradient.double()
+
+
+class Watched(MeanFlow):
+    """Keeps the derivative of the last step as ``du_dt``."""
+
+    def time_derivative(self, *inputs):
+        self.du_dt = super().time_derivative(*inputs)
+        return self.du_dt
+
+
+class Rounded(TorchDispatchMode):
+    """Rounds the float32 factors of every matrix product and convolution within ``with``."""
+
+    def __init__(self, rounding):
+        super().__init__()
+        self.rounding = rounding
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in PRODUCTS:
+            first = PRODUCTS[function]
+            args = [self.rounding(a) if i >= first and isinstance(a, torch.Tensor) else a
+                    for i, a in enumerate(args)]
+        return function(*args, **(kwargs or {}))
+
+
+def to_tf32(a):
+    """float32 rounded to the ten bits of TensorFloat-32, to even."""
+    bits = a.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)
