@@ -14,6 +14,7 @@ which rows have r = t and which lose their label, are those of the official Imag
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,6 +92,7 @@ class MeanFlow:
         self.cfg, self.kappa, self.cfg_interval = cfg, kappa, (start, end)
         self.omega = cfg * (1 - kappa)  # Eq. 21
         self.label_drop, self.p, self.c = label_drop, p, c
+        load_forward_mode()
 
     # ---- randomness: all of it is here -------------------------------------------------------
 
@@ -213,6 +215,13 @@ class MeanFlow:
     def weight(self, error):
         """The adaptive weight 1 / (error + c)^p, without gradient (Eq. 22)."""
         return (error.detach() + self.c) ** -self.p
+
+
+def load_forward_mode():
+    """Load PyTorch's forward-mode rules without the warning that they use torch.jit.script."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 class LinearTangents(TorchFunctionMode):

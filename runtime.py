@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -488,6 +489,9 @@ class Log:
         self.active = active
         if not active:
             return
+        # TensorBoard's own switch against TensorFlow, which its writer would import where it is
+        # installed: seconds, and pages of messages
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self.folder = folder = Path(folder)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import pytest
 import torch
@@ -61,6 +62,19 @@ def test_the_log_of_other_processes_is_silent(tmp_path, capfd):
         log.say("nothing")
         log.record(1, error=0.0)
     assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
+
+
+def test_the_log_does_not_import_tensorflow(tmp_path):
+    """TensorBoard's writer did where TensorFlow was installed: seconds, and pages of messages."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "tensorflow.py").write_text("print('TensorFlow was imported')\n")
+    script = tmp_path / "script.py"
+    script.write_text(f"import runtime\n"
+                      f"with runtime.Log({str(tmp_path / 'run')!r}, active=True) as log:\n"
+                      f"    log.record(1, error=0.5)\n")
+    done = run_script(script, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert done.returncode == 0 and "TensorFlow" not in done.stdout + done.stderr
+    assert list((tmp_path / "run").glob("events.*"))
 
 
 @pytest.mark.parametrize(("kind", "text"), [

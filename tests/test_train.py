@@ -50,6 +50,13 @@ def test_the_weights_do_not_depend_on_the_number_of_processes(digits, tmp_path):
                 assert error <= 1e-5, f"{kind} {key}: {error:.1e}"
 
 
+def test_a_start_prints_no_warning(digits, tmp_path):
+    """A newcomer saw PyTorch's own "torch.jit.script is deprecated" between the first lines."""
+    done = run_script("train.py", *tiny(digits, tmp_path / "run"), "--max-steps", 1,
+                      "--sample-every", 1)
+    assert done.returncode == 0 and "Warning:" not in done.stderr, done.stderr
+
+
 def test_all_ranks_of_a_run_hold_the_same_bits(digits, tmp_path):
     """DDP sums gradients in one order for all; a rank of its own mind would show here."""
     script = tmp_path / "ranks.py"
