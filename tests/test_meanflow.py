@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from naive import naive_step
 from test_models import assert_equal, golden, golden_network
 
 from meanflow import Draws, MeanFlow, sample, schedule, starts
@@ -70,6 +71,36 @@ def test_samples_equal_the_official_implementation(dtype):
     for name, steps in (("1", 1), ("2", 2), ("2", (1, 0.5, 0)), ("4", (1.0, 0.9, 0.5, 0.2, 0.0))):
         assert_equal(sample(net, numbers["noise"], numbers["labels"], steps=steps),
                      numbers[f"z0_{name}step"])
+
+
+# ---- the readable step -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    dict(omega=1.0, kappa=0.0), dict(omega=3.0, kappa=0.0), dict(omega=0.4, kappa=0.8),
+    dict(omega=2.0, kappa=0.3, interval=(0.3, 0.7), ratio=0.6, label_drop=0.7, p=0.5, c=0.1),
+    dict(omega=3.0, kappa=0.0, ratio=0), dict(omega=3.0, kappa=0.5, ratio=1)])
+def test_fast_step_equals_the_naive_one(settings):
+    """Slices, passes left out and the separate forward change nothing; drops reach r < t, too."""
+    settings = {"interval": (0.0, 1.0), "p": 1.0, "c": 0.01, **settings}
+    ratio, label_drop = settings.pop("ratio", 0.25), settings.pop("label_drop", 0.3)
+    flow = MeanFlow(
+        num_classes=10, ratio=ratio, label_drop=label_drop, kappa=settings["kappa"],
+        cfg=settings["omega"] / (1 - settings["kappa"]), cfg_interval=settings["interval"],
+        p=settings["p"], c=settings["c"])
+    generator = torch.Generator().manual_seed(3)
+    draws = flow.draw((8, 4, 8, 8), generator=generator)
+    draws = replace(draws, r=draws.r.double(), t=draws.t.double(), eps=draws.eps.double())
+    x = torch.randn(8, 4, 8, 8, generator=generator).double()
+    y = torch.randint(10, (8,), generator=generator)
+    fast, naive = golden_network(torch.float64), golden_network(torch.float64)
+    out = flow.loss(fast, x, y, draws)
+    out.loss.backward()
+    loss, error = naive_step(naive, x, y, draws, num_classes=10, **settings)
+    loss.backward()
+    assert torch.allclose(out.error, error, rtol=1e-10)
+    for a, b in zip(fast.parameters(), naive.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-12)
 
 
 # ---- closed forms ----------------------------------------------------------------------------
