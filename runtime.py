@@ -7,11 +7,12 @@ Nothing else in the repository reads ranks from the environment or picks a devic
 import argparse
 import contextlib
 import datetime
-import fcntl
+import errno
 import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -395,7 +396,7 @@ def whole_file(path, *, durable=True):
             _to_disk(temporary)
         os.replace(temporary, path)
         if durable:
-            _to_disk(path.parent)  # the new name
+            _names_to_disk(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -404,12 +405,23 @@ def whole_file(path, *, durable=True):
 
 
 def _to_disk(path):
-    """Wait until a file, or the names in a folder, would outlast a power cut."""
+    """Wait until a file would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _names_to_disk(folder):
+    """The same for the names in a folder, which some file systems (CIFS, FUSE) cannot do: that is
+    no error. A folder that may be written and not listed cannot be opened for it, either."""
+    try:
+        _to_disk(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS,
+                               errno.EBADF, errno.EACCES):
+            raise
 
 
 def _unwritable(path, error):
@@ -445,35 +457,107 @@ def make_folder(option, path):
                         f"({error.strerror}); choose another") from error
 
 
+LOCK = ".lock"  # the file in a folder by which one process holds it
 READERS_S = 15  # a killed process's readers, which hold what it held, notice within some seconds
+
+
+class FolderLock:
+    """A folder that this process alone writes. The lock file says who that is."""
+
+    def __init__(self, option, folder, descriptor):
+        self.option, self.path, self.descriptor = option, Path(folder) / LOCK, descriptor
+        since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        self.holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, self.holder.encode(), 0)
+
+    def held(self):
+        """Whether the folder is still the one that was locked, and no other process's."""
+        try:
+            return self.path.read_text(errors="replace") == self.holder
+        except OSError as error:  # others may pass
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+    def check(self):
+        """Raises RunError once the folder was removed, or taken where there are no locks."""
+        if not self.held():
+            now = _holder(self.path)
+            fault = f"taken by {now}" if now else "removed or replaced"
+            raise RunError(f"{self.option} must stay in place while a run writes to it, got "
+                           f"{self.path.parent}, which was {fault}; nothing more is written there; "
+                           f"repeat the command or choose another folder")
+
+    def release(self):
+        if self.held():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        os.close(self.descriptor)
 
 
 @contextlib.contextmanager
 def alone(option, folder):
-    """Makes the folder that an option names and holds it: no other process may at the same time.
+    """Makes and locks the folder that an option names; yields its FolderLock.
 
-    The system lets go of it when this process ends, however it does. Raises UserError.
+    The system releases the lock when this process ends, however it does. Raises UserError where
+    another process holds it.
     """
     make_folder(option, folder)
-    descriptor, end = os.open(folder, os.O_RDONLY), time.monotonic() + READERS_S
+    path, end = Path(folder) / LOCK, time.monotonic() + READERS_S
     try:
-        while not _locked(descriptor):
+        while (descriptor := _lock(path)) is None:
             if time.monotonic() > end:
                 raise UserError(f"{option} must be of one run at a time, got {folder}, which "
-                                f"another process is writing; end that or choose another folder")
+                                f"{_holder(path) or 'another process'} is writing; end that or "
+                                f"choose another folder")
             time.sleep(0.2)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor):
+        lock = FolderLock(option, folder, descriptor)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _holder(path):
+    """What a lock file says of its process, in a line; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return " ".join(path.read_text(errors="replace")[:200].split())
+    return ""
+
+
+def _lock(path):
+    """A descriptor of the lock file, locked; None while another process holds it.
+
+    Open for writing: NFS locks no other. A file that its holder has just removed is none.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if _flock(descriptor, path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _flock(descriptor, path):
+    """Whether the lock is this process's, or the file system knows none, which is said."""
+    try:
+        import fcntl  # of Linux and macOS
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system that knows no locks
-        return True
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS,
+                                                         errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
+        print(f"warning: {path.parent} cannot be locked here ({error}): start no second run in it",
+              file=sys.stderr)
     return True
 
 
