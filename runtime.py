@@ -565,7 +565,8 @@ class Log:
     """log.txt, metrics.jsonl and TensorBoard events of a run; active on rank 0 only.
 
     Records later than ``step``, left by a run that ended after its last checkpoint, are dropped:
-    they are about to be written again. Raises UserError where the disk is full.
+    they are about to be written again. Damaged lines, such as one cut short by a crash, move to
+    metrics.damaged.txt. Raises UserError where the disk is full.
     """
 
     def __init__(self, folder, *, active, step=0):
@@ -576,15 +577,29 @@ class Log:
 
         self.folder = folder = Path(folder)
         with self._writing():
-            path = folder / "metrics.jsonl"
-            if path.exists():
-                kept = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
-                        if _step_of(line) <= step]
-                with whole_file(path) as temporary:
-                    temporary.write_text("".join(kept))
             self.text = open(folder / "log.txt", "a", buffering=1, errors="backslashreplace")
-            self.metrics = open(path, "a", buffering=1)
+            self._drop_records(step)
+            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
             self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def _drop_records(self, step):
+        """Those later than step and the damaged ones, which are kept elsewhere."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept, damaged = [], []
+        for line in path.read_bytes().splitlines():
+            found = _step_of(line)
+            if found is None or found <= step:
+                (damaged if found is None else kept).append(line + b"\n")
+        if damaged:
+            elsewhere = path.with_name("metrics.damaged.txt")
+            with open(elsewhere, "ab") as file:
+                file.writelines(damaged)
+            _to_disk(elsewhere)
+            self.say(f"damaged lines of {path.name}, moved to {elsewhere.name}: {len(damaged)}")
+        with whole_file(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
     @contextlib.contextmanager
     def _writing(self):
@@ -635,11 +650,11 @@ class Log:
 
 
 def _step_of(line):
-    """The step of a metrics line; a line torn by a crash counts as too late to keep."""
+    """The step of a metrics line; None for a damaged one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf
+        return None
 
 
 def describe(world):

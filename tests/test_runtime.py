@@ -131,18 +131,29 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         runtime.make_folder("--run-dir", tmp_path / "file" / "run")
 
 
-def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
-    """They would stand twice in the file; a line torn by the crash goes as well."""
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
+    """They would stand twice in the file. Damaged lines, as a crash leaves, vanished with them."""
     with runtime.Log(tmp_path, active=True) as log:
         for step in (1, 2, 3):
             log.record(step, error=float(step))
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "err')
+    path, damaged = tmp_path / "metrics.jsonl", [b'{"step": 1, "err\xffr": 1}', b'{"step": 4, "err']
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damaged[0], *lines[1:], damaged[1]]))
     with runtime.Log(tmp_path, active=True, step=2) as log:
         log.record(3, error=30.0)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     assert records == [{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
                        {"step": 3, "error": 30.0}]
+    assert (tmp_path / "metrics.damaged.txt").read_bytes().splitlines() == damaged
+    said = "damaged lines of metrics.jsonl, moved to metrics.damaged.txt: 2"
+    assert said in capfd.readouterr().err and said in (tmp_path / "log.txt").read_text()
+
+
+def test_a_record_follows_one_that_lost_its_line_end(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "error": 1.0}')
+    with runtime.Log(tmp_path, active=True, step=1) as log:
+        log.record(2, error=2.0)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2]
 
 
 def test_the_log_of_other_processes_is_silent(tmp_path, capfd):
