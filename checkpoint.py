@@ -7,6 +7,7 @@ from which training continues and sampling starts; it lies in <run-dir>/checkpoi
 import contextlib
 import json
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,7 +87,10 @@ def files(folder):
 
 
 def load(path, *, option="--ckpt"):
-    """A checkpoint's dict, on the CPU. Raises UserError for a missing, torn or foreign file."""
+    """A checkpoint's dict, its tensors mapped from the file, on the CPU.
+
+    Raises UserError for a missing, torn or foreign file; a damaged one is for ``verify`` to see.
+    """
     remedy = "give a checkpoint that train.py wrote"
     if not Path(path).is_file():
         found = "a folder" if Path(path).is_dir() else "no such file"
@@ -102,14 +106,30 @@ def load(path, *, option="--ckpt"):
     return state
 
 
+def verify(path, *, option="--ckpt"):
+    """Read every byte: raises UserError as ``load`` does, and where one is not as it was written.
+
+    torch.load compares no checksum; the archive has one for each tensor.
+    """
+    load(path, option=option)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            fault = archive.testzip()
+    except Exception as error:  # of a damaged header, errors of many kinds
+        fault = f"its archive: {error!s:.200}"
+    if fault:
+        raise UserError(f"{option} must be a checkpoint as it was written, got {path} (damaged: "
+                        f"{fault}); give another or copy it again")
+
+
 def newest(folder):
-    """The path of a folder's newest checkpoint that can be read, or None where there is none.
+    """The path of a folder's newest undamaged checkpoint, or None where there is none.
 
     Raises UserError if there are some and none can be read: to begin anew would replace them.
     """
     for path in files(folder):
         try:
-            load(path, option="--run-dir")
+            verify(path, option="--run-dir")
         except UserError as error:
             print(f"passing over {path}: {error}", file=sys.stderr)
         else:
@@ -137,6 +157,8 @@ def restore(path, net, ema, optimizer):
         # Its settings are the options', which check_config has compared
         optimizer.load_state_dict(
             {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        for own in optimizer.state.values():  # on a CPU still in the file, which may be removed
+            own.update({name: value.clone() for name, value in own.items()})
     return state["step"]
 
 

@@ -221,6 +221,19 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, work):
+        """What work() returns on rank 0, on every process, and so is the UserError it raises."""
+        value = fault = None
+        if self.main:
+            try:
+                value = work()
+            except UserError as error:
+                fault = error
+        value, fault = self.agree((value, fault))
+        if fault:
+            raise fault
+        return value
+
     def mean(self, tensor):
         """The mean of a tensor over the processes."""
         if self.distributed:

@@ -69,6 +69,7 @@ def parse_args(argv=None):
 def main(args):
     # A process whose images are done waits for the others', which may take hours on a CPU
     with runtime.start(args.precision, patience_h=7 * 24) as world:
+        world.on_main(lambda: checkpoint.verify(args.ckpt))
         net, config = checkpoint.load_network(args.ckpt)
         wanted = settings(args, net, config)
         if args.save_images:

@@ -39,6 +39,22 @@ def test_a_torn_newest_file_is_reported_and_the_one_before_it_used(folder, capsy
     assert "0000010.pt" in capsys.readouterr().err
 
 
+def flip(path, position, bit=0):
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(folder, capsys):
+    """torch.load compares no checksum: a flipped bit in an average made FID 180.13 of 120.77."""
+    path = folder / "0000010.pt"
+    flip(path, path.read_bytes().index(state(10)["ema"]["pos_embed"].numpy().tobytes()) + 100, 6)
+    assert checkpoint.load(path)["step"] == 10  # nothing to see so far
+    assert checkpoint.newest(folder) == folder / "0000009.pt"
+    assert "0000010.pt (damaged: " in capsys.readouterr().err
+
+
 def test_a_folder_without_a_readable_checkpoint_is_refused(folder):
     """To begin anew would replace them, and they may be unreadable for an hour only."""
     for path in checkpoint.files(folder):
