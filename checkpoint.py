@@ -41,24 +41,28 @@ class Saver:
     """Writes the checkpoints of a run beside the training: from a copy, one at a time.
 
     ``path`` is the last one's. What is being written when the run ends, ``with`` or without an
-    error, is written to its end.
+    error, is written to its end. lock: on the run's folder, which must still be this run's.
     """
 
-    def __init__(self, folder, keep_last):
+    def __init__(self, folder, keep_last, lock=None):
         self.folder, self.keep_last, self.path = Path(folder), keep_last, None
+        self.lock = lock
         self.thread, self.job = ThreadPoolExecutor(1), None
 
     def __enter__(self):
         return self
 
     def save(self, state):
-        """Start to write this state. Raises UserError if the one before could not be written."""
+        """Start to write this state. Raises as ``check`` does."""
         self.check(wait=True)
         self.path = self.folder / f"{state['step']:07d}.pt"
         self.job = self.thread.submit(save, self.path, copied(state), keep_last=self.keep_last)
 
     def check(self, *, wait=False):
-        """Raises UserError if the last one could not be written, as far as is known."""
+        """Raises UserError if the last one could not be written, as far as is known, RunError if
+        the folder is no longer this run's."""
+        if self.lock:
+            self.lock.check()
         if self.job and (wait or self.job.done()):
             self.job.result()
 
@@ -140,9 +144,17 @@ def newest(folder):
     return None
 
 
-def restore(path, net, ema, optimizer):
-    """Take the state of a checkpoint of this very run; returns its step. Raises UserError."""
+def restore(path, net, ema, optimizer, *, config, free):
+    """Take the state of a checkpoint of this very run; returns its step. Raises UserError.
+
+    config and free: as in check_config, as config.json may have been replaced since.
+    """
     state = load(path, option="--run-dir")
+    with _fitting("--run-dir", path):
+        found = differences(state["config"], config, free)
+    if found:
+        raise UserError(f"--run-dir must hold checkpoints of the same options, got {path} "
+                        f"({found}); choose another folder or these options")
     with _fitting("--run-dir", path):
         if not (type(state["step"]) is int and 0 < state["step"] < 2**63):
             raise ValueError(f"step {state['step']!s:.60}")
