@@ -286,6 +286,7 @@ def open_data(args, world):
             raise UserError(error) from error
     if args.encoded_data:
         dataset.check(space=space, image_size=args.image_size, flip=args.flip)
+        dataset.note = world.on_main(dataset.verify)
     return dataset, space
 
 
@@ -355,7 +356,7 @@ def introduction(args, world, net, dataset, step, total):
         f"{args.model}, {parameters:,} parameters; {len(dataset):,} images of "
         f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
         f"steps {step} to {total}, into {args.run_dir}",
-    ]
+    ] + ([dataset.note] if args.encoded_data and dataset.note else [])
 
 
 def parts_of(args, world):
