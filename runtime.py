@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -440,6 +441,19 @@ def _names_to_disk(folder):
 def _unwritable(path, error):
     return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
                      f"folder you may write", local=True)
+
+
+def find_damage(path):
+    """What in a zip archive, such as a checkpoint or an .npz file, is not as it was written: a
+    name, or None. Reads every byte. Raises errors of many kinds, of damaged headers."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)
+        end, count = file.read(), len(archive.infolist())
+        # A damaged length in the list of contents hides what follows: the end says how many there
+        # are (65535: it says so elsewhere)
+        if end[:4] == b"PK\5\6" and int.from_bytes(end[10:12], "little") not in (count, 65535):
+            return "the list of contents"
+        return archive.testzip()
 
 
 def sweep(folder):
