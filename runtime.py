@@ -103,8 +103,16 @@ def real(low, high=math.inf, *, above=False):
     return parse
 
 
+def utf8_path(text):
+    """An argparse type: a path for PyTorch and TensorBoard, which take names in UTF-8 alone."""
+    if text.encode(errors="replace").decode() != text:
+        raise argparse.ArgumentTypeError(f"must be a name in UTF-8, got {text!r}; choose another")
+    return Path(text)
+
+
 def run(main, parse_args):
     """Run a script; a UserError ends it with one line and exit code 2, a RunError with 1."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # results are paths, of any bytes
     try:
         main(parse_args())
     except UserError as error:
@@ -114,6 +122,11 @@ def run(main, parse_args):
     except PermissionError as error:  # a path below a locked folder cannot even be looked for
         fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
              f"permissions or choose another path")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        fail(f"a path must be no longer than the file system allows, got {error.filename}; choose "
+             f"a shorter one")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except (RuntimeError, MemoryError) as error:

@@ -36,7 +36,7 @@ MARKER = "samples.json"  # in the sample folder: whose images these are
 
 def parse_args(argv=None):
     parser = runtime.Parser("Sample images from a checkpoint. Repeat a command to continue it.")
-    parser.add_argument("--ckpt", type=Path, required=True,
+    parser.add_argument("--ckpt", type=runtime.utf8_path, required=True,
                         help="checkpoint that train.py wrote; its EMA weights sample")
     parser.add_argument("--num-fid-samples", type=whole(1), default=50000, help="count of images")
     parser.add_argument("--num-sampling-steps", type=whole(1, 10000), default=1,

@@ -123,7 +123,7 @@ def add_optimisation_options(group):
 
 
 def add_run_options(group):
-    group.add_argument("--run-dir", type=Path,
+    group.add_argument("--run-dir", type=runtime.utf8_path,
                        help="where everything goes (default: results/<model>-cfg<scale>)")
     group.add_argument("--ckpt-every", type=whole(1), default=5000,
                        help="steps between checkpoints")
