@@ -118,6 +118,15 @@ def test_no_flipped_bit_is_used(subjects):
     assert refused + harmless == 200 and refused >= 140, (refused, harmless)
 
 
+def test_an_array_that_a_flipped_bit_hides_is_missed(reference):
+    """A length in the list of contents, too large by 256, hides the rest of it from Python, and so
+    from the comparison of checksums; what was missing was taken for never written."""
+    content = reference.read_bytes()
+    last_but_one = content.rindex(b"PK\1\2", 0, content.rindex(b"PK\1\2"))
+    with flipped(reference, last_but_one + 33, 0), pytest.raises(UserError, match="the list"):
+        features.verify("--ref", reference, WORLD)
+
+
 def test_training_names_damaged_labels_and_latents_it_did_not_compare(shards, tmp_path, monkeypatch,
                                                                      capfd):
     options = [*tiny(shards, tmp_path / "run"), "--encoded-data", "--max-steps", 1]

@@ -259,6 +259,7 @@ def test_a_shard_with_a_flipped_bit_is_encoded_again(world, whole, tmp_path, nam
     assert (out / "shard-00002.npy").stat().st_mtime_ns == untouched
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_is_damaged(world, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     for name in ("shard-00000.npy", "shard-00003.flip.npy"):

@@ -276,6 +276,7 @@ def test_a_run_directory_is_of_one_run_at_a_time(digits, tmp_path, monkeypatch):
     assert child.wait()[0] == 0  # it waited for what a killed process's readers may hold
 
 
+@pytest.mark.slow
 def test_a_run_whose_directory_was_made_again_ends(digits, tmp_path):
     """Two runs wrote to it, and the newer went on from the other's checkpoint."""
     run = tmp_path / "run"
