@@ -7,6 +7,7 @@ from which training continues and sampling starts; it lies in <run-dir>/checkpoi
 import contextlib
 import json
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,24 +41,28 @@ class Saver:
     """Writes the checkpoints of a run beside the training: from a copy, one at a time.
 
     ``path`` is the last one's. What is being written when the run ends, ``with`` or without an
-    error, is written to its end.
+    error, is written to its end. lock: on the run's folder, which must still be this run's.
     """
 
-    def __init__(self, folder, keep_last):
+    def __init__(self, folder, keep_last, lock=None):
         self.folder, self.keep_last, self.path = Path(folder), keep_last, None
+        self.lock = lock
         self.thread, self.job = ThreadPoolExecutor(1), None
 
     def __enter__(self):
         return self
 
     def save(self, state):
-        """Start to write this state. Raises UserError if the one before could not be written."""
+        """Start to write this state. Raises as ``check`` does."""
         self.check(wait=True)
         self.path = self.folder / f"{state['step']:07d}.pt"
         self.job = self.thread.submit(save, self.path, copied(state), keep_last=self.keep_last)
 
     def check(self, *, wait=False):
-        """Raises UserError if the last one could not be written, as far as is known."""
+        """Raises UserError if the last one could not be written, as far as is known, RunError if
+        the folder is no longer this run's."""
+        if self.lock:
+            self.lock.check()
         if self.job and (wait or self.job.done()):
             self.job.result()
 
@@ -86,7 +91,10 @@ def files(folder):
 
 
 def load(path, *, option="--ckpt"):
-    """A checkpoint's dict, on the CPU. Raises UserError for a missing, torn or foreign file."""
+    """A checkpoint's dict, its tensors mapped from the file, on the CPU.
+
+    Raises UserError for a missing, torn or foreign file; a damaged one is for ``verify`` to see.
+    """
     remedy = "give a checkpoint that train.py wrote"
     if not Path(path).is_file():
         found = "a folder" if Path(path).is_dir() else "no such file"
@@ -102,14 +110,29 @@ def load(path, *, option="--ckpt"):
     return state
 
 
+def verify(path, *, option="--ckpt"):
+    """Raises UserError as ``load`` does, and where a byte is not as it was written.
+
+    torch.load compares no checksum; the archive has one for each tensor.
+    """
+    try:
+        damage = runtime.find_damage(path) if zipfile.is_zipfile(path) else None
+    except Exception as error:  # of a damaged header, errors of many kinds
+        damage = str(error)
+    if damage:
+        raise UserError(f"{option} must be a checkpoint as it was written, got {path} (damaged: "
+                        f"{damage:.200}); give another or copy it again")
+    load(path, option=option)  # whether it is one
+
+
 def newest(folder):
-    """The path of a folder's newest checkpoint that can be read, or None where there is none.
+    """The path of a folder's newest undamaged checkpoint, or None where there is none.
 
     Raises UserError if there are some and none can be read: to begin anew would replace them.
     """
     for path in files(folder):
         try:
-            load(path, option="--run-dir")
+            verify(path, option="--run-dir")
         except UserError as error:
             print(f"passing over {path}: {error}", file=sys.stderr)
         else:
@@ -120,9 +143,17 @@ def newest(folder):
     return None
 
 
-def restore(path, net, ema, optimizer):
-    """Take the state of a checkpoint of this very run; returns its step. Raises UserError."""
+def restore(path, net, ema, optimizer, *, config, free):
+    """Take the state of a checkpoint of this very run; returns its step. Raises UserError.
+
+    config and free: as in check_config, as config.json may have been replaced since.
+    """
     state = load(path, option="--run-dir")
+    with _fitting("--run-dir", path):
+        found = differences(state["config"], config, free)
+    if found:
+        raise UserError(f"--run-dir must hold checkpoints of the same options, got {path} "
+                        f"({found}); choose another folder or these options")
     with _fitting("--run-dir", path):
         if not (type(state["step"]) is int and 0 < state["step"] < 2**63):
             raise ValueError(f"step {state['step']!s:.60}")
@@ -137,6 +168,8 @@ def restore(path, net, ema, optimizer):
         # Its settings are the options', which check_config has compared
         optimizer.load_state_dict(
             {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        for own in optimizer.state.values():  # on a CPU still in the file, which may be removed
+            own.update({name: value.clone() for name, value in own.items()})
     return state["step"]
 
 

@@ -5,7 +5,8 @@
 
 One process needs no torchrun. Killed at any moment, the same command goes on where it stopped and
 ends with the same bytes, whatever the number of processes: the unit of work is one shard, whose
-batches do not depend on who encodes it. The format is described in latents.py.
+batches do not depend on who encodes it. It compares what is there with its checksums and encodes
+damaged shards again. The format is described in latents.py.
 """
 
 import functools
@@ -77,7 +78,7 @@ def parse_args(argv=None):
 def main(args):
     # A process without work waits for another's shard, which may take hours on a CPU
     with runtime.start(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
-        record = read_record(args.out_path)  # refuses another folder before anything heavy
+        read_record(args.out_path)  # refuses another folder before anything heavy
         runtime.check_folder("--out-path", args.out_path)
         images = data.ImageFolder(args.data_path, args.image_size)
         try:
@@ -86,18 +87,9 @@ def main(args):
             config = configuration(args, images, space)
         except (ValueError, OSError) as error:
             raise UserError(error) from error
-        if record:
-            check_record(args, record, config)
-        todo = pending(args, config)
-        plan = describe_work(args, config, todo)
+        examine(args, config)
         world.barrier()  # everyone has looked at the folder before anyone writes to it
-        if world.main:
-            for line in (*runtime.describe(world), plan):
-                print(line, file=sys.stderr)
-            stack.enter_context(runtime.alone("--out-path", args.out_path))
-            claim(args.out_path, config, todo)
-        world.barrier()
-
+        todo = open_folder(args, config, world, stack)
         start = time.monotonic()
         encode(args, images, space, config, todo, world)
         world.barrier()
@@ -136,7 +128,8 @@ def read_record(out):
     records = [out / name for name in ("dataset.json", latents.UNFINISHED)
                if (out / name).exists()]
     if not records:
-        foreign = next((path.name for path in out.iterdir() if not is_temporary(path)), None)
+        foreign = next((path.name for path in out.iterdir()
+                        if not is_temporary(path) and path.name != runtime.LOCK), None)
         if foreign is not None:
             raise UserError(f"{rule} with {foreign} in it; choose another folder")
         return None
@@ -146,6 +139,8 @@ def read_record(out):
             record[key]
         if not isinstance(record.get("skipped", []), list):
             raise ValueError("skipped is no list")
+        if not isinstance(record.get("crc32", {}), dict):
+            raise ValueError("crc32 is no dict")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{rule} with a {records[0].name} that is not of this script; choose "
                         f"another folder") from error
@@ -174,7 +169,8 @@ def shown(config, key):
 
 def is_temporary(path):
     """Whether a file is one that runtime.whole_file left behind when this script was killed."""
-    return path.name.startswith((".shard-", ".encoding.")) and path.name.endswith(".tmp")
+    return (path.name.startswith((".shard-", ".encoding.", ".dataset."))
+            and path.name.endswith(".tmp"))
 
 
 def rows_of(config, shard):
@@ -183,30 +179,50 @@ def rows_of(config, shard):
     return range(first, min(first + config["shard_size"], config["images"]))
 
 
+def shards_of(config):
+    return range(math.ceil(config["images"] / config["shard_size"]))
+
+
 def count_images(config, shards):
     return sum(len(rows_of(config, shard)) for shard in shards)
 
 
-def read_skipped(files):
-    """The names of the images that are missing from a complete shard. Raises UserError."""
-    if not files.skipped.exists():
-        return []
+def read_beside(path, kind, of):
+    """The list or dict (kind) of values (of) that was written beside a shard, if any, else an
+    empty one. Raises UserError."""
+    if not path.exists():
+        return kind()
     try:
-        names = json.loads(files.skipped.read_text())
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("no list of names")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{files.skipped} must be as this script writes it, got one that is not "
+        found = json.loads(path.read_text())
+        values = found.values() if isinstance(found, dict) else found
+        if not isinstance(found, kind) or not all(isinstance(value, of) for value in values):
+            raise ValueError(f"no {kind.__name__} of {of.__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} must be as this script writes it, got one that is not "
                         f"({error!s:.200}); remove that shard's files and repeat the command"
                         ) from error
-    return names
+    return found
+
+
+def read_skipped(files):
+    """The names of the images that are missing from a complete shard. Raises UserError."""
+    return read_beside(files.skipped, list, str)
+
+
+def read_sums(out, config):
+    """The checksums by file name, as far as they are known. Raises UserError."""
+    record = read_record(out) or {}
+    sums = dict(record.get("crc32", {}))
+    for shard in shards_of(config):
+        sums |= read_beside(latents.ShardFiles(out, shard).sums, dict, int)
+    return sums
 
 
 def pending(args, config):
     """The shards to encode: those not complete, and, unless bad images may be left out, those
     that lack some. Raises UserError for a complete shard that is damaged or foreign."""
     todo, row = [], (2, *config["latent_shape"])
-    for shard in range(math.ceil(config["images"] / config["shard_size"])):
+    for shard in shards_of(config):
         files = latents.ShardFiles(args.out_path, shard)
         arrays = [files.moments, files.flip][:1 + args.flip]
         whole = all(path.exists() for path in (*arrays, files.labels))
@@ -230,10 +246,59 @@ def describe_work(args, config, todo):
     if need > free:
         raise UserError(f"--out-path must have {need / 1e9:.1f} GB free, got {out} with "
                         f"{free / 1e9:.1f} GB; make room or choose another folder")
-    shards = math.ceil(config["images"] / config["shard_size"])
+    shards = len(shards_of(config))
     return (f"{config['images']} images of {len(config['classes'])} classes in {shards} shards, "
             f"{shards - len(todo)} complete; {need / 1e9:.2f} GB to write, "
             f"{free / 1e9:.1f} GB free")
+
+
+def examine(args, config):
+    """(shards to encode, known checksums, a line about the work). Raises UserError for a folder
+    that is not this command's."""
+    record = read_record(args.out_path)
+    if record:
+        check_record(args, record, config)
+    todo = pending(args, config)
+    return todo, read_sums(args.out_path, config), describe_work(args, config, todo)
+
+
+def open_folder(args, config, world, stack):
+    """Hold the folder until the stack is left, and compare what is complete with its checksums;
+    the shards to encode."""
+    def hold():
+        stack.enter_context(runtime.alone("--out-path", args.out_path))
+        return examine(args, config)  # again: another command may have been waited for
+
+    todo, sums, plan = world.on_main(hold)
+    if world.main:
+        for line in (*runtime.describe(world), plan):
+            print(line, file=sys.stderr)
+    damaged = find_damaged(args, config, todo, sums, world)
+    todo = sorted({*todo, *(shard for shard, _ in damaged)})
+    if world.main:
+        for _, path in damaged:
+            print(f"{path} is damaged: its shard is encoded again", file=sys.stderr)
+        claim(args.out_path, config, todo)
+    world.barrier()
+    return todo
+
+
+def find_damaged(args, config, todo, sums, world):
+    """(shard, path) of each file of the complete shards that differs from its checksum. Each
+    process reads its share of them."""
+    complete = [shard for shard in shards_of(config) if shard not in todo]
+    paths = [(shard, path) for shard in complete
+             for path in latents.ShardFiles(args.out_path, shard).arrays(args.flip)
+             if path.name in sums]
+    if not paths:
+        return []
+    found = []
+    with world.progress(len(paths), desc="verify", unit="file") as bar:
+        for shard, path in paths[world.rank::world.size]:
+            if latents.checksum(path) != sums[path.name]:
+                found.append((shard, path))
+            bar.update(min(world.size, len(paths) - bar.n))
+    return list(itertools.chain(*world.gather(found)))
 
 
 def claim(out, config, todo):
@@ -244,15 +309,15 @@ def claim(out, config, todo):
         path.unlink()
     for shard in todo:  # incomplete first, so that no mixture of two runs can pass for a shard
         files = latents.ShardFiles(out, shard)
-        for path in (files.moments, files.flip, files.labels, files.skipped):
+        for path in (files.moments, files.flip, files.labels, files.skipped, files.sums):
             path.unlink(missing_ok=True)
 
 
 def finish(args, config, world):
     """Write dataset.json, on rank 0. Raises UserError if images or shards are missing."""
     todo = pending(args, config)
-    shards = range(math.ceil(config["images"] / config["shard_size"]))
-    skipped = [read_skipped(latents.ShardFiles(args.out_path, shard)) for shard in shards]
+    files = [latents.ShardFiles(args.out_path, shard) for shard in shards_of(config)]
+    skipped = [read_skipped(of_shard) for of_shard in files]
     names = list(itertools.chain(*skipped))
     if names and not args.skip_bad_images:
         if world.main:
@@ -267,10 +332,14 @@ def finish(args, config, world):
         raise UserError(f"--data-path must hold a readable image, got none in {args.data_path}; "
                         f"check the files")
     if world.main:
-        counts = [len(rows_of(config, shard)) - len(skipped[shard]) for shard in shards]
-        latents.write_json(args.out_path / "dataset.json", {
-            **config, "count": sum(counts), "shards": counts, "skipped": names})
-        (args.out_path / latents.UNFINISHED).unlink(missing_ok=True)
+        counts = [len(rows_of(config, shard)) - len(skipped[shard]) for shard in range(len(files))]
+        known = read_sums(args.out_path, config)  # of all, unless an earlier version wrote them
+        sums = {path.name: known[path.name] if path.name in known else latents.checksum(path)
+                for of_shard in files for path in of_shard.arrays(args.flip)}
+        latents.write_json(args.out_path / "dataset.json", latents.sealed({
+            **config, "count": sum(counts), "shards": counts, "skipped": names, "crc32": sums}))
+        for path in (args.out_path / latents.UNFINISHED, *(of_shard.sums for of_shard in files)):
+            path.unlink(missing_ok=True)
         print(args.out_path)
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 import data
 import fid
 import runtime
-from features import Extractor, NpzImages, dimension
+from features import Extractor, NpzImages, dimension, verify
 from runtime import UserError, whole
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -81,8 +81,9 @@ def main(args):
         else:
             reference = fid.Reference.load(args.ref, args.protocol, samples.image_size,
                                            option="--ref")
+            verify("--ref", args.ref, world)
         for images in (samples, other):
-            if isinstance(images, FolderImages):
+            if images is not None:
                 images.check(world)
         extractor = Extractor(args.protocol, world, inception=args.inception)
         if args.make_ref is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import runtime
 from runtime import UserError
 
 POOL = 2048  # values of Inception's last pooling, "pool_3" in the TensorFlow graph
@@ -40,6 +41,20 @@ def reading(option, path, *, local=False):
                         f"({error}); write it again or name another", local=local) from error
 
 
+def verify(option, path, world):
+    """Compare all of an .npz file with the archive's checksums, once, on rank 0.
+
+    NumPy does so for an array that it reads whole, which arr_0 never is. Raises UserError.
+    """
+    def read():
+        with reading(option, path):
+            damage = runtime.find_damage(path)
+            if damage:
+                raise ValueError(f"damaged: {damage}")
+
+    world.on_main(read)
+
+
 class NpzImages:
     """The images of an .npz file: arr_0, uint8 (N, H, W, 3). Raises UserError naming option."""
 
@@ -54,6 +69,10 @@ class NpzImages:
 
     def __len__(self):
         return self.count
+
+    def check(self, world):
+        """Read all of it before anything heavy. Raises UserError where a byte is damaged."""
+        verify(self.option, self.name, world)
 
     @contextlib.contextmanager
     def _open(self):

@@ -5,7 +5,7 @@ import torch
 import data
 import fid
 import runtime
-from features import Extractor
+from features import Extractor, verify
 from meanflow import sample, starts
 
 
@@ -52,6 +52,7 @@ class Evaluation:
     def __init__(self, path, protocol, config, world, *, option="--fid-ref"):
         self.image_size = (config["image_size"], config["image_size"])
         self.reference = fid.Reference.load(path, protocol, self.image_size, option=option)
+        verify(option, path, world)
         self.extractor = Extractor(protocol, world)
 
     def statistics(self, count):

@@ -1,6 +1,7 @@
 """Latents on disk: a folder that encode_imagenet.py writes and LatentShards serves.
 
-    dataset.json             what the shards hold, and how they were made
+    dataset.json             what the shards hold, how they were made, and the CRC-32 of each file's
+                             numbers and of itself
     shard-00000.npy ...      (n, 2, C, h, w): mean and std of every image's posterior, unscaled
     shard-00000.labels.npy   (n,) int64
     shard-00000.flip.npy     as shard-00000.npy, of the mirror images; where dataset.json says flip
@@ -14,6 +15,7 @@ import math
 import mmap
 import os
 import resource
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ FORMAT_VERSION = 1
 CROP = "adm-center"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 UNFINISHED = "encoding.json"  # stands in for dataset.json until the last shard is written
+# Bytes of latents up to which a start of training compares them: 2 s of a cold disk of 2 GB/s
+VERIFIED = 4e9
 
 
 class ShardFiles:
@@ -36,6 +40,11 @@ class ShardFiles:
         self.moments, self.labels = Path(f"{stem}.npy"), Path(f"{stem}.labels.npy")
         self.flip = Path(f"{stem}.flip.npy")
         self.skipped = Path(f"{stem}.skipped.json")  # only where images could not be read
+        self.sums = Path(f"{stem}.crc32.json")  # until dataset.json has them
+
+    def arrays(self, flip):
+        """The files that must be there, and of which dataset.json has a checksum."""
+        return [self.labels, self.moments, *[self.flip][:flip]]
 
 
 # ---- reading -----------------------------------------------------------------------------
@@ -70,6 +79,31 @@ def map_array(path, dtype, shape):
         raise UserError(f"{expected}, got a file of {size} bytes, cut short or too long; {remedy}")
     mapping.madvise(mmap.MADV_RANDOM)  # else a touched page reads up to megabytes around it
     return np.ndarray(shape, dtype, buffer=mapping, offset=start)
+
+
+def checksum(path):
+    """The CRC-32 of an .npy file's numbers: zlib.crc32(np.load(path)), in constant memory.
+
+    Raises UserError. The header needs none: map_array compares all of it.
+    """
+    crc, buffer = 0, memoryview(bytearray(2**20))
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            while count := file.readinto(buffer):
+                crc = zlib.crc32(buffer[:count], crc)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} must be readable to its end, got {error!s:.200}; check the disk, "
+                        f"or remove the file and repeat the encode_imagenet.py command") from error
+    return crc
+
+
+def sealed(info):
+    """dataset.json's content with a checksum of its own among those of the shards."""
+    sums = {name: crc for name, crc in info["crc32"].items() if name != "dataset.json"}
+    text = json.dumps({**info, "crc32": sums}, sort_keys=True)
+    return {**info, "crc32": {**sums, "dataset.json": zlib.crc32(text.encode())}}
 
 
 def read_ahead(array, row):
@@ -107,7 +141,10 @@ def read_dataset_json(folder):
         }.items():
             if not ok:
                 raise ValueError(f"{name} is {str(info[name])[:100]}")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        # Those of earlier versions have no checksums
+        if "crc32" in info and sealed(info) != info:
+            raise ValueError("the checksum is another's: it is damaged or was changed")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         fault = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{path} must be as encode_imagenet.py writes it, got one where {fault}; "
                         f"encode again") from error
@@ -133,6 +170,7 @@ class LatentShards:
         self.latent_shape = tuple(info["latent_shape"])
         self.vae, self.scale = info["vae"], info["scale"]
         self.flip, self.dtype = info["flip"], info["dtype"]
+        self.sums, self.note = info.get("crc32"), None
         row = (2, *self.latent_shape)
         moments, mirrors, labels = [], [], []
         for index, count in enumerate(info["shards"]):
@@ -151,6 +189,27 @@ class LatentShards:
             raise UserError(f"{path} must hold labels below {len(self.classes)}, got "
                             f"{labels.min()} to {labels.max()}; encode again")
         return labels
+
+    def verify(self):
+        """Compare labels and, of up to VERIFIED bytes, latents with the checksums of dataset.json.
+
+        Returns a line that says what was not compared, else None. Raises UserError.
+        """
+        remedy = "repeat the encode_imagenet.py command"
+        if self.sums is None:
+            return (f"{self.folder} was not compared with checksums, which earlier versions did "
+                    f"not write: {remedy} to add them")
+        size = sum(array.nbytes for arrays in self._shards for array in arrays)
+        for index in range(len(self._starts)):
+            files = ShardFiles(self.folder, index)
+            for path in files.arrays(self.flip) if size <= VERIFIED else [files.labels]:
+                if checksum(path) != self.sums.get(path.name):
+                    raise UserError(f"{path} must be as it was written, got a damaged file; "
+                                    f"{remedy}, which encodes that shard again")
+        if size > VERIFIED:
+            return (f"of {self.folder} the labels were compared with their checksums, "
+                    f"{size / 1e9:.0f} GB of latents were not: {remedy} to do so")
+        return None
 
     def __reduce__(self):
         """A process that is not forked opens the files itself."""
@@ -203,10 +262,13 @@ class LatentShards:
 
 
 class GrowingArray:
-    """An .npy file that grows by batches of rows, so that no shard has to fit in memory."""
+    """An .npy file that grows by batches of rows, so that no shard has to fit in memory.
+
+    ``crc32`` is that of its numbers so far.
+    """
 
     def __init__(self, path, row_shape, dtype):
-        self.row_shape, self.dtype = row_shape, np.dtype(dtype)
+        self.row_shape, self.dtype, self.crc32 = row_shape, np.dtype(dtype), 0
         self.rows, self.file = 0, open(path, "wb")
         self._write_header()
         self.start = self.file.tell()
@@ -215,6 +277,7 @@ class GrowingArray:
         """Add rows, a contiguous array (n, *row_shape)."""
         assert rows.shape[1:] == self.row_shape and rows.dtype == self.dtype
         self.file.write(rows.data)
+        self.crc32 = zlib.crc32(rows.data, self.crc32)
         self.rows += len(rows)
 
     def _write_header(self):
@@ -235,6 +298,8 @@ class GrowingArray:
 def write_shard(files, batches, *, latent_shape, dtype, flip):
     """Write one shard's files; each appears whole, the moments last: then it is complete.
 
+    Their checksums are computed of what is written, not of what the disk made of it.
+
     batches: of (labels (n,) int64, moments (n, 2, C, h, w), the same of the mirror images or
     None, names of images left out), tensors of dtype on the CPU. Raises UserError where the disk
     is full.
@@ -252,10 +317,15 @@ def write_shard(files, batches, *, latent_shape, dtype, flip):
             if flip:
                 mirror_file.append(mirror.numpy())
             skipped += names
+        labels = np.concatenate(labels)
         with runtime.whole_file(files.labels) as path, open(path, "wb") as file:
-            np.save(file, np.concatenate(labels))
+            np.save(file, labels)
         if skipped:
             write_json(files.skipped, skipped)
+        sums = {files.labels.name: zlib.crc32(labels), files.moments.name: moments_file.crc32}
+        if flip:
+            sums[files.flip.name] = mirror_file.crc32
+        write_json(files.sums, sums)
 
 
 def write_json(path, value):

@@ -7,16 +7,18 @@ Nothing else in the repository reads ranks from the environment or picks a devic
 import argparse
 import contextlib
 import datetime
-import fcntl
+import errno
 import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
 import types
 import uuid
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +104,16 @@ def real(low, high=math.inf, *, above=False):
     return parse
 
 
+def utf8_path(text):
+    """An argparse type: a path for PyTorch and TensorBoard, which take names in UTF-8 alone."""
+    if text.encode(errors="replace").decode() != text:
+        raise argparse.ArgumentTypeError(f"must be a name in UTF-8, got {text!r}; choose another")
+    return Path(text)
+
+
 def run(main, parse_args):
     """Run a script; a UserError ends it with one line and exit code 2, a RunError with 1."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # results are paths, of any bytes
     try:
         main(parse_args())
     except UserError as error:
@@ -113,6 +123,11 @@ def run(main, parse_args):
     except PermissionError as error:  # a path below a locked folder cannot even be looked for
         fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
              f"permissions or choose another path")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        fail(f"a path must be no longer than the file system allows, got {error.filename}; choose "
+             f"a shorter one")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except (RuntimeError, MemoryError) as error:
@@ -220,6 +235,19 @@ class World:
         if self.distributed:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work):
+        """What work() returns on rank 0, on every process, and so is the UserError it raises."""
+        value = fault = None
+        if self.main:
+            try:
+                value = work()
+            except UserError as error:
+                fault = error
+        value, fault = self.agree((value, fault))
+        if fault:
+            raise fault
+        return value
 
     def mean(self, tensor):
         """The mean of a tensor over the processes."""
@@ -396,7 +424,7 @@ def whole_file(path, *, durable=True):
             _to_disk(temporary)
         os.replace(temporary, path)
         if durable:
-            _to_disk(path.parent)  # the new name
+            _names_to_disk(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -405,7 +433,7 @@ def whole_file(path, *, durable=True):
 
 
 def _to_disk(path):
-    """Wait until a file, or the names in a folder, would outlast a power cut."""
+    """Wait until a file would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -413,9 +441,33 @@ def _to_disk(path):
         os.close(descriptor)
 
 
+def _names_to_disk(folder):
+    """The same for the names in a folder, which some file systems (CIFS, FUSE) cannot do: that is
+    no error. A folder that may be written and not listed cannot be opened for it, either."""
+    try:
+        _to_disk(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS,
+                               errno.EBADF, errno.EACCES):
+            raise
+
+
 def _unwritable(path, error):
     return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
                      f"folder you may write", local=True)
+
+
+def find_damage(path):
+    """What in a zip archive, such as a checkpoint or an .npz file, is not as it was written: a
+    name, or None. Reads every byte. Raises errors of many kinds, of damaged headers."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)
+        end, count = file.read(), len(archive.infolist())
+        # A damaged length in the list of contents hides what follows: the end says how many there
+        # are (65535: it says so elsewhere)
+        if end[:4] == b"PK\5\6" and int.from_bytes(end[10:12], "little") not in (count, 65535):
+            return "the list of contents"
+        return archive.testzip()
 
 
 def sweep(folder):
@@ -446,35 +498,107 @@ def make_folder(option, path):
                         f"({error.strerror}); choose another") from error
 
 
+LOCK = ".lock"  # the file in a folder by which one process holds it
 READERS_S = 15  # a killed process's readers, which hold what it held, notice within some seconds
+
+
+class FolderLock:
+    """A folder that this process alone writes. The lock file says who that is."""
+
+    def __init__(self, option, folder, descriptor):
+        self.option, self.path, self.descriptor = option, Path(folder) / LOCK, descriptor
+        since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        self.holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, self.holder.encode(), 0)
+
+    def held(self):
+        """Whether the folder is still the one that was locked, and no other process's."""
+        try:
+            return self.path.read_text(errors="replace") == self.holder
+        except OSError as error:  # others may pass
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+    def check(self):
+        """Raises RunError once the folder was removed, or taken where there are no locks."""
+        if not self.held():
+            now = _holder(self.path)
+            fault = f"taken by {now}" if now else "removed or replaced"
+            raise RunError(f"{self.option} must stay in place while a run writes to it, got "
+                           f"{self.path.parent}, which was {fault}; nothing more is written there; "
+                           f"repeat the command or choose another folder")
+
+    def release(self):
+        if self.held():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        os.close(self.descriptor)
 
 
 @contextlib.contextmanager
 def alone(option, folder):
-    """Makes the folder that an option names and holds it: no other process may at the same time.
+    """Makes and locks the folder that an option names; yields its FolderLock.
 
-    The system lets go of it when this process ends, however it does. Raises UserError.
+    The system releases the lock when this process ends, however it does. Raises UserError where
+    another process holds it.
     """
     make_folder(option, folder)
-    descriptor, end = os.open(folder, os.O_RDONLY), time.monotonic() + READERS_S
+    path, end = Path(folder) / LOCK, time.monotonic() + READERS_S
     try:
-        while not _locked(descriptor):
+        while (descriptor := _lock(path)) is None:
             if time.monotonic() > end:
                 raise UserError(f"{option} must be of one run at a time, got {folder}, which "
-                                f"another process is writing; end that or choose another folder")
+                                f"{_holder(path) or 'another process'} is writing; end that or "
+                                f"choose another folder")
             time.sleep(0.2)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor):
+        lock = FolderLock(option, folder, descriptor)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _holder(path):
+    """What a lock file says of its process, in a line; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return " ".join(path.read_text(errors="replace")[:200].split())
+    return ""
+
+
+def _lock(path):
+    """A descriptor of the lock file, locked; None while another process holds it.
+
+    Open for writing: NFS locks no other. A file that its holder has just removed is none.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if _flock(descriptor, path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _flock(descriptor, path):
+    """Whether the lock is this process's, or the file system knows none, which is said."""
+    try:
+        import fcntl  # of Linux and macOS
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system that knows no locks
-        return True
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS,
+                                                         errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
+        print(f"warning: {path.parent} cannot be locked here ({error}): start no second run in it",
+              file=sys.stderr)
     return True
 
 
@@ -482,7 +606,8 @@ class Log:
     """log.txt, metrics.jsonl and TensorBoard events of a run; active on rank 0 only.
 
     Records later than ``step``, left by a run that ended after its last checkpoint, are dropped:
-    they are about to be written again. Raises UserError where the disk is full.
+    they are about to be written again. Damaged lines, such as one cut short by a crash, move to
+    metrics.damaged.txt. Raises UserError where the disk is full.
     """
 
     def __init__(self, folder, *, active, step=0):
@@ -496,15 +621,29 @@ class Log:
 
         self.folder = folder = Path(folder)
         with self._writing():
-            path = folder / "metrics.jsonl"
-            if path.exists():
-                kept = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
-                        if _step_of(line) <= step]
-                with whole_file(path) as temporary:
-                    temporary.write_text("".join(kept))
             self.text = open(folder / "log.txt", "a", buffering=1, errors="backslashreplace")
-            self.metrics = open(path, "a", buffering=1)
+            self._drop_records(step)
+            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
             self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def _drop_records(self, step):
+        """Those later than step and the damaged ones, which are kept elsewhere."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept, damaged = [], []
+        for line in path.read_bytes().splitlines():
+            found = _step_of(line)
+            if found is None or found <= step:
+                (damaged if found is None else kept).append(line + b"\n")
+        if damaged:
+            elsewhere = path.with_name("metrics.damaged.txt")
+            with open(elsewhere, "ab") as file:
+                file.writelines(damaged)
+            _to_disk(elsewhere)
+            self.say(f"damaged lines of {path.name}, moved to {elsewhere.name}: {len(damaged)}")
+        with whole_file(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
     @contextlib.contextmanager
     def _writing(self):
@@ -555,11 +694,11 @@ class Log:
 
 
 def _step_of(line):
-    """The step of a metrics line; a line torn by a crash counts as too late to keep."""
+    """The step of a metrics line; None for a damaged one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf
+        return None
 
 
 def describe(world):

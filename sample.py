@@ -17,6 +17,7 @@ import sys
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ MARKER = "samples.json"  # in the sample folder: whose images these are
 
 def parse_args(argv=None):
     parser = runtime.Parser("Sample images from a checkpoint. Repeat a command to continue it.")
-    parser.add_argument("--ckpt", type=Path, required=True,
+    parser.add_argument("--ckpt", type=runtime.utf8_path, required=True,
                         help="checkpoint that train.py wrote; its EMA weights sample")
     parser.add_argument("--num-fid-samples", type=whole(1), default=50000, help="count of images")
     parser.add_argument("--num-sampling-steps", type=whole(1, 10000), default=1,
@@ -68,7 +69,8 @@ def parse_args(argv=None):
 
 def main(args):
     # A process whose images are done waits for the others', which may take hours on a CPU
-    with runtime.start(args.precision, patience_h=7 * 24) as world:
+    with runtime.start(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
+        world.on_main(lambda: checkpoint.verify(args.ckpt))
         net, config = checkpoint.load_network(args.ckpt)
         wanted = settings(args, net, config)
         if args.save_images:
@@ -82,7 +84,7 @@ def main(args):
         except (ValueError, OSError) as error:
             raise UserError(error) from error
         if args.save_images:
-            open_folder(args, wanted, world)
+            open_folder(args, wanted, world, stack)
         generator = Generator(net.to(world.device), space, config, world, seed=args.seed,
                               labels=args.labels, steps=args.num_sampling_steps)
         draw(args, generator, statistics)
@@ -137,7 +139,8 @@ def check_folder(args, wanted):
     runtime.check_folder("--sample-dir", folder)
     found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
                                beside(args, ".npz"), beside(args, ".png"))
-             if path.exists() and not (path.name.startswith(".") and path.suffix == ".tmp")]
+             if path.exists() and path.name != runtime.LOCK
+             and not (path.name.startswith(".") and path.suffix == ".tmp")]
     if not found:
         return
     try:
@@ -151,15 +154,17 @@ def check_folder(args, wanted):
                         f"{folder} ({fault}); choose another")
 
 
-def open_folder(args, wanted, world):
-    """Make the sample folder, which all processes have checked, and say whose it is."""
-    world.barrier()
-    if world.main:
-        runtime.make_folder("--sample-dir", args.sample_dir)
+def open_folder(args, wanted, world, stack):
+    """Make the sample folder, which all processes have checked, hold it, and say whose it is."""
+    def hold():
+        stack.enter_context(runtime.alone("--sample-dir", args.sample_dir))
+        check_folder(args, wanted)  # again: another command may have been waited for
         runtime.sweep(args.sample_dir)
         with runtime.whole_file(args.sample_dir / MARKER) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+
     world.barrier()
+    world.on_main(hold)
 
 
 def draw(args, generator, statistics):

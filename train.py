@@ -123,7 +123,7 @@ def add_optimisation_options(group):
 
 
 def add_run_options(group):
-    group.add_argument("--run-dir", type=Path,
+    group.add_argument("--run-dir", type=runtime.utf8_path,
                        help="where everything goes (default: results/<model>-cfg<scale>)")
     group.add_argument("--ckpt-every", type=whole(1), default=5000,
                        help="steps between checkpoints")
@@ -160,7 +160,7 @@ def main(args):
         total = args.max_steps or args.epochs * batches.steps_per_epoch
         evaluation = (Evaluation(args.fid_ref, args.protocol, config, world)
                       if args.eval_every else None)
-        folder = open_run(args, config, world, stack)
+        folder, lock = args.run_dir, open_run(args, config, world, stack)
         step, net, ema, optimizer = build(args, config, folder, world)
         log = stack.enter_context(runtime.Log(folder, active=world.main, step=step))
         lines = introduction(args, world, net, dataset, step, total)
@@ -185,7 +185,7 @@ def main(args):
         params, averages = list(net.parameters()), list(ema.parameters())
         guard = faults.Guard(world, args.skip_nonfinite)
         signals = stack.enter_context(faults.Signals(world))
-        saver = stack.enter_context(checkpoint.Saver(folder / "checkpoints", args.keep_last))
+        saver = stack.enter_context(checkpoint.Saver(folder / "checkpoints", args.keep_last, lock))
         stack.callback(signals.steps_end)  # before the saver's end, also after an error
         generator = Generator(ema, space, config, world, seed=args.seed)
         sums, skipped, asked = torch.zeros(5, device=world.device), 0, None
@@ -238,6 +238,7 @@ def main(args):
                 saver.save({"step": step, "model": net.state_dict(), "ema": ema.state_dict(),
                             "opt": optimizer.state_dict(), "config": config})
             if due(step, args.sample_every, step == total) and world.main:
+                saver.check()
                 generator.picture(folder / "samples" / f"{step:07d}.png")
             if evaluates and not asked:  # there may be no time
                 evaluate(args, evaluation, generator, log, step)
@@ -285,6 +286,7 @@ def open_data(args, world):
             raise UserError(error) from error
     if args.encoded_data:
         dataset.check(space=space, image_size=args.image_size, flip=args.flip)
+        dataset.note = world.on_main(dataset.verify)
     return dataset, space
 
 
@@ -301,9 +303,8 @@ def describe(args, dataset, space):
 
 
 def open_run(args, config, world, stack):
-    """The run's folder, made or recognised, and this run's alone until the stack is left.
-
-    Raises UserError before anything is written.
+    """Makes or recognises the run's folder, and holds it until the stack is left; the FolderLock on
+    rank 0, else None. Raises UserError before anything is written.
     """
     parts = world.size * args.grad_accum_steps
     if args.global_batch_size % parts:
@@ -317,15 +318,21 @@ def open_run(args, config, world, stack):
         remedy = "" if isinstance(error, ValueError) else "; choose a smaller one"
         raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
                         f"{error}{remedy}") from error
-    path = checkpoint.check_config(args.run_dir, config, FREE)
-    if world.main:
-        stack.enter_context(runtime.alone("--run-dir", args.run_dir))
+    checkpoint.check_config(args.run_dir, config, FREE)
+    lock = None
+
+    def hold():
+        nonlocal lock
+        lock = stack.enter_context(runtime.alone("--run-dir", args.run_dir))
+        # Again: while this process waited, another run may have become the folder's
+        path = checkpoint.check_config(args.run_dir, config, FREE)
         for folder in ("checkpoints", "samples"):
             runtime.make_folder("--run-dir", args.run_dir / folder)
             runtime.sweep(args.run_dir / folder)
         checkpoint.write_config(path, config)
-    world.barrier()
-    return args.run_dir
+
+    world.on_main(hold)
+    return lock
 
 
 def build(args, config, folder, world):
@@ -336,10 +343,10 @@ def build(args, config, folder, world):
     net.checkpoint_activations = args.checkpoint_activations
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0, fused=True)
-    path = world.agree(checkpoint.newest(folder / "checkpoints") if world.main else None)
-    if path is None:
-        return 0, net, ema, optimizer
-    return checkpoint.restore(path, net, ema, optimizer), net, ema, optimizer
+    path = world.on_main(lambda: checkpoint.newest(folder / "checkpoints"))
+    step = 0 if path is None else checkpoint.restore(
+        path, net, ema, optimizer, config=config, free=FREE)
+    return step, net, ema, optimizer
 
 
 def introduction(args, world, net, dataset, step, total):
@@ -349,7 +356,7 @@ def introduction(args, world, net, dataset, step, total):
         f"{args.model}, {parameters:,} parameters; {len(dataset):,} images of "
         f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
         f"steps {step} to {total}, into {args.run_dir}",
-    ]
+    ] + ([dataset.note] if args.encoded_data and dataset.note else [])
 
 
 def parts_of(args, world):

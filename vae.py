@@ -7,8 +7,8 @@ noise into x, the data of the method; and x back into uint8 images.
 import contextlib
 import hashlib
 import logging
+import os
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -117,7 +117,7 @@ def load(name, device="cpu", *, precision="fp32", chunk=32):
     """
     if name == "none":
         return Pixels()
-    local = Path(name).is_dir()
+    local = os.path.isdir(name)  # Path's own raises where a name is too long
     if name not in HUB and not local:
         raise FileNotFoundError(
             f"--vae must be ema, mse, none or a folder with a diffusers AutoencoderKL, got {name} "

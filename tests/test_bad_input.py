@@ -3,6 +3,7 @@ file changed."""
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 from soak import Child, ranks
 
 import checkpoint
+import fid
 import runtime
 
 
@@ -409,6 +411,70 @@ def test_what_may_not_be_read_or_written_is_named(script, changes, line, nobody,
     with nobody():
         assert re.search(line, refusal(script, replaced(options, changes), monkeypatch, capfd))
     assert snapshot(place) == before
+
+
+LONG = "x" * 300  # of 255 bytes that a name may have
+PATHS = [
+    ("train", "--data-path"), ("train", "--run-dir"), ("train", "--vae"), ("train", "--fid-ref"),
+    ("sample", "--ckpt"), ("sample", "--sample-dir"), ("sample", "--vae"), ("sample", "--fid-ref"),
+    ("encode_imagenet", "--data-path"), ("encode_imagenet", "--out-path"),
+    ("encode_imagenet", "--vae"), ("evaluate_fid", "--samples"), ("evaluate_fid", "--ref"),
+    ("evaluate_fid", "--make-ref"), ("evaluate_fid", "--inception"),
+]
+
+
+def commands(trained):
+    """Options of each script that would do, in place, but for what a test changes."""
+    pixels = ["--protocol", "pixels"]
+    return {
+        "train": tiny("digits", "run"),
+        "sample": ["--ckpt", trained, "--sample-dir", "out", "--num-fid-samples", 4, *pixels],
+        "encode_imagenet": ["--data-path", "digits", "--out-path", "out", "--vae", "none"],
+        "evaluate_fid": ["--samples", "images", "--ref", "ref.npz"]}
+
+
+@pytest.mark.parametrize(("script", "option"), PATHS)
+def test_paths_that_are_too_long_are_refused(script, option, place, trained, monkeypatch, capfd):
+    """Seven options ended in a traceback."""
+    changes = {option: LONG}
+    if option == "--make-ref":
+        changes = {"--ref": None, option: f"{LONG}.npz"}
+    if (script, option) == ("train", "--fid-ref"):
+        changes |= {"--eval-every": 1, "--protocol": "pixels"}
+    if option == "--inception":
+        monkeypatch.setattr(fid.Reference, "load", lambda *_, **__: None)  # another protocol's
+    before = snapshot(place)
+    line = refusal(script, replaced(commands(trained)[script], changes), monkeypatch, capfd)
+    assert LONG in line and snapshot(place) == before
+
+
+def test_a_name_beside_the_sample_folder_that_is_too_long_is_refused(place, trained, monkeypatch,
+                                                                     capfd):
+    options = replaced(commands(trained)["sample"], {"--sample-dir": "y" * 253})  # and .npz
+    assert "yyyy.npz" in refusal("sample", options, monkeypatch, capfd)
+
+
+BYTES = os.fsdecode(b"n\xff")
+
+
+@pytest.mark.parametrize(("script", "option"), [("train", "--run-dir"), ("sample", "--ckpt")])
+def test_names_that_pytorch_cannot_open_are_refused(script, option, place, trained, monkeypatch,
+                                                    capfd):
+    before = snapshot(place)
+    shutil.copy(trained, place / BYTES)
+    options = replaced(commands(trained)[script], {option: BYTES})
+    line = refusal(script, options, monkeypatch, capfd)
+    assert f"{option}: must be a name in UTF-8" in line and "choose another" in line
+    (place / BYTES).unlink()
+    assert snapshot(place) == before
+
+
+def test_results_are_printed_whatever_their_names(monkeypatch):
+    """sample.py and encode_imagenet.py ended with a traceback after all work was done."""
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    runtime.run(lambda args: print(BYTES), lambda: None)
+    assert out.buffer.getvalue() == os.fsencode(BYTES) + b"\n"
 
 
 def test_names_with_blanks_and_other_alphabets_work(place, digits):

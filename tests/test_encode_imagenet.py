@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,12 @@ def encode(world, out, *more, images=None):
 
 def read(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def flip_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +187,7 @@ def test_whatever_a_kill_leaves_is_completed_to_the_same_bytes(world, whole, tmp
     """A kill may fall between any two of: temporary files, mirrors, labels, moments, the end."""
     out = shutil.copytree(whole, tmp_path / "out")
     info = json.loads((out / "dataset.json").read_text())
-    for key in ("count", "shards", "skipped"):
+    for key in ("count", "shards", "skipped", "crc32"):
         del info[key]
     latents.write_json(out / "encoding.json", info)
     if state != "all but the end":
@@ -213,6 +220,114 @@ def test_another_batch_size_changes_the_rounding_only(world, whole, tmp_path, ba
     ours, theirs = data.LatentShards(tmp_path / "out"), data.LatentShards(whole)
     rows, straight = torch.arange(26), torch.zeros(26, dtype=torch.bool)
     torch.testing.assert_close(ours[rows, straight][0], theirs[rows, straight][0])
+
+
+# ---- damage and locks ------------------------------------------------------------------------
+
+
+def test_checksums_are_those_of_the_numbers(whole):
+    sums = json.loads((whole / "dataset.json").read_text())["crc32"]
+    assert sums.keys() == {"dataset.json", *(path.name for path in whole.glob("*.npy"))}
+    for path in whole.glob("*.npy"):
+        assert sums[path.name] == zlib.crc32(np.load(path)) == latents.checksum(path)
+    assert data.LatentShards(whole).verify() is None
+
+
+@pytest.mark.parametrize("name", ["moments", "labels", "flip"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_with_a_flipped_bit_is_encoded_again(world, whole, tmp_path, name, finished,
+                                                     monkeypatch, capsys):
+    """It was trained on without a word. An encoding that was cut short has checksums, too."""
+    out = tmp_path / "out"
+    if finished:
+        shutil.copytree(whole, out)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(encode_imagenet, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
+            encode(world, out, "--flip")
+        (out / ".lock").write_text("process 1")  # as SIGKILL leaves it
+    path = getattr(latents.ShardFiles(out, 1), name)
+    flip_bit(path, -8)
+    untouched = (out / "shard-00002.npy").stat().st_mtime_ns
+    if finished:
+        with refused(path.name, "must be as it was written", "repeat the encode_imagenet.py"):
+            data.LatentShards(out).verify()
+    capsys.readouterr()
+    assert encode(world, out, "--flip") == read(whole)
+    said = capsys.readouterr().err
+    assert said.count("is damaged") == 1 and f"{path} is damaged: its shard is enc" in said
+    assert (out / "shard-00002.npy").stat().st_mtime_ns == untouched
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_is_damaged(world, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    for name in ("shard-00000.npy", "shard-00003.flip.npy"):
+        flip_bit(out / name, -20)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         SCRIPT, *options(world, out, "--flip")],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr.count("is damaged") == 2, done.stderr
+    assert read(out) == read(whole)
+
+
+def test_a_large_set_is_verified_by_its_labels_alone(whole, tmp_path, monkeypatch):
+    """All of ImageNet would take minutes at each start: the log says how to do it."""
+    monkeypatch.setattr(latents, "VERIFIED", 0)
+    out = shutil.copytree(whole, tmp_path / "out")
+    flip_bit(out / "shard-00001.npy", -20)
+    note = data.LatentShards(out).verify()
+    assert "latents were not: repeat the encode_imagenet.py" in note and "\n" not in note
+    flip_bit(out / "shard-00001.labels.npy", -8)
+    with refused("shard-00001.labels.npy"):
+        data.LatentShards(out).verify()
+
+
+def test_a_set_of_an_earlier_version_gets_checksums_from_a_repeated_command(world, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    info = json.loads((out / "dataset.json").read_text())
+    del info["crc32"]
+    latents.write_json(out / "dataset.json", info)
+    assert "repeat the encode_imagenet.py command to add" in data.LatentShards(out).verify()
+    assert encode(world, out, "--flip") == read(whole)
+
+
+@pytest.mark.parametrize("change", [{"classes": ["chinb", "odd", "temple"]}, {"scale": 0.18315},
+                                    {"crc32": {}}, {"crc32": 5}])
+def test_a_damaged_dataset_json_is_refused(whole, tmp_path, change):
+    out = shutil.copytree(whole, tmp_path / "out")
+    info = json.loads((out / "dataset.json").read_text())
+    latents.write_json(out / "dataset.json", info | change)
+    with refused("dataset.json must be as encode_imagenet.py writes it", "encode again"):
+        data.LatentShards(out)
+
+
+def test_one_command_encodes_into_a_folder_at_a_time(world, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "READERS_S", 0)
+    with (runtime.alone("--out-path", tmp_path / "out"),
+          refused("--out-path must be of one run at a time", "process .* since")):
+        encode(world, tmp_path / "out", "--flip")
+    (tmp_path / "out" / ".lock").write_text("process 1")  # as SIGKILL leaves it
+    assert encode(world, tmp_path / "out", "--flip") == read(whole)
+
+
+def test_the_folder_is_examined_again_once_it_is_held(world, whole, tmp_path, monkeypatch):
+    """What another command had encoded meanwhile was removed, or taken for this one's."""
+    alone = runtime.alone
+
+    def wait_for_another_command(option, folder):
+        shutil.copytree(whole, folder)
+        return alone(option, folder)
+
+    monkeypatch.setattr(runtime, "alone", wait_for_another_command)
+    with refused("--out-path", "--dtype was float16 and is float32"):
+        encode(world, tmp_path / "out", "--flip", "--dtype", "float32")
+    shutil.rmtree(tmp_path / "out")
+    encode(world, tmp_path / "out", "--flip")
+    assert read(tmp_path / "out") == read(whole)
+    for path in whole.glob("shard*"):
+        assert (tmp_path / "out" / path.name).stat().st_mtime_ns == path.stat().st_mtime_ns
 
 
 # ---- bad images ------------------------------------------------------------------------------
@@ -251,7 +366,8 @@ def test_skipping_as_an_afterthought_encodes_nothing_again(world, spoilt, tmp_pa
     encode(world, tmp_path / "direct", "--skip-bad-images", images=spoilt.images)
     with refused("unreadable"):
         encode(world, tmp_path / "late", images=spoilt.images)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "late").glob("shard*")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "late").glob("shard*")
+              if not path.name.endswith(".crc32.json")}
     late = encode(world, tmp_path / "late", "--skip-bad-images", images=spoilt.images)
     assert late == read(tmp_path / "direct")
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())

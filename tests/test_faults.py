@@ -14,7 +14,7 @@ import types
 import pytest
 import soak
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, call, command
 from soak import Child, differences, ranks, wait_for_step
 
 import checkpoint
@@ -274,6 +274,40 @@ def test_a_run_directory_is_of_one_run_at_a_time(digits, tmp_path, monkeypatch):
         time.sleep(1)
         assert child.alive and not (tmp_path / "config.json").exists()
     assert child.wait()[0] == 0  # it waited for what a killed process's readers may hold
+
+
+@pytest.mark.slow
+def test_a_run_whose_directory_was_made_again_ends(digits, tmp_path):
+    """Two runs wrote to it, and the newer went on from the other's checkpoint."""
+    run = tmp_path / "run"
+    child, = begin(digits, run, 10**6, "--sample-every", 7)
+    wait_for_step(run, 4, lambda: child.alive)
+    run.rename(tmp_path / "moved")
+    with runtime.alone("--run-dir", run):  # the newer
+        (run / "checkpoints").mkdir()
+        (run / "samples").mkdir()
+        code, said = child.wait()
+    last = said.strip().splitlines()[-1]
+    assert code == 1 and "Traceback" not in said, said
+    assert re.search("error: --run-dir must .*run, which was taken by .*; repeat the command", last)
+    assert not any(path.is_file() for path in run.rglob("*"))
+
+
+def test_the_options_are_compared_again_once_the_directory_is_held(digits, tmp_path, uninterrupted,
+                                                                   monkeypatch):
+    """A run of another rate that waited for the first to end went on from its checkpoint."""
+    run, alone = tmp_path / "run", runtime.alone
+
+    def wait_for_another_run(option, folder):
+        shutil.copytree(uninterrupted[1], run)
+        return alone(option, folder)
+
+    monkeypatch.setattr(runtime, "alone", wait_for_another_run)
+    with pytest.raises(UserError, match="--run-dir .*lr 0.001 there, 0.01 here"):
+        call("train", *options(digits, run, 30, "--lr", 0.01))
+    before = uninterrupted[1] / "config.json"
+    assert (run / "config.json").read_bytes() == before.read_bytes()
+    assert not (run / ".lock").exists()
 
 
 def agents(digits, folder, steps, *extra):

@@ -1,8 +1,14 @@
 """Processes, counted randomness, whole files, the log, the one-line exit."""
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import shutil
+import socket
+import stat
 
 import pytest
 import torch
@@ -34,6 +40,88 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("of_folder", "fault"), [
+    *[(True, fault) for fault in ("EINVAL", "ENOTSUP", "EBADF", "EACCES")],
+    (True, "EIO"), (False, "EINVAL"), (False, "EIO")])
+def test_a_folder_need_not_be_synced_and_a_file_must_be(of_folder, fault, tmp_path, monkeypatch):
+    """CIFS, FUSE and Ceph mounts sync no folder: every file there was refused."""
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folder:
+            raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    refused = not of_folder or fault == "EIO"
+    with (pytest.raises(runtime.UserError, match="cannot write") if refused
+          else contextlib.nullcontext()), runtime.whole_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "file").exists() == of_folder
+
+
+def test_a_folder_is_locked_by_a_file_that_says_who_holds_it(tmp_path, monkeypatch):
+    """Its text is quoted in the refusal; a killed process leaves the file, which is no lock."""
+    monkeypatch.setattr(runtime, "READERS_S", 0)
+    (tmp_path / ".lock").write_text("process 1 on a machine of long ago")
+    with runtime.alone("--run-dir", tmp_path):
+        who = f"process {os.getpid()} on {socket.gethostname()} since 20"
+        with (pytest.raises(runtime.UserError, match=f"--run-dir must be of one run.*{who}.*; end"),
+              runtime.alone("--run-dir", tmp_path)):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_file_is_open_for_writing(tmp_path, monkeypatch):
+    """NFS answers EBADF to a lock on what is open for reading; a folder can be open no other way,
+    so every run there was told that another one was writing."""
+    def flock(descriptor, operation):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with runtime.alone("--run-dir", tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("fault", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_warned_of(fault, tmp_path, monkeypatch, capfd):
+    """There the first of two runs finds the lock file with another's name, and ends."""
+    def flock(descriptor, operation):
+        raise OSError(getattr(errno, fault), "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with runtime.alone("--run-dir", tmp_path) as lock:
+        lock.check()
+        err = capfd.readouterr().err
+        assert len(err.splitlines()) == 1 and "warning" in err and "cannot be locked" in err
+        (tmp_path / ".lock").write_text("process 1 on another machine")
+        with pytest.raises(runtime.RunError, match="--run-dir .* taken by process 1 on another"):
+            lock.check()
+    assert (tmp_path / ".lock").read_text() == "process 1 on another machine"
+
+
+def test_a_lock_that_fails_is_one_line(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (pytest.raises(runtime.UserError, match="cannot write .*[.]lock: Input/output error"),
+          runtime.alone("--run-dir", tmp_path)):
+        pass
+
+
+def test_a_folder_that_was_made_again_is_no_longer_the_one_that_was_locked(tmp_path):
+    folder = tmp_path / "run"
+    with runtime.alone("--run-dir", folder) as lock:
+        lock.check()
+        shutil.rmtree(folder)
+        with pytest.raises(runtime.RunError, match="--run-dir .*run, which was removed or repl"):
+            lock.check()
+        folder.mkdir()
+        (folder / ".lock").write_text("process 1 on another machine")
+        with pytest.raises(runtime.RunError, match="--run-dir .*taken by process 1 on another ma"):
+            lock.check()
+    assert (folder / ".lock").read_text() == "process 1 on another machine"  # not ours to remove
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(runtime.UserError, match="cannot write .*missing"), \
             runtime.whole_file(tmp_path / "missing" / "file") as temporary:
@@ -43,18 +131,29 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         runtime.make_folder("--run-dir", tmp_path / "file" / "run")
 
 
-def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
-    """They would stand twice in the file; a line torn by the crash goes as well."""
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
+    """They would stand twice in the file. Damaged lines, as a crash leaves, vanished with them."""
     with runtime.Log(tmp_path, active=True) as log:
         for step in (1, 2, 3):
             log.record(step, error=float(step))
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "err')
+    path, damaged = tmp_path / "metrics.jsonl", [b'{"step": 1, "err\xffr": 1}', b'{"step": 4, "err']
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damaged[0], *lines[1:], damaged[1]]))
     with runtime.Log(tmp_path, active=True, step=2) as log:
         log.record(3, error=30.0)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     assert records == [{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
                        {"step": 3, "error": 30.0}]
+    assert (tmp_path / "metrics.damaged.txt").read_bytes().splitlines() == damaged
+    said = "damaged lines of metrics.jsonl, moved to metrics.damaged.txt: 2"
+    assert said in capfd.readouterr().err and said in (tmp_path / "log.txt").read_text()
+
+
+def test_a_record_follows_one_that_lost_its_line_end(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "error": 1.0}')
+    with runtime.Log(tmp_path, active=True, step=1) as log:
+        log.record(2, error=2.0)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2]
 
 
 def test_the_log_of_other_processes_is_silent(tmp_path, capfd):

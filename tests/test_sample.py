@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import call, run_script
 from PIL import Image
 from soak import Child
 
+import runtime
 from runtime import UserError
 
 
@@ -97,6 +99,32 @@ def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path
     (tmp_path / "new" / ".samples.json.1.tmp").write_text("{")
     call("sample", *options(trained, tmp_path / "new"))
     assert len(list((tmp_path / "new").iterdir())) == 22
+
+
+def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path, monkeypatch):
+    """Two commands mixed their images, and both exited with 0."""
+    monkeypatch.setattr(runtime, "READERS_S", 0)
+    with runtime.alone("--sample-dir", tmp_path / "new"):
+        with pytest.raises(UserError, match="--sample-dir must be of one run .*process .* since"):
+            call("sample", *options(trained, tmp_path / "new"))
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    (tmp_path / "new" / ".lock").write_text("process 1")  # as a killed command leaves it
+    call("sample", *options(trained, tmp_path / "new"))
+    assert files(tmp_path / "new") == files(sampled)
+
+
+def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path, monkeypatch):
+    """A command that waited for another's end took over its folder."""
+    alone = runtime.alone
+
+    def wait_for_another_command(option, folder):
+        shutil.copytree(sampled, folder)
+        return alone(option, folder)
+
+    monkeypatch.setattr(runtime, "alone", wait_for_another_command)
+    with pytest.raises(UserError, match="--sample-dir must be new.*seed 0 there, 1 here"):
+        call("sample", *options(trained, tmp_path / "new"), "--seed", 1)
+    assert files(tmp_path / "new") == files(sampled)
 
 
 def test_files_beside_the_folder_are_not_replaced(trained, tmp_path):
