@@ -327,7 +327,7 @@ def encode_batch(args, space, config, device, batch):
             mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
     except torch.OutOfMemoryError as error:
         raise UserError(f"--batch-size must fit in the GPU's memory, got {args.batch_size}; lower "
-                        f"it and repeat the command", local=True) from error
+                        f"it and repeat the command") from error
     return labels, moments, mirror, faults
 
 
@@ -339,7 +339,7 @@ def to_disk(args, space, config, pixels):
     moments = space.encode(pixels).to(dtype)
     if not moments.isfinite().all():
         raise UserError(f"--dtype must hold the moments of --vae, got values beyond {args.dtype} "
-                        f"or not finite; give --dtype float32 or another VAE", local=True)
+                        f"or not finite; give --dtype float32 or another VAE")
     return moments.cpu()
 
 

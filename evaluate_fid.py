@@ -186,7 +186,7 @@ class FolderImages:
         try:
             return (torch.stack([self.read(path) for path in self.paths[first:first + size]]),)
         except UserError as error:
-            return UserError(error, local=True)
+            return error
 
     def batches(self, size, world):
         """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,12 +26,10 @@ from tqdm import tqdm
 
 
 class OneLine(Exception):
-    """What ends a run with one line, the message. ``local`` marks what one process may meet alone
-    before the processes know of each other."""
+    """What ends a run with one line, the message."""
 
-    def __init__(self, message, *, local=False):
+    def __init__(self, message):
         super().__init__(" ".join(str(message).split()))
-        self.local = local
 
 
 class UserError(OneLine, ValueError):
@@ -39,6 +38,10 @@ class UserError(OneLine, ValueError):
 
 class RunError(OneLine, RuntimeError):
     """What ends a run through no fault of its options. The exit code is 1."""
+
+
+class LostError(RunError):
+    """Another process or its machine is gone: each rank tells what it saw of that."""
 
 
 # ---- the command line -----------------------------------------------------------------------
@@ -106,9 +109,9 @@ def run(main, parse_args):
     try:
         main(parse_args())
     except UserError as error:
-        fail(error, local=error.local)
+        fail(error)
     except RunError as error:
-        fail(error, local=error.local, code=1)
+        fail(error, code=1, alone=isinstance(error, LostError))
     except PermissionError as error:  # a path below a locked folder cannot even be looked for
         fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
              f"permissions or choose another path")
@@ -118,7 +121,7 @@ def run(main, parse_args):
         line = _shortage(error)
         if line is None:
             raise
-        fail(line, local=True)
+        fail(line)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The interpreter's own end races with gloo's threads, which abort it once in some 25 runs
         sys.stdout.flush()
@@ -141,42 +144,27 @@ def _shortage(error):
     return None
 
 
-def fail(message, *, local=False, code=2):
-    """One line on stderr, from one of the processes, and the end of this one."""
-    if _speaks(local):
-        say_last(message)
+PEERS_S = 10  # within which the ranks of a machine meet an error that is every rank's
+
+
+def fail(message, *, code=2, alone=False):
+    """Prints one line on stderr and ends this process.
+
+    Most errors are every rank's. Local rank 0 prints at once, and torchrun then ends the others of
+    its machine. A rank that still lives after PEERS_S seconds met its error alone and prints it,
+    too; one that knows that it is ``alone`` does not wait. Nobody asks another process: it may be
+    the one that is gone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("LOCAL_RANK", 0)) and not alone:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # torchrun ends this process without a word
+        time.sleep(PEERS_S)
+    say_last(f"rank {rank}: {message}" if rank or alone else message)
     sys.stdout.flush()
     if dist.is_initialized():
         os._exit(code)  # other processes may be inside a collective; torchrun ends them
     sys.exit(code)
-
-
-_meeting = None  # the store by which the processes found each other, once they did
-
-
-def _speaks(local):
-    """Whether this process says why it ends: the first that fails does, as it knows why.
-
-    Before they know of each other, or when one took the store along, one of each machine does.
-    """
-    if _meeting is not None:
-        with contextlib.suppress(RuntimeError), _silent():
-            _meeting.set_timeout(datetime.timedelta(seconds=10))
-            return _meeting.add("failed", 1) == 1
-    return local or int(os.environ.get("LOCAL_RANK", 0)) == 0
-
-
-@contextlib.contextmanager
-def _silent():
-    """Without stderr, on which PyTorch's C++ lists its call stack where the store is gone."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
 
 
 def say_last(message):
@@ -297,7 +285,7 @@ def _device():
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"--nproc_per_node must be at most the number of GPUs, "
                         f"{torch.cuda.device_count()}; this is process {local_rank + 1}; "
-                        f"start fewer", local=True)
+                        f"start fewer")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -312,7 +300,6 @@ def start(precision="fp32", *, patience_h=0.5):
     once. Leaves the process group behind a barrier: without it gloo aborts a process that is left
     behind.
     """
-    global _meeting
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
@@ -323,9 +310,8 @@ def start(precision="fp32", *, patience_h=0.5):
         return
     cuda = device.type == "cuda"
     try:
-        _meeting = _fresh_store(rank, size)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=_meeting,
-                                rank=rank, world_size=size,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                store=_fresh_store(rank, size), rank=rank, world_size=size,
                                 timeout=datetime.timedelta(hours=patience_h),
                                 device_id=device if cuda else None)
         yield world
@@ -334,10 +320,10 @@ def start(precision="fp32", *, patience_h=0.5):
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]
-        raise RunError(
-            f"rank {rank}, at {world.place}: lost the other processes ({reason:.200}); the one "
-            f"that ended first says why; what is on disk is whole: repeat the command to go on, or "
-            f"let torchrun --max-restarts do so", local=True) from error
+        raise LostError(
+            f"lost the other processes at {world.place} ({reason:.200}); the one that ended first "
+            f"says why; what is on disk is whole: repeat the command to go on, or let torchrun "
+            f"--max-restarts do so") from error
     dist.destroy_process_group()
 
 
@@ -414,7 +400,7 @@ def _to_disk(path):
 
 def _unwritable(path, error):
     return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
-                     f"folder you may write", local=True)
+                     f"folder you may write")
 
 
 def sweep(folder):

@@ -232,7 +232,7 @@ def read(path):
             return np.array(image)
     except (OSError, SyntaxError) as error:
         raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
-                        f"file and repeat the command", local=True) from error
+                        f"file and repeat the command") from error
 
 
 def write_npz(path, paths, world):

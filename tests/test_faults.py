@@ -14,7 +14,7 @@ import types
 import pytest
 import soak
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, run_script
 from soak import Child, differences, ranks, wait_for_step
 
 import checkpoint
@@ -240,28 +240,46 @@ def test_a_killed_rank_ends_the_job(digits, tmp_path):
     assert agent.returncode != 0 and time.monotonic() - began < 30
     lines = [line for line in err.splitlines() if line.startswith("train.py: error")]
     assert len(lines) == 1 and "Traceback" not in err.split(lines[0])[0], err
-    assert re.search(r"rank [01], at step \d+: lost the other processes \(.*Connection .*\); .* "
+    assert re.search(r"rank [01]: lost the other processes at step \d+ \(.*Connection .*\); .* "
                      r"repeat the command", lines[0])
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")
 
 
-ALONE = """
-import runtime
+FAILING = """
+import sys, runtime
+runtime.PEERS_S = float(sys.argv[1])
 def main(args):
     with runtime.start() as world:
-        if world.rank == 1:
+        if str(world.rank) in sys.argv[2:]:
             raise runtime.UserError("--option must be right, got wrong; mend it")
         world.barrier()
 runtime.run(main, lambda: None)
 """
+LINE = "--option must be right, got wrong; mend it"
 
 
-def test_the_process_that_fails_first_speaks_and_no_other(tmp_path):
-    (tmp_path / "alone.py").write_text(ALONE)
-    pair = [start([sys.executable, tmp_path / "alone.py"], **place) for place in ranks(2)]
-    errs = [process.communicate(timeout=60)[1] for process in pair]
-    assert [process.returncode for process in pair] == [1, 2]
-    assert errs == ["", "alone.py: error: --option must be right, got wrong; mend it\n"]
+def failing(tmp_path, seconds, *which):
+    """What two processes print and return of which these meet an error."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    pair = [start([sys.executable, tmp_path / "failing.py", seconds, *which], **place)
+            for place in ranks(2)]
+    said = [process.communicate(timeout=60)[1].splitlines() for process in pair]
+    return said, [process.returncode for process in pair]
+
+
+def test_a_rank_that_fails_alone_says_so_and_the_others_that_they_lost_it(tmp_path):
+    (others, own), codes = failing(tmp_path, 1, 1)
+    assert codes == [1, 2] and own == [f"failing.py: error: rank 1: {LINE}"]
+    assert len(others) == 1 and others[0].startswith(
+        "failing.py: error: rank 0: lost the other processes at the start (")
+
+
+def test_an_error_of_all_ranks_is_one_line_under_torchrun(tmp_path):
+    """Local rank 0's; torchrun ends the others while they wait."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    done = run_script(tmp_path / "failing.py", 600, 0, 1, processes=2, PYTHONPATH=str(ROOT))
+    lines = [line for line in done.stderr.splitlines() if "failing.py: error" in line]
+    assert done.returncode and lines == [f"failing.py: error: {LINE}"], done.stderr
 
 
 def test_a_run_directory_is_of_one_run_at_a_time(digits, tmp_path, monkeypatch):
