@@ -4,10 +4,10 @@ A checkpoint is one file of tensors and plain values, {"step", "model", "ema", "
 from which training continues and sampling starts; it lies in <run-dir>/checkpoints/0050000.pt.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -40,12 +40,13 @@ class Saver:
     """Writes the checkpoints of a run beside the training: from a copy, one at a time.
 
     ``path`` is the last one's. What is being written when the run ends, ``with`` or without an
-    error, is written to its end.
+    error, is written to its end. ``before`` is called before each: what must be on disk earlier.
     """
 
-    def __init__(self, folder, keep_last):
+    def __init__(self, folder, keep_last, *, before=lambda: None):
         self.folder, self.keep_last, self.path = Path(folder), keep_last, None
-        self.thread, self.job = ThreadPoolExecutor(1), None
+        self.before = before
+        self.thread, self.job = concurrent.futures.ThreadPoolExecutor(1), None
 
     def __enter__(self):
         return self
@@ -54,12 +55,24 @@ class Saver:
         """Start to write this state. Raises UserError if the one before could not be written."""
         self.check(wait=True)
         self.path = self.folder / f"{state['step']:07d}.pt"
-        self.job = self.thread.submit(save, self.path, copied(state), keep_last=self.keep_last)
+        self.job = self.thread.submit(self._write, self.path, copied(state))
+
+    def _write(self, path, state):
+        self.before()
+        save(path, state, keep_last=self.keep_last)
 
     def check(self, *, wait=False):
         """Raises UserError if the last one could not be written, as far as is known."""
         if self.job and (wait or self.job.done()):
             self.job.result()
+
+    @property
+    def writing(self):
+        return self.job is not None and not self.job.done()
+
+    def wait(self, seconds):
+        """Until nothing is being written, but no longer; errors are left to ``check``."""
+        concurrent.futures.wait([self.job], timeout=seconds)
 
     def close(self):
         self.check(wait=True)

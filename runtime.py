@@ -13,6 +13,8 @@ import json
 import math
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -474,8 +476,6 @@ class Log:
         self.active = active
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self.folder = folder = Path(folder)
         with self._writing():
             path = folder / "metrics.jsonl"
@@ -486,7 +486,7 @@ class Log:
                     temporary.write_text("".join(kept))
             self.text = open(folder / "log.txt", "a", buffering=1, errors="backslashreplace")
             self.metrics = open(path, "a", buffering=1)
-            self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+            self.board = Board(folder, step)
 
     @contextlib.contextmanager
     def _writing(self):
@@ -510,9 +510,16 @@ class Log:
         if self.active:
             with self._writing():
                 self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-                for name, value in values.items():
-                    if not isinstance(value, str):
-                        self.board.add_scalar(name, value, step)
+                self.board.record(step, **{name: value for name, value in values.items()
+                                           if not isinstance(value, str)})
+
+    def to_disk(self):
+        """What was recorded so far outlasts a power cut: called before a checkpoint is written."""
+        if self.active:
+            with self._writing():
+                for file in (self.text, self.metrics, self.board.file):
+                    os.fsync(file.fileno())
+                _to_disk(self.folder)  # their names
 
     def has(self, step, name):
         """Whether a value of this name was recorded for this step."""
@@ -532,8 +539,39 @@ class Log:
             if error:
                 reason = next(iter(str(error).splitlines()), "")
                 self._write(f"ended by {kind.__name__}: {reason}")
-            for file in (self.text, self.metrics, self.board):
+            for file in (self.text, self.metrics, self.board.file):
                 file.close()
+
+
+class Board:
+    """TensorBoard's event file of a run that starts after ``step``, each record written at once.
+
+    TensorBoard's own writer has a thread, which meets a full disk with a traceback.
+    """
+
+    def __init__(self, folder, step):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = open(Path(folder, name), "ab")
+        self.writer = RecordWriter(self.file)
+        self.write(file_version="brain.Event:2")
+        if step:  # later records are of a run that ended after its last checkpoint
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self.write(step=step + 1, session_log=start)
+
+    def record(self, step, **values):
+        """One scalar per number."""
+        scalars = [self.summary.Value(tag=name, simple_value=value)
+                   for name, value in values.items()]
+        self.write(step=step, summary=self.summary(value=scalars))
+
+    def write(self, **fields):
+        event = self.event(wall_time=time.time(), **fields)
+        self.writer.write(event.SerializeToString())
+        self.file.flush()
 
 
 def _step_of(line):

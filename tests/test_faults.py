@@ -1,21 +1,25 @@
 """Runs that are stopped, killed, fed with bad numbers or left without disk, and go on."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import soak
 import torch
-from conftest import ROOT, command, run_script
+from conftest import ROOT, call, command, run_script
 from soak import Child, differences, ranks, wait_for_step
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import data
@@ -204,6 +208,40 @@ def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, l
         for process in pair:
             process.kill()
             process.wait()
+
+
+def test_a_signal_adds_no_record_to_the_metrics(digits, tmp_path, monkeypatch):
+    """It added one of the steps since the last one, which no uninterrupted run has."""
+    steps = itertools.count(1)
+    words = [*options(digits, tmp_path, 12), "--log-every", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(faults.Signals, "stop", lambda self: next(steps) == 6 and "SIGTERM" or None)
+        call("train", *words)
+    assert "step 6/12  error" in (tmp_path / "log.txt").read_text()
+    call("train", *words)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == [4, 8, 12]
+
+
+def test_metrics_are_on_disk_before_their_checkpoint(digits, tmp_path, monkeypatch):
+    """After a power cut a checkpoint was there and the metrics before it were not."""
+    steps, counts, fsync, replace = {}, [], os.fsync, os.replace
+
+    def note(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        steps[path.name] = len(path.read_text().splitlines()) if path.suffix == ".jsonl" else 1
+        fsync(descriptor)
+
+    def count(source, target):
+        if Path(target).suffix == ".pt":
+            counts.append(steps.get("metrics.jsonl"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", count)
+    call("train", *options(digits, tmp_path, 7))
+    assert len(counts) == 3 and counts[0] >= 3 and counts[1] >= 6 and counts[2] >= 7
+    assert steps["log.txt"] and any(name.startswith("events.out.tfevents") for name in steps)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -429,6 +467,32 @@ def test_a_log_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
         log = runtime.Log(tmp_path, active=True)
         log.say("a line")
         log.record(1, error=1.0)
+
+
+def test_a_full_disk_makes_tensorboard_print_no_traceback(tmp_path, capfd):
+    """Its own writer has a thread, whose traceback came before our line."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with (pytest.raises(UserError, match="cannot write .*; free space"),
+              runtime.Log(tmp_path, active=True) as log):
+            for step in range(200):
+                log.record(step, a=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 4096  # it was the event file
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_reads_the_event_files_of_a_resumed_run(tmp_path):
+    for step, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0})):
+        with runtime.Log(tmp_path, active=True, step=step) as log:
+            for at, value in values.items():
+                log.record(at, error=value, protocol="adm")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["error"]
+    assert {event.step: event.value for event in events.Scalars("error")} == {1: 1, 2: 2, 3: 30}
 
 
 def out_of_gpu_memory():
