@@ -113,7 +113,7 @@ def run(main, parse_args):
     except UserError as error:
         fail(error)
     except RunError as error:
-        fail(error, code=1, alone=isinstance(error, LostError))
+        fail(error, code=1, at_once=isinstance(error, LostError))
     except PermissionError as error:  # a path below a locked folder cannot even be looked for
         fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
              f"permissions or choose another path")
@@ -146,23 +146,22 @@ def _shortage(error):
     return None
 
 
-PEERS_S = 10  # within which the ranks of a machine meet an error that is every rank's
+PEERS_S = 10  # within which the ranks of a machine meet an error that all meet
 
 
-def fail(message, *, code=2, alone=False):
+def fail(message, *, code=2, at_once=False):
     """Prints one line on stderr and ends this process.
 
-    Most errors are every rank's. Local rank 0 prints at once, and torchrun then ends the others of
-    its machine. A rank that still lives after PEERS_S seconds met its error alone and prints it,
-    too; one that knows that it is ``alone`` does not wait. Nobody asks another process: it may be
-    the one that is gone.
+    Most errors are met by all ranks. Local rank 0 prints at once, and torchrun then ends the others
+    of its machine. A rank that still lives after PEERS_S seconds met the error by itself and prints
+    it, too; ``at_once``: without this wait. No rank asks another, which may be gone.
     """
     rank = int(os.environ.get("RANK", 0))
-    if int(os.environ.get("LOCAL_RANK", 0)) and not alone:
+    if int(os.environ.get("LOCAL_RANK", 0)) and not at_once:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # torchrun ends this process without a word
         time.sleep(PEERS_S)
-    say_last(f"rank {rank}: {message}" if rank or alone else message)
+    say_last(f"rank {rank}: {message}" if rank or at_once else message)
     sys.stdout.flush()
     if dist.is_initialized():
         os._exit(code)  # other processes may be inside a collective; torchrun ends them
@@ -174,21 +173,29 @@ def say_last(message):
     for bar in list(tqdm._instances):  # their last refresh would come after it
         bar.close()
     line = " ".join(str(message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
 
 
 # ---- processes, device, precision ----------------------------------------------------------
 
 
+WRITING_S = 300  # for a checkpoint that is being written; torchrun may give less
+
+
 @dataclass
 class World:
-    """This process among all, and its device; ``place`` is where in its work it is, for errors."""
+    """This process among all, and its device; ``place`` is where in its work it is, for errors.
+
+    ``saver`` writes checkpoints, if anything does; it has ``writing`` and ``wait(seconds)``.
+    """
 
     rank: int
     size: int
     device: torch.device
     precision: str
     place: str = "the start"
+    saver: object = None
 
     @property
     def main(self):
@@ -233,6 +240,16 @@ class World:
     def maximum(self, value):
         """The largest of every process's whole number, later: ``.result()`` waits for it."""
         return _Maximum(value)
+
+    def leave(self, reason, code):
+        """End the process, after the checkpoint that is being written: for a thread, as the main
+        thread may be waiting for another process."""
+        reason = f"rank {self.rank}: {reason} at {self.place}"
+        if self.saver and self.saver.writing:
+            say_last(f"{reason}; a checkpoint is being written and finished first")
+            self.saver.wait(WRITING_S)
+        say_last(f"{reason}; what is on disk is whole: repeat the command to go on")
+        os._exit(code)
 
     def autocast(self):
         """Where networks run: bfloat16 for --precision bf16, else as the tensors are."""
@@ -498,7 +515,8 @@ class Log:
     def say(self, line):
         """One line, to stderr and log.txt."""
         if self.active:
-            tqdm.write(line, file=sys.stderr)
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                tqdm.write(line, file=sys.stderr)
             with self._writing():
                 self._write(line)
 

@@ -141,7 +141,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
 def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrupted):
     """One run, ended by each signal in turn, of which only one of two processes hears."""
     run, step = tmp_path / "run", 0
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         children = begin(digits, run, 20, processes=processes)
         wait_for_step(run, step + 1, lambda: children[0].alive)  # noqa: B023
         os.kill(children[-1].pid, number)
@@ -177,6 +177,71 @@ def test_signals_do_not_cut_the_last_save_short(digits, tmp_path):
     assert len(checkpoint.files(tmp_path / "run" / "checkpoints")) == 1, err
 
 
+@pytest.mark.slow
+def test_a_second_interrupt_lets_the_checkpoint_be_finished(digits, tmp_path):
+    """It cut the file that was being written short."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    run = tmp_path / "run"
+    process = start([sys.executable, tmp_path / "slow.py", *options(digits, run, 1000)])
+    wait_for_step(run, 3, lambda: process.poll() is None)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.2)  # two within a second are one Ctrl-C
+    assert process.poll() is None and not checkpoint.files(run / "checkpoints")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and final(run, 3)["step"] == 3, err
+    before, last = err.strip().splitlines()[-2:]
+    assert "interrupted twice" in before and "a checkpoint is being written and" in before
+    assert "interrupted twice" in last and "repeat the command to go on" in last
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_last_step_ends_no_process_that_waits_for_the_save(digits, tmp_path):
+    """Rank 1 died of it while it waited, and rank 0 of that, with exit code 1."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    run = tmp_path / "run"
+    pair = [start([sys.executable, tmp_path / "slow.py",
+                   *options(digits, run, 5, "--ckpt-every", 1000)], **place) for place in ranks(2)]
+    wait_for_step(run, 5, lambda: pair[0].poll() is None)
+    time.sleep(1)
+    for process in pair:
+        process.send_signal(signal.SIGTERM)
+    errs = [process.communicate(timeout=60)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], errs
+    assert final(run, 5)["step"] == 5 and "error" not in errs[1], errs
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_and_ends_the_run(digits, tmp_path):
+    """To write to it is an error from then on; the run ends as it does after SIGTERM."""
+    run, (ours, theirs) = tmp_path / "run", os.openpty()
+    hold = f"import os, fcntl, termios; os.setsid(); fcntl.ioctl({theirs}, termios.TIOCSCTTY, 0)\n"
+    script = hold + "import runtime, train\nruntime.run(train.main, train.parse_args)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, options(digits, run, 10**6))],
+        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, pass_fds=[theirs],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    os.close(theirs)
+    try:
+        wait_for_step(run, 2, lambda: process.poll() is None)
+        os.close(ours)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    step, = re.findall(r"SIGHUP: saved step (\d+)", (run / "log.txt").read_text())
+    assert final(run, int(step))["step"] == int(step)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with faults.Signals(WORLD):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 STUCK = """
 import sys, time, faults, runtime
 faults.GRACE_S = float(sys.argv[1])
@@ -187,9 +252,9 @@ with runtime.start() as world, faults.Signals(world):
 
 
 @pytest.mark.parametrize(("numbers", "grace", "code", "line"), [
-    ([signal.SIGINT, signal.SIGINT], 600, 130, "rank 0, at the start: interrupted twice; stopped"),
-    ([signal.SIGINT, signal.SIGTERM], 600, 130, "rank 0, at the start: interrupted twice; stopped"),
-    ([signal.SIGTERM], 1, 1, "rank 0, at the start: the step did not end within 1.0 s")])
+    ([signal.SIGINT, signal.SIGINT], 600, 130, "rank 0: interrupted twice at the start; what"),
+    ([signal.SIGINT, signal.SIGTERM], 600, 130, "rank 0: interrupted twice at the start; what"),
+    ([signal.SIGTERM], 1, 1, "rank 0: the step did not end within 1.0 s of a signal at the start")])
 def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, line, tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
     pair = [start([sys.executable, tmp_path / "stuck.py", grace], **place) for place in ranks(2)]
