@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ class RunError(OneLine, RuntimeError):
 
 
 class LostError(RunError):
-    """Another process or its machine is gone: each rank tells what it saw of that."""
+    """Another process or its machine is gone. Each rank prints what it saw of that."""
 
 
 # ---- the command line -----------------------------------------------------------------------
@@ -329,45 +331,147 @@ def start(precision="fp32", *, patience_h=0.5):
         return
     cuda = device.type == "cuda"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                store=_fresh_store(rank, size), rank=rank, world_size=size,
+        store = _fresh_store(rank, size)
+        _choose_interface(store, rank, size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                rank=rank, world_size=size,
                                 timeout=datetime.timedelta(hours=patience_h),
                                 device_id=device if cuda else None)
+        heartbeat = _Heartbeat(world) if _several_machines(size) else None
+        if heartbeat:
+            heartbeat.start()
         yield world
         world.barrier()
+        if heartbeat:
+            heartbeat.end()
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]
-        raise LostError(
-            f"lost the other processes at {world.place} ({reason:.200}); the one that ended first "
-            f"says why; what is on disk is whole: repeat the command to go on, or let torchrun "
-            f"--max-restarts do so") from error
+        raise _lost(error, world) from error
     dist.destroy_process_group()
+
+
+def _lost(error, world):
+    """The LostError that says what PyTorch's error means here."""
+    reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0][:200]
+    if _several_machines(world.size) and not dist.is_initialized():
+        return LostError(
+            f"cannot reach the other processes ({reason}); if all machines are up, set "
+            f"GLOO_SOCKET_IFNAME on each to the network interface that reaches the others; here it "
+            f"is {os.environ.get('GLOO_SOCKET_IFNAME', 'not set')}")
+    return LostError(
+        f"lost the other processes at {world.place} ({reason}); the one that ended first says why; "
+        f"what is on disk is whole: repeat the command to go on, or let torchrun --max-restarts do "
+        f"so")
 
 
 def _fresh_store(rank, size):
     """The store by which the processes find each other, under a name that is new at each start.
 
     torchrun's store outlives the processes that --max-restarts replaces, and what the old ones left
-    in it would be taken for the new ones' addresses (pytorch issue 135712). So rank 0 draws a name
-    and confirms it to each process that repeats it with a word of its own, which is new as well.
+    in it would be taken for the new ones' addresses (pytorch issue 135712; the count of restarts
+    differs between machines, so it is no name). So each process asks under a word of its own, and
+    rank 0, until each has taken it, answers with the name.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     word = uuid.uuid4().hex
-    if rank == 0:
-        store.set("name", word)
-        for other in range(1, size):
-            while not (answer := store.get(f"answer {other}").decode()).startswith(word):
-                time.sleep(0.05)
-            store.set(f"confirmed {answer}", "")
-        return dist.PrefixStore(word, store)
-    while True:
-        name = store.get("name").decode()
-        store.set(f"answer {rank}", name + word)
-        if store.check([f"confirmed {name}{word}"]):
-            return dist.PrefixStore(name, store)
-        time.sleep(0.05)
+    if rank:
+        store.set(f"asked {rank}", word)
+        name = store.get(f"answer {word}").decode()
+        store.set(f"taken {name} {rank}", "")
+        return dist.PrefixStore(name, store)
+    for other in range(1, size):
+        while not store.check([f"taken {word} {other}"]):
+            store.set(f"answer {store.get(f'asked {other}').decode()}", word)
+            time.sleep(0.05)
+    return dist.PrefixStore(word, store)
+
+
+def _choose_interface(store, rank, size):
+    """Where there are several machines, tells gloo the network interface by which they are reached.
+
+    gloo takes the address that the host name stands for, which often is 127.0.0.1. This takes the
+    interface that reaches MASTER_ADDR or, on the machine that has it, the first other machine.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or not _several_machines(size):
+        return
+    own = _address_towards(os.environ["MASTER_ADDR"])
+    store.set(f"address {rank}", own)
+    if _is_loopback(own):
+        addresses = (store.get(f"address {other}").decode() for other in range(size))
+        own = _address_towards(next((x for x in addresses if not _is_loopback(x)), own))
+    if not _is_loopback(own) and (name := _interface_of(own)):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _several_machines(size):
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size
+
+
+def _is_loopback(address):
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _address_towards(host):
+    """This machine's address on the way to a host; 127.0.0.1 where there is no way."""
+    with contextlib.suppress(OSError):  # of the name
+        for family, kind, _, _, target in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(target)  # with UDP this sends nothing
+                return probe.getsockname()[0]
+    return "127.0.0.1"
+
+
+def _interface_of(address):
+    """The name of the network interface that has this address, None if unknown (Linux)."""
+    with contextlib.suppress(OSError):
+        if ":" in address:
+            digits = ipaddress.ip_address(address).packed.hex()
+            lines = Path("/proc/net/if_inet6").read_text().splitlines()
+            return next((line.split()[-1] for line in lines if line.startswith(digits)), None)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an interface without an address
+                    request = struct.pack("256s", name.encode())
+                    reply = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
+                    if socket.inet_ntoa(reply[20:24]) == address:
+                        return name
+    return None
+
+
+BEAT_S = 20  # between two heartbeats
+GONE_S = 300  # that a heartbeat waits for the other machines
+
+
+class _Heartbeat(threading.Thread):
+    """A thread that ends this process when another machine no longer answers.
+
+    A collective notices that only at its timeout, which must be long: rank 0 may work alone for
+    hours. Its heartbeat answers meanwhile. That a process ended the main thread notices at once.
+    """
+
+    def __init__(self, world):
+        super().__init__(daemon=True)
+        self.world, self.ending = world, threading.Event()
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=GONE_S))
+
+    def run(self):
+        ended = False
+        while not ended:
+            beat = torch.tensor([int(self.ending.wait(BEAT_S))])
+            began = time.monotonic()
+            try:
+                dist.all_reduce(beat, dist.ReduceOp.MAX, group=self.group)
+            except RuntimeError:
+                if time.monotonic() - began >= GONE_S - 1:
+                    self.world.leave(f"another machine did not answer for {GONE_S} s", code=1)
+                return
+            ended = bool(beat)
+
+    def end(self):
+        """Once all processes are there: all threads end after the same beat."""
+        self.ending.set()
+        self.join()
 
 
 def generator(seed, *counters, device="cpu"):
