@@ -13,10 +13,14 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import numpy as np
 import torch

@@ -110,6 +110,8 @@ def real(low, high=math.inf, *, above=False):
 
 def run(main, parse_args):
     """Run a script; a UserError ends it with one line and exit code 2, a RunError with 1."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since the script's imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(parse_args())
     except UserError as error:

@@ -13,11 +13,15 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import numpy as np
 import torch

@@ -13,10 +13,14 @@ Repeating a command continues its run. The defaults are the paper's DiT-B/4 reci
 
 import argparse
 import copy
+import signal
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
