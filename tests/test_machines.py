@@ -1,6 +1,7 @@
 """Several machines: here namespaces of the network, for which one must be root, or environments."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import ROOT
 from soak import ranks
 
 import runtime
+import train
 
 SCRIPT = """
 import sys, time, runtime
@@ -150,3 +152,40 @@ def test_the_error_names_the_variable_where_machines_cannot_meet(monkeypatch):
     world = runtime.World(0, 2, torch.device("cpu"), "fp32")
     line = str(runtime._lost(RuntimeError("gloo: Connection refused"), world))
     assert "GLOO_SOCKET_IFNAME" in line and "not set" in line and "Connection refused" in line
+
+
+STAND_INS = {  # for the programs of a cluster: what they do that the script of README.md relies on
+    "srun": 'echo $$ > step; exec "$@"',
+    "scancel": 'echo "scancel $*" >> calls; kill -TERM $(cat step)',
+    "scontrol": 'if [ $1 = show ]; then echo node1; else echo "$* after $(cat saved)" >> calls; fi',
+    "torchrun": """echo "$*" >> calls
+if [ -e saved ]; then exit 0; fi  # the run goes on and ends
+trap 'sleep 1; echo saving > saved; exit 1' TERM
+touch begun
+while true; do sleep 0.1; done""",
+}
+
+
+def test_the_script_for_slurm_saves_at_the_time_limit_and_queues_the_job_again(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    script, = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", text, re.S)
+    (tmp_path / "job.sh").write_text(script)
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                                "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    for code in (1, 0):
+        job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment)
+        end = time.monotonic() + 30
+        while code and not (tmp_path / "begun").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        if code:
+            job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == code
+    first, *others, last = (tmp_path / "calls").read_text().splitlines()
+    assert others == ["scancel --signal=TERM 7", "requeue 7 after saving"] and last == first
+    agent, options = first.split(" train.py ")
+    assert "--nnodes=2 " in agent and "--rdzv_endpoint=node1:29500" in agent
+    train.parse_args(options.split())
