@@ -4,11 +4,11 @@ A checkpoint is one file of tensors and plain values, {"step", "model", "ema", "
 from which training continues and sampling starts; it lies in <run-dir>/checkpoints/0050000.pt.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,12 +42,13 @@ class Saver:
 
     ``path`` is the last one's. What is being written when the run ends, ``with`` or without an
     error, is written to its end. lock: on the run's folder, which must still be this run's.
+    ``before`` is called before each: what must be on disk earlier.
     """
 
-    def __init__(self, folder, keep_last, lock=None):
+    def __init__(self, folder, keep_last, *, lock=None, before=lambda: None):
         self.folder, self.keep_last, self.path = Path(folder), keep_last, None
-        self.lock = lock
-        self.thread, self.job = ThreadPoolExecutor(1), None
+        self.lock, self.before = lock, before
+        self.thread, self.job = concurrent.futures.ThreadPoolExecutor(1), None
 
     def __enter__(self):
         return self
@@ -56,7 +57,11 @@ class Saver:
         """Start to write this state. Raises as ``check`` does."""
         self.check(wait=True)
         self.path = self.folder / f"{state['step']:07d}.pt"
-        self.job = self.thread.submit(save, self.path, copied(state), keep_last=self.keep_last)
+        self.job = self.thread.submit(self._write, self.path, copied(state))
+
+    def _write(self, path, state):
+        self.before()
+        save(path, state, keep_last=self.keep_last)
 
     def check(self, *, wait=False):
         """Raises UserError if the last one could not be written, as far as is known, RunError if
@@ -65,6 +70,14 @@ class Saver:
             self.lock.check()
         if self.job and (wait or self.job.done()):
             self.job.result()
+
+    @property
+    def writing(self):
+        return self.job is not None and not self.job.done()
+
+    def wait(self, seconds):
+        """Until nothing is being written, but no longer; errors are left to ``check``."""
+        concurrent.futures.wait([self.job], timeout=seconds)
 
     def close(self):
         self.check(wait=True)

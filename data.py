@@ -55,7 +55,7 @@ def read_image(path, size):
                 pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
     except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
         raise UserError(f"--data-path must hold readable images, got {path} ({error}); "
-                        f"repair the file", local=True) from error
+                        f"repair the file") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -177,7 +177,7 @@ def load(dataset, batches, *, workers, device):
     for batch in served:
         if isinstance(batch, UserError):
             # a new one: raised itself, it would hold on to its own frame, and to the workers
-            raise UserError(batch, local=True)
+            raise UserError(batch)
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 

@@ -14,10 +14,14 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import numpy as np
 import torch
@@ -396,7 +400,7 @@ def encode_batch(args, space, config, device, batch):
             mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
     except torch.OutOfMemoryError as error:
         raise UserError(f"--batch-size must fit in the GPU's memory, got {args.batch_size}; lower "
-                        f"it and repeat the command", local=True) from error
+                        f"it and repeat the command") from error
     return labels, moments, mirror, faults
 
 
@@ -408,7 +412,7 @@ def to_disk(args, space, config, pixels):
     moments = space.encode(pixels).to(dtype)
     if not moments.isfinite().all():
         raise UserError(f"--dtype must hold the moments of --vae, got values beyond {args.dtype} "
-                        f"or not finite; give --dtype float32 or another VAE", local=True)
+                        f"or not finite; give --dtype float32 or another VAE")
     return moments.cpu()
 
 

@@ -13,11 +13,15 @@ ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. fid.py describes the protocols
 import dataclasses
 import json
 import os
+import signal
 import sys
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import numpy as np
 import torch
@@ -187,7 +191,7 @@ class FolderImages:
         try:
             return (torch.stack([self.read(path) for path in self.paths[first:first + size]]),)
         except UserError as error:
-            return UserError(error, local=True)
+            return error
 
     def batches(self, size, world):
         """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""

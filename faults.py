@@ -10,21 +10,20 @@ import time
 
 import torch
 
-import runtime
 from runtime import RunError
 
-ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 20  # below the 30 s that torchrun gives a process between SIGTERM and SIGKILL
 
 
 class Signals:
-    """Within ``with``: notes SIGTERM, SIGUSR1, SIGINT, upon which all stop after the same step.
+    """Within ``with``: notes the signals of ASKED, upon which all stop after the same step.
 
     Processes hear of a signal at different moments, so each step they exchange, unwaited for, what
     they heard; the answer is read a step later, by all alike: several processes stop one step later
     than a single one. What cannot wait for the main thread, which may be inside a collective, a
-    thread sees to: a second Ctrl-C ends the process at once, and one that cannot finish its step,
-    because another process died, ends after GRACE_S seconds.
+    thread sees to: a second Ctrl-C ends the process, and one that cannot finish its step, because
+    another process died, ends after GRACE_S seconds.
     """
 
     def __init__(self, world):
@@ -35,7 +34,9 @@ class Signals:
         reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        self.before = [signal.signal(number, self.hear) for number in ASKED]
+        self.before = {number: signal.signal(number, self.hear) for number in ASKED
+                       if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
         return self
 
@@ -50,7 +51,7 @@ class Signals:
             left = max(0, deadline - time.monotonic()) if deadline < math.inf else None
             if not select.select([reader], [], [], left)[0]:
                 if self.stepping and not self.asked:
-                    self.leave(f"the step did not end within {GRACE_S} s of a signal", code=1)
+                    self.world.leave(f"the step did not end within {GRACE_S} s of a signal", code=1)
                 deadline = math.inf  # what is left is to save
                 continue
             number, now = os.read(reader, 1), time.monotonic()
@@ -59,17 +60,20 @@ class Signals:
             # torchrun passes the first Ctrl-C on as it is and the second as SIGTERM; where the
             # terminal reaches this process, too, one Ctrl-C is two signals within a moment
             if number[0] in (signal.SIGINT, signal.SIGTERM) and now - interrupted > 1:
-                self.leave("interrupted twice", code=130)
+                self.world.leave("interrupted twice", code=130)
             if number[0] == signal.SIGINT:
                 interrupted = min(now, interrupted)
-            if number[0] in (signal.SIGINT, signal.SIGTERM) and self.world.distributed:
+            if number[0] == signal.SIGHUP:
+                self.leave_terminal()
+            if number[0] != signal.SIGUSR1 and self.world.distributed:
                 deadline = min(deadline, now + GRACE_S)
 
-    def leave(self, reason, code):
-        runtime.say_last(f"rank {self.world.rank}, at {self.world.place}: {reason}; stopped "
-                         f"without a new checkpoint, those before are whole: repeat the command "
-                         f"to go on")
-        os._exit(code)
+    def leave_terminal(self):
+        """A terminal that is closed takes no more lines: to write there is an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in self.terminals:
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
 
     def stop(self):
         """Called once a step: the name of the signal upon which to stop now, or None."""
@@ -89,14 +93,19 @@ class Signals:
             self.pending.result()
 
     def steps_end(self):
-        """What is left is to save, which only a second Ctrl-C cuts short."""
+        """What is left is to save, for which there is no deadline."""
         self.stepping = False
 
     def __exit__(self, *_):
-        """Signals do what they did before, or, if one came, nothing: the process is ending."""
+        """Signals do what they did before or, where the process is ending, nothing.
+
+        It is if a signal came, and among several processes: one that waits for the others at the
+        end, perhaps for a checkpoint, must not die there.
+        """
         signal.set_wakeup_fd(-1)
-        for number, before in zip(ASKED, self.before):
-            signal.signal(number, signal.SIG_IGN if self.heard or self.asked else before)
+        ending = self.heard or self.asked or self.world.distributed
+        for number, before in self.before.items():
+            signal.signal(number, signal.SIG_IGN if ending else before)
         os.close(self.writer)
 
 

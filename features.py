@@ -29,7 +29,7 @@ TINY = 3 * 32 * 32  # values of the largest image that the protocol pixels takes
 
 
 @contextlib.contextmanager
-def reading(option, path, *, local=False):
+def reading(option, path):
     """Turns what a torn or foreign .npz file raises into a UserError naming option."""
     try:
         yield
@@ -38,7 +38,7 @@ def reading(option, path, *, local=False):
     except (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
             ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{option} must be a whole .npz file of plain arrays, got {path} "
-                        f"({error}); write it again or name another", local=local) from error
+                        f"({error}); write it again or name another") from error
 
 
 def verify(option, path, world):
@@ -88,7 +88,7 @@ class NpzImages:
         Read in order and never held together: 50,000 images of 256 x 256 are 9.8 GB.
         """
         height, width = self.image_size
-        with reading(self.option, self.name, local=True), self._open() as (file, _):
+        with reading(self.option, self.name), self._open() as (file, _):
             start = file.tell()
             for first in range(world.rank * size, self.count, world.size * size):
                 count = min(size, self.count - first)
@@ -196,8 +196,7 @@ def weight_file(world, path=None):
     if problem or not path.is_file():
         raise UserError(f"the Inception weights must be cached or downloadable, and are neither "
                         f"({problem or 'missing on this machine'}); put {path.name} from "
-                        f"{FID_WEIGHTS_URL} into {path.parent}, or name it with --inception",
-                        local=not problem)
+                        f"{FID_WEIGHTS_URL} into {path.parent}, or name it with --inception")
     return path
 
 

@@ -8,15 +8,19 @@ import argparse
 import contextlib
 import datetime
 import errno
+import fcntl
 import hashlib
+import ipaddress
 import json
 import math
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
-import types
 import uuid
 import zipfile
 from dataclasses import dataclass
@@ -28,12 +32,10 @@ from tqdm import tqdm
 
 
 class OneLine(Exception):
-    """What ends a run with one line, the message. ``local`` marks what one process may meet alone
-    before the processes know of each other."""
+    """What ends a run with one line, the message."""
 
-    def __init__(self, message, *, local=False):
+    def __init__(self, message):
         super().__init__(" ".join(str(message).split()))
-        self.local = local
 
 
 class UserError(OneLine, ValueError):
@@ -42,6 +44,10 @@ class UserError(OneLine, ValueError):
 
 class RunError(OneLine, RuntimeError):
     """What ends a run through no fault of its options. The exit code is 1."""
+
+
+class LostError(RunError):
+    """Another process or its machine is gone. Each rank prints what it saw of that."""
 
 
 # ---- the command line -----------------------------------------------------------------------
@@ -114,12 +120,14 @@ def utf8_path(text):
 def run(main, parse_args):
     """Run a script; a UserError ends it with one line and exit code 2, a RunError with 1."""
     sys.stdout.reconfigure(errors="surrogateescape")  # results are paths, of any bytes
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since the script's imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(parse_args())
     except UserError as error:
-        fail(error, local=error.local)
+        fail(error)
     except RunError as error:
-        fail(error, local=error.local, code=1)
+        fail(error, code=1, at_once=isinstance(error, LostError))
     except PermissionError as error:  # a path below a locked folder cannot even be looked for
         fail(f"{error.filename} must be open to this user, got: {error.strerror}; change its "
              f"permissions or choose another path")
@@ -134,7 +142,7 @@ def run(main, parse_args):
         line = _shortage(error)
         if line is None:
             raise
-        fail(line, local=True)
+        fail(line)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The interpreter's own end races with gloo's threads, which abort it once in some 25 runs
         sys.stdout.flush()
@@ -157,42 +165,26 @@ def _shortage(error):
     return None
 
 
-def fail(message, *, local=False, code=2):
-    """One line on stderr, from one of the processes, and the end of this one."""
-    if _speaks(local):
-        say_last(message)
+PEERS_S = 10  # within which the ranks of a machine meet an error that all meet
+
+
+def fail(message, *, code=2, at_once=False):
+    """Prints one line on stderr and ends this process.
+
+    Most errors are met by all ranks. Local rank 0 prints at once, and torchrun then ends the others
+    of its machine. A rank that still lives after PEERS_S seconds met the error by itself and prints
+    it, too; ``at_once``: without this wait. No rank asks another, which may be gone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("LOCAL_RANK", 0)) and not at_once:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # torchrun ends this process without a word
+        time.sleep(PEERS_S)
+    say_last(f"rank {rank}: {message}" if rank or at_once else message)
     sys.stdout.flush()
     if dist.is_initialized():
         os._exit(code)  # other processes may be inside a collective; torchrun ends them
     sys.exit(code)
-
-
-_meeting = None  # the store by which the processes found each other, once they did
-
-
-def _speaks(local):
-    """Whether this process says why it ends: the first that fails does, as it knows why.
-
-    Before they know of each other, or when one took the store along, one of each machine does.
-    """
-    if _meeting is not None:
-        with contextlib.suppress(RuntimeError), _silent():
-            _meeting.set_timeout(datetime.timedelta(seconds=10))
-            return _meeting.add("failed", 1) == 1
-    return local or int(os.environ.get("LOCAL_RANK", 0)) == 0
-
-
-@contextlib.contextmanager
-def _silent():
-    """Without stderr, on which PyTorch's C++ lists its call stack where the store is gone."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
 
 
 def say_last(message):
@@ -200,21 +192,29 @@ def say_last(message):
     for bar in list(tqdm._instances):  # their last refresh would come after it
         bar.close()
     line = " ".join(str(message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
 
 
 # ---- processes, device, precision ----------------------------------------------------------
 
 
+WRITING_S = 300  # for a checkpoint that is being written; torchrun may give less
+
+
 @dataclass
 class World:
-    """This process among all, and its device; ``place`` is where in its work it is, for errors."""
+    """This process among all, and its device; ``place`` is where in its work it is, for errors.
+
+    ``saver`` writes checkpoints, if anything does; it has ``writing`` and ``wait(seconds)``.
+    """
 
     rank: int
     size: int
     device: torch.device
     precision: str
     place: str = "the start"
+    saver: object = None
 
     @property
     def main(self):
@@ -273,6 +273,16 @@ class World:
         """The largest of every process's whole number, later: ``.result()`` waits for it."""
         return _Maximum(value)
 
+    def leave(self, reason, code):
+        """End the process, after the checkpoint that is being written: for a thread, as the main
+        thread may be waiting for another process."""
+        reason = f"rank {self.rank}: {reason} at {self.place}"
+        if self.saver and self.saver.writing:
+            say_last(f"{reason}; a checkpoint is being written and finished first")
+            self.saver.wait(WRITING_S)
+        say_last(f"{reason}; what is on disk is whole: repeat the command to go on")
+        os._exit(code)
+
     def autocast(self):
         """Where networks run: bfloat16 for --precision bf16, else as the tensors are."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -326,7 +336,7 @@ def _device():
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"--nproc_per_node must be at most the number of GPUs, "
                         f"{torch.cuda.device_count()}; this is process {local_rank + 1}; "
-                        f"start fewer", local=True)
+                        f"start fewer")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -341,7 +351,6 @@ def start(precision="fp32", *, patience_h=0.5):
     once. Leaves the process group behind a barrier: without it gloo aborts a process that is left
     behind.
     """
-    global _meeting
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
@@ -352,46 +361,147 @@ def start(precision="fp32", *, patience_h=0.5):
         return
     cuda = device.type == "cuda"
     try:
-        _meeting = _fresh_store(rank, size)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=_meeting,
+        store = _fresh_store(rank, size)
+        _choose_interface(store, rank, size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
                                 rank=rank, world_size=size,
                                 timeout=datetime.timedelta(hours=patience_h),
                                 device_id=device if cuda else None)
+        heartbeat = _Heartbeat(world) if _several_machines(size) else None
+        if heartbeat:
+            heartbeat.start()
         yield world
         world.barrier()
+        if heartbeat:
+            heartbeat.end()
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]
-        raise RunError(
-            f"rank {rank}, at {world.place}: lost the other processes ({reason:.200}); the one "
-            f"that ended first says why; what is on disk is whole: repeat the command to go on, or "
-            f"let torchrun --max-restarts do so", local=True) from error
+        raise _lost(error, world) from error
     dist.destroy_process_group()
+
+
+def _lost(error, world):
+    """The LostError that says what PyTorch's error means here."""
+    reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0][:200]
+    if _several_machines(world.size) and not dist.is_initialized():
+        return LostError(
+            f"cannot reach the other processes ({reason}); if all machines are up, set "
+            f"GLOO_SOCKET_IFNAME on each to the network interface that reaches the others; here it "
+            f"is {os.environ.get('GLOO_SOCKET_IFNAME', 'not set')}")
+    return LostError(
+        f"lost the other processes at {world.place} ({reason}); the one that ended first says why; "
+        f"what is on disk is whole: repeat the command to go on, or let torchrun --max-restarts do "
+        f"so")
 
 
 def _fresh_store(rank, size):
     """The store by which the processes find each other, under a name that is new at each start.
 
     torchrun's store outlives the processes that --max-restarts replaces, and what the old ones left
-    in it would be taken for the new ones' addresses (pytorch issue 135712). So rank 0 draws a name
-    and confirms it to each process that repeats it with a word of its own, which is new as well.
+    in it would be taken for the new ones' addresses (pytorch issue 135712; the count of restarts
+    differs between machines, so it is no name). So each process asks under a word of its own, and
+    rank 0, until each has taken it, answers with the name.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     word = uuid.uuid4().hex
-    if rank == 0:
-        store.set("name", word)
-        for other in range(1, size):
-            while not (answer := store.get(f"answer {other}").decode()).startswith(word):
-                time.sleep(0.05)
-            store.set(f"confirmed {answer}", "")
-        return dist.PrefixStore(word, store)
-    while True:
-        name = store.get("name").decode()
-        store.set(f"answer {rank}", name + word)
-        if store.check([f"confirmed {name}{word}"]):
-            return dist.PrefixStore(name, store)
-        time.sleep(0.05)
+    if rank:
+        store.set(f"asked {rank}", word)
+        name = store.get(f"answer {word}").decode()
+        store.set(f"taken {name} {rank}", "")
+        return dist.PrefixStore(name, store)
+    for other in range(1, size):
+        while not store.check([f"taken {word} {other}"]):
+            store.set(f"answer {store.get(f'asked {other}').decode()}", word)
+            time.sleep(0.05)
+    return dist.PrefixStore(word, store)
+
+
+def _choose_interface(store, rank, size):
+    """Where there are several machines, tells gloo the network interface by which they are reached.
+
+    gloo takes the address that the host name stands for, which often is 127.0.0.1. This takes the
+    interface that reaches MASTER_ADDR or, on the machine that has it, the first other machine.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or not _several_machines(size):
+        return
+    own = _address_towards(os.environ["MASTER_ADDR"])
+    store.set(f"address {rank}", own)
+    if _is_loopback(own):
+        addresses = (store.get(f"address {other}").decode() for other in range(size))
+        own = _address_towards(next((x for x in addresses if not _is_loopback(x)), own))
+    if not _is_loopback(own) and (name := _interface_of(own)):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _several_machines(size):
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size
+
+
+def _is_loopback(address):
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _address_towards(host):
+    """This machine's address on the way to a host; 127.0.0.1 where there is no way."""
+    with contextlib.suppress(OSError):  # of the name
+        for family, kind, _, _, target in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(target)  # with UDP this sends nothing
+                return probe.getsockname()[0]
+    return "127.0.0.1"
+
+
+def _interface_of(address):
+    """The name of the network interface that has this address, None if unknown (Linux)."""
+    with contextlib.suppress(OSError):
+        if ":" in address:
+            digits = ipaddress.ip_address(address).packed.hex()
+            lines = Path("/proc/net/if_inet6").read_text().splitlines()
+            return next((line.split()[-1] for line in lines if line.startswith(digits)), None)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an interface without an address
+                    request = struct.pack("256s", name.encode())
+                    reply = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
+                    if socket.inet_ntoa(reply[20:24]) == address:
+                        return name
+    return None
+
+
+BEAT_S = 20  # between two heartbeats
+GONE_S = 300  # that a heartbeat waits for the other machines
+
+
+class _Heartbeat(threading.Thread):
+    """A thread that ends this process when another machine no longer answers.
+
+    A collective notices that only at its timeout, which must be long: rank 0 may work alone for
+    hours. Its heartbeat answers meanwhile. That a process ended the main thread notices at once.
+    """
+
+    def __init__(self, world):
+        super().__init__(daemon=True)
+        self.world, self.ending = world, threading.Event()
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=GONE_S))
+
+    def run(self):
+        ended = False
+        while not ended:
+            beat = torch.tensor([int(self.ending.wait(BEAT_S))])
+            began = time.monotonic()
+            try:
+                dist.all_reduce(beat, dist.ReduceOp.MAX, group=self.group)
+            except RuntimeError:
+                if time.monotonic() - began >= GONE_S - 1:
+                    self.world.leave(f"another machine did not answer for {GONE_S} s", code=1)
+                return
+            ended = bool(beat)
+
+    def end(self):
+        """Once all processes are there: all threads end after the same beat."""
+        self.ending.set()
+        self.join()
 
 
 def generator(seed, *counters, device="cpu"):
@@ -454,7 +564,7 @@ def _names_to_disk(folder):
 
 def _unwritable(path, error):
     return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
-                     f"folder you may write", local=True)
+                     f"folder you may write")
 
 
 def find_damage(path):
@@ -588,14 +698,11 @@ def _lock(path):
 def _flock(descriptor, path):
     """Whether the lock is this process's, or the file system knows none, which is said."""
     try:
-        import fcntl  # of Linux and macOS
-
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS,
-                                                         errno.EOPNOTSUPP, errno.ENOTSUP):
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         print(f"warning: {path.parent} cannot be locked here ({error}): start no second run in it",
               file=sys.stderr)
@@ -614,17 +721,12 @@ class Log:
         self.active = active
         if not active:
             return
-        # TensorBoard's own switch against TensorFlow, which its writer would import where it is
-        # installed: seconds, and pages of messages
-        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self.folder = folder = Path(folder)
         with self._writing():
             self.text = open(folder / "log.txt", "a", buffering=1, errors="backslashreplace")
             self._drop_records(step)
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
-            self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+            self.board = Board(folder, step)
 
     def _drop_records(self, step):
         """Those later than step and the damaged ones, which are kept elsewhere."""
@@ -655,7 +757,8 @@ class Log:
     def say(self, line):
         """One line, to stderr and log.txt."""
         if self.active:
-            tqdm.write(line, file=sys.stderr)
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                tqdm.write(line, file=sys.stderr)
             with self._writing():
                 self._write(line)
 
@@ -667,9 +770,16 @@ class Log:
         if self.active:
             with self._writing():
                 self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-                for name, value in values.items():
-                    if not isinstance(value, str):
-                        self.board.add_scalar(name, value, step)
+                self.board.record(step, **{name: value for name, value in values.items()
+                                           if not isinstance(value, str)})
+
+    def to_disk(self):
+        """What was recorded so far outlasts a power cut: called before a checkpoint is written."""
+        if self.active:
+            with self._writing():
+                for file in (self.text, self.metrics, self.board.file):
+                    os.fsync(file.fileno())
+                _to_disk(self.folder)  # their names
 
     def has(self, step, name):
         """Whether a value of this name was recorded for this step."""
@@ -689,8 +799,39 @@ class Log:
             if error:
                 reason = next(iter(str(error).splitlines()), "")
                 self._write(f"ended by {kind.__name__}: {reason}")
-            for file in (self.text, self.metrics, self.board):
+            for file in (self.text, self.metrics, self.board.file):
                 file.close()
+
+
+class Board:
+    """TensorBoard's event file of a run that starts after ``step``, each record written at once.
+
+    TensorBoard's own writer has a thread, which meets a full disk with a traceback.
+    """
+
+    def __init__(self, folder, step):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = open(Path(folder, name), "ab")
+        self.writer = RecordWriter(self.file)
+        self.write(file_version="brain.Event:2")
+        if step:  # later records are of a run that ended after its last checkpoint
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self.write(step=step + 1, session_log=start)
+
+    def record(self, step, **values):
+        """One scalar per number."""
+        scalars = [self.summary.Value(tag=name, simple_value=value)
+                   for name, value in values.items()]
+        self.write(step=step, summary=self.summary(value=scalars))
+
+    def write(self, **fields):
+        event = self.event(wall_time=time.time(), **fields)
+        self.writer.write(event.SerializeToString())
+        self.file.flush()
 
 
 def _step_of(line):

@@ -13,12 +13,16 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import numpy as np
 import torch
@@ -237,7 +241,7 @@ def read(path):
             return np.array(image)
     except (OSError, SyntaxError) as error:
         raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
-                        f"file and repeat the command", local=True) from error
+                        f"file and repeat the command") from error
 
 
 def write_npz(path, paths, world):

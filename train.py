@@ -13,10 +13,14 @@ Repeating a command continues its run. The defaults are the paper's DiT-B/4 reci
 
 import argparse
 import copy
+import signal
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -185,7 +189,8 @@ def main(args):
         params, averages = list(net.parameters()), list(ema.parameters())
         guard = faults.Guard(world, args.skip_nonfinite)
         signals = stack.enter_context(faults.Signals(world))
-        saver = stack.enter_context(checkpoint.Saver(folder / "checkpoints", args.keep_last, lock))
+        saver = world.saver = stack.enter_context(checkpoint.Saver(
+            folder / "checkpoints", args.keep_last, lock=lock, before=log.to_disk))
         stack.callback(signals.steps_end)  # before the saver's end, also after an error
         generator = Generator(ema, space, config, world, seed=args.seed)
         sums, skipped, asked = torch.zeros(5, device=world.device), 0, None
@@ -231,7 +236,7 @@ def main(args):
                 saver.check()
             if due(step, args.log_every, last):
                 record(log, step, total, world.mean(sums).tolist(), skipped,
-                       clock.rate(step) * args.global_batch_size)
+                       clock.rate(step) * args.global_batch_size, args.log_every)
                 sums.zero_()
                 skipped = 0
             if saves and world.main:
@@ -392,15 +397,16 @@ def evaluate(args, evaluation, generator, log, step):
         log.record(step, **metrics)
 
 
-def record(log, step, total, sums, skipped, rate):
-    """One log line and one metrics record. error is the number to watch: at p = 1 the weighted
-    loss stays near 1 whatever the network does."""
+def record(log, step, total, sums, skipped, rate, every):
+    """One log line and, of a complete interval, one metrics record. error is the number to watch:
+    at p = 1 the weighted loss stays near 1 whatever the network does."""
     loss, error, velocity_error, grad_norm = (value / max(sums[4], 1) for value in sums[:4])
     log.say(f"step {step}/{total}  error {error:.4f}  velocity error {velocity_error:.4f}  "
             f"loss {loss:.4f}  gradient norm {grad_norm:.4f}  {rate:.1f} images/s"
             + f"  {skipped} steps left out, not finite" * (skipped > 0))
-    log.record(step, error=error, velocity_error=velocity_error, loss=loss, grad_norm=grad_norm,
-               images_per_second=rate, skipped_steps=skipped)
+    if due(step, every, step == total):  # not where a signal ended the interval early
+        log.record(step, error=error, velocity_error=velocity_error, loss=loss,
+                   grad_norm=grad_norm, images_per_second=rate, skipped_steps=skipped)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
 """Runs that are stopped, killed, fed with bad numbers or left without disk, and go on."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import soak
 import torch
-from conftest import ROOT, call, command
+from conftest import ROOT, call, command, run_script
 from soak import Child, differences, ranks, wait_for_step
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import data
@@ -137,7 +141,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
 def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrupted):
     """One run, ended by each signal in turn, of which only one of two processes hears."""
     run, step = tmp_path / "run", 0
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         children = begin(digits, run, 20, processes=processes)
         wait_for_step(run, step + 1, lambda: children[0].alive)  # noqa: B023
         os.kill(children[-1].pid, number)
@@ -173,6 +177,71 @@ def test_signals_do_not_cut_the_last_save_short(digits, tmp_path):
     assert len(checkpoint.files(tmp_path / "run" / "checkpoints")) == 1, err
 
 
+@pytest.mark.slow
+def test_a_second_interrupt_lets_the_checkpoint_be_finished(digits, tmp_path):
+    """It cut the file that was being written short."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    run = tmp_path / "run"
+    process = start([sys.executable, tmp_path / "slow.py", *options(digits, run, 1000)])
+    wait_for_step(run, 3, lambda: process.poll() is None)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.2)  # two within a second are one Ctrl-C
+    assert process.poll() is None and not checkpoint.files(run / "checkpoints")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and final(run, 3)["step"] == 3, err
+    before, last = err.strip().splitlines()[-2:]
+    assert "interrupted twice" in before and "a checkpoint is being written and" in before
+    assert "interrupted twice" in last and "repeat the command to go on" in last
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_last_step_ends_no_process_that_waits_for_the_save(digits, tmp_path):
+    """Rank 1 died of it while it waited, and rank 0 of that, with exit code 1."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    run = tmp_path / "run"
+    pair = [start([sys.executable, tmp_path / "slow.py",
+                   *options(digits, run, 5, "--ckpt-every", 1000)], **place) for place in ranks(2)]
+    wait_for_step(run, 5, lambda: pair[0].poll() is None)
+    time.sleep(1)
+    for process in pair:
+        process.send_signal(signal.SIGTERM)
+    errs = [process.communicate(timeout=60)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], errs
+    assert final(run, 5)["step"] == 5 and "error" not in errs[1], errs
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_and_ends_the_run(digits, tmp_path):
+    """To write to it is an error from then on; the run ends as it does after SIGTERM."""
+    run, (ours, theirs) = tmp_path / "run", os.openpty()
+    hold = f"import os, fcntl, termios; os.setsid(); fcntl.ioctl({theirs}, termios.TIOCSCTTY, 0)\n"
+    script = hold + "import runtime, train\nruntime.run(train.main, train.parse_args)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, options(digits, run, 10**6))],
+        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, pass_fds=[theirs],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    os.close(theirs)
+    try:
+        wait_for_step(run, 2, lambda: process.poll() is None)
+        os.close(ours)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    step, = re.findall(r"SIGHUP: saved step (\d+)", (run / "log.txt").read_text())
+    assert final(run, int(step))["step"] == int(step)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with faults.Signals(WORLD):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 STUCK = """
 import sys, time, faults, runtime
 faults.GRACE_S = float(sys.argv[1])
@@ -183,9 +252,9 @@ with runtime.start() as world, faults.Signals(world):
 
 
 @pytest.mark.parametrize(("numbers", "grace", "code", "line"), [
-    ([signal.SIGINT, signal.SIGINT], 600, 130, "rank 0, at the start: interrupted twice; stopped"),
-    ([signal.SIGINT, signal.SIGTERM], 600, 130, "rank 0, at the start: interrupted twice; stopped"),
-    ([signal.SIGTERM], 1, 1, "rank 0, at the start: the step did not end within 1.0 s")])
+    ([signal.SIGINT, signal.SIGINT], 600, 130, "rank 0: interrupted twice at the start; what"),
+    ([signal.SIGINT, signal.SIGTERM], 600, 130, "rank 0: interrupted twice at the start; what"),
+    ([signal.SIGTERM], 1, 1, "rank 0: the step did not end within 1.0 s of a signal at the start")])
 def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, line, tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
     pair = [start([sys.executable, tmp_path / "stuck.py", grace], **place) for place in ranks(2)]
@@ -204,6 +273,40 @@ def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, l
         for process in pair:
             process.kill()
             process.wait()
+
+
+def test_a_signal_adds_no_record_to_the_metrics(digits, tmp_path, monkeypatch):
+    """It added one of the steps since the last one, which no uninterrupted run has."""
+    steps = itertools.count(1)
+    words = [*options(digits, tmp_path, 12), "--log-every", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(faults.Signals, "stop", lambda self: next(steps) == 6 and "SIGTERM" or None)
+        call("train", *words)
+    assert "step 6/12  error" in (tmp_path / "log.txt").read_text()
+    call("train", *words)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == [4, 8, 12]
+
+
+def test_metrics_are_on_disk_before_their_checkpoint(digits, tmp_path, monkeypatch):
+    """After a power cut a checkpoint was there and the metrics before it were not."""
+    steps, counts, fsync, replace = {}, [], os.fsync, os.replace
+
+    def note(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        steps[path.name] = len(path.read_text().splitlines()) if path.suffix == ".jsonl" else 1
+        fsync(descriptor)
+
+    def count(source, target):
+        if Path(target).suffix == ".pt":
+            counts.append(steps.get("metrics.jsonl"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", count)
+    call("train", *options(digits, tmp_path, 7))
+    assert len(counts) == 3 and counts[0] >= 3 and counts[1] >= 6 and counts[2] >= 7
+    assert steps["log.txt"] and any(name.startswith("events.out.tfevents") for name in steps)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -240,28 +343,46 @@ def test_a_killed_rank_ends_the_job(digits, tmp_path):
     assert agent.returncode != 0 and time.monotonic() - began < 30
     lines = [line for line in err.splitlines() if line.startswith("train.py: error")]
     assert len(lines) == 1 and "Traceback" not in err.split(lines[0])[0], err
-    assert re.search(r"rank [01], at step \d+: lost the other processes \(.*Connection .*\); .* "
+    assert re.search(r"rank [01]: lost the other processes at step \d+ \(.*Connection .*\); .* "
                      r"repeat the command", lines[0])
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")
 
 
-ALONE = """
-import runtime
+FAILING = """
+import sys, runtime
+runtime.PEERS_S = float(sys.argv[1])
 def main(args):
     with runtime.start() as world:
-        if world.rank == 1:
+        if str(world.rank) in sys.argv[2:]:
             raise runtime.UserError("--option must be right, got wrong; mend it")
         world.barrier()
 runtime.run(main, lambda: None)
 """
+LINE = "--option must be right, got wrong; mend it"
 
 
-def test_the_process_that_fails_first_speaks_and_no_other(tmp_path):
-    (tmp_path / "alone.py").write_text(ALONE)
-    pair = [start([sys.executable, tmp_path / "alone.py"], **place) for place in ranks(2)]
-    errs = [process.communicate(timeout=60)[1] for process in pair]
-    assert [process.returncode for process in pair] == [1, 2]
-    assert errs == ["", "alone.py: error: --option must be right, got wrong; mend it\n"]
+def failing(tmp_path, seconds, *which):
+    """What two processes print and return of which these meet an error."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    pair = [start([sys.executable, tmp_path / "failing.py", seconds, *which], **place)
+            for place in ranks(2)]
+    said = [process.communicate(timeout=60)[1].splitlines() for process in pair]
+    return said, [process.returncode for process in pair]
+
+
+def test_a_rank_that_fails_alone_says_so_and_the_others_that_they_lost_it(tmp_path):
+    (others, own), codes = failing(tmp_path, 1, 1)
+    assert codes == [1, 2] and own == [f"failing.py: error: rank 1: {LINE}"]
+    assert len(others) == 1 and others[0].startswith(
+        "failing.py: error: rank 0: lost the other processes at the start (")
+
+
+def test_an_error_of_all_ranks_is_one_line_under_torchrun(tmp_path):
+    """Local rank 0's; torchrun ends the others while they wait."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    done = run_script(tmp_path / "failing.py", 600, 0, 1, processes=2, PYTHONPATH=str(ROOT))
+    lines = [line for line in done.stderr.splitlines() if "failing.py: error" in line]
+    assert done.returncode and lines == [f"failing.py: error: {LINE}"], done.stderr
 
 
 def test_a_run_directory_is_of_one_run_at_a_time(digits, tmp_path, monkeypatch):
@@ -445,6 +566,32 @@ def test_a_log_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
         log = runtime.Log(tmp_path, active=True)
         log.say("a line")
         log.record(1, error=1.0)
+
+
+def test_a_full_disk_makes_tensorboard_print_no_traceback(tmp_path, capfd):
+    """Its own writer has a thread, whose traceback came before our line."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with (pytest.raises(UserError, match="cannot write .*; free space"),
+              runtime.Log(tmp_path, active=True) as log):
+            for step in range(200):
+                log.record(step, a=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 4096  # it was the event file
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_reads_the_event_files_of_a_resumed_run(tmp_path):
+    for step, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0})):
+        with runtime.Log(tmp_path, active=True, step=step) as log:
+            for at, value in values.items():
+                log.record(at, error=value, protocol="adm")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["error"]
+    assert {event.step: event.value for event in events.Scalars("error")} == {1: 1, 2: 2, 3: 30}
 
 
 def out_of_gpu_memory():

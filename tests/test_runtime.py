@@ -7,8 +7,11 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -215,3 +218,18 @@ def test_an_interrupted_script_ends_in_one_line(capfd):
     with pytest.raises(SystemExit) as exit:
         runtime.run(main, lambda: None)
     assert exit.value.code == 130 and capfd.readouterr().err.strip().endswith("error: interrupted")
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "encode_imagenet", "evaluate_fid"])
+def test_an_interrupt_during_the_imports_prints_no_traceback(script, tmp_path):
+    """To import PyTorch takes seconds, in which a user may think better of it."""
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import time; print('here', flush=True)\n"
+                                             "time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / f"{script}.py"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == -signal.SIGINT
