@@ -182,7 +182,7 @@ def main(args):
             forward = torch.compile(forward)
             flow.compile()
         batches.start, batches.stop = step, max(step, total)
-        params, averages = list(net.parameters()), list(ema.parameters())
+        params, average = list(net.parameters()), averaging(ema, net, args.ema_decay)
         guard = faults.Guard(world, args.skip_nonfinite)
         signals = stack.enter_context(faults.Signals(world))
         saver = stack.enter_context(checkpoint.Saver(folder / "checkpoints", args.keep_last))
@@ -213,10 +213,10 @@ def main(args):
             # Update of weights and averages, unless the gradient is not finite
             step += 1
             norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            optimizer.found_inf = guard.admit(step, values[0], norm)
+            optimizer.found_inf = average.found_inf = guard.admit(step, values[0], norm)
             optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(averages, params, 1 - args.ema_decay)
+            average.step()
             values = torch.cat([values, norm[None], torch.ones_like(norm)[None]])
             sums += torch.where(optimizer.found_inf > 0, 0, values)
             bar.update()
@@ -340,6 +340,19 @@ def build(args, config, folder, world):
     if path is None:
         return 0, net, ema, optimizer
     return checkpoint.restore(path, net, ema, optimizer), net, ema, optimizer
+
+
+def averaging(ema, net, decay):
+    """An optimiser whose step moves the averages by 1 - decay of the way to the weights.
+
+    It is gradient descent with weight decay 1 along the gradient -weights. As an optimiser it makes
+    no autograd graph, and its ``found_inf`` leaves a step out without the host knowing.
+    """
+    optimizer = torch.optim.SGD(ema.parameters(), lr=1 - decay, weight_decay=1, maximize=True,
+                                fused=True)
+    for average, weight in zip(ema.parameters(), net.parameters()):
+        average.grad = weight.detach()  # shares its memory: always the present weight
+    return optimizer
 
 
 def introduction(args, world, net, dataset, step, total):
