@@ -169,18 +169,7 @@ def main(args):
         for line in lines:
             log.say(line)
 
-        flow = method(args, config["num_classes"])
-        forward = net
-        if world.distributed:
-            with warnings.catch_warnings():  # of a new name for the option, unknown to torch 2.11
-                warnings.simplefilter("ignore")
-                # The buffers are constant: no need to send them each step. Gradients that are views
-                # of what is sent save one copy of them, in memory and in time
-                forward = DistributedDataParallel(net, broadcast_buffers=False,
-                                                  gradient_as_bucket_view=True)
-        if args.compile:
-            forward = torch.compile(forward)
-            flow.compile()
+        passes = Passes(args, config, world, net, space)
         batches.start, batches.stop = step, max(step, total)
         params, average = list(net.parameters()), averaging(ema, net, args.ema_decay)
         guard = faults.Guard(world, args.skip_nonfinite)
@@ -197,18 +186,10 @@ def main(args):
         bar = world.progress(total, initial=step)
 
         for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
-            # Forward and backward, in equal parts of the batch whose gradients add up
             world.place = f"step {step + 1}"
-            values = torch.zeros(3, device=world.device)
-            for part, count, last in parts_of(args, world):
-                rows = slice(part // world.size, None, args.grad_accum_steps)
-                x, draws = prepare(args, config, flow, space, images[rows], step, part, count)
-                with nullcontext() if last or not world.distributed else forward.no_sync():
-                    with world.autocast():
-                        out = flow.loss(net, x, y[rows], draws, forward=forward)
-                    (faults.telling(out.loss) / args.grad_accum_steps).backward()
-                values += torch.stack([out.loss.detach(), out.error.mean(),
-                                       out.velocity_error.mean()]) / args.grad_accum_steps
+            if step == batches.start:
+                passes.warm_up(images, y, step)
+            values = passes.backward(images, y, step)
 
             # Update of weights and averages, unless the gradient is not finite
             step += 1
@@ -250,6 +231,68 @@ def main(args):
             log.say(f"{asked}: saved step {step}; repeat the command to go on")
         if world.main:
             print(saver.path or checkpoint.newest(folder / "checkpoints"))
+
+
+class Passes:
+    """The passes of a step, forward and backward: over processes, and compiled where it can be."""
+
+    def __init__(self, args, config, world, net, space):
+        self.args, self.config, self.world, self.net, self.space = args, config, world, net, space
+        self.flow, self.forward = method(args, config["num_classes"]), net
+        if world.distributed:
+            with warnings.catch_warnings():  # of a new name for the option, unknown to torch 2.11
+                warnings.simplefilter("ignore")
+                # The buffers are constant: no need to send them each step. Gradients that are views
+                # of what is sent save one copy of them, in memory and in time
+                self.forward = DistributedDataParallel(net, broadcast_buffers=False,
+                                                       gradient_as_bucket_view=True)
+        if args.compile:
+            self.forward = torch.compile(self.forward)
+            self.flow.compile()
+
+    def backward(self, images, y, step, *, local=False):
+        """Add the gradients of a step; returns (3,): loss, error, velocity error of these rows.
+
+        In equal parts of the batch, whose gradients add up. local: without the other processes.
+        """
+        values = torch.zeros(3, device=self.world.device)
+        parts = self.args.grad_accum_steps
+        for i in range(parts):
+            # Dealt out of the global batch as to processes: rows part::count of it
+            part, count = self.world.rank + self.world.size * i, self.world.size * parts
+            x, draws = self.prepare(images[i::parts], step, part, count)
+            alone = self.world.distributed and (local or i < parts - 1)
+            with self.forward.no_sync() if alone else nullcontext():
+                with self.world.autocast():
+                    out = self.flow.loss(self.net, x, y[i::parts], draws, forward=self.forward)
+                (faults.telling(out.loss) / parts).backward()
+            values += torch.stack([out.loss.detach(), out.error.mean(),
+                                   out.velocity_error.mean()]) / parts
+        return values
+
+    def prepare(self, images, step, part, count):
+        """Data x and draws of one part, of images or moments: all noise is drawn for the global
+        batch, so that a run does not depend on how it is divided."""
+        args, device = self.args, images.device
+        shape = (args.global_batch_size, *self.config["latent_shape"])
+        noise = torch.randn(shape, device=device, generator=runtime.generator(
+            args.seed, step, "posterior", device=device))[part::count]
+        with torch.no_grad():
+            moments = images if args.encoded_data else self.space.encode(images)
+            x = vae.posterior_sample(moments, noise, self.config["scale"])
+        generator = runtime.generator(args.seed, step, "method", device=device)
+        return x, self.flow.draw(shape, device=device, generator=generator).part(part, count)
+
+    def warm_up(self, images, y, step):
+        """Let DistributedDataParallel settle on the passes of the first step.
+
+        Nothing of it is left in weights, gradients or random state.
+        """
+        if self.world.distributed:
+            # After its first backward it orders the gradients anew, and with three or more
+            # processes the order of the sums changes: else a resumed run would differ in bits
+            self.backward(images, y, step)
+            self.net.zero_grad()
 
 
 class Clock:
@@ -363,29 +406,6 @@ def introduction(args, world, net, dataset, step, total):
         f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
         f"steps {step} to {total}, into {args.run_dir}",
     ]
-
-
-def parts_of(args, world):
-    """(part, count, whether it is the last) for each micro-batch of this process.
-
-    Micro-batches are dealt out of the global batch as processes are: rows part::count of it.
-    """
-    count = world.size * args.grad_accum_steps
-    for i in range(args.grad_accum_steps):
-        yield world.rank + world.size * i, count, i == args.grad_accum_steps - 1
-
-
-def prepare(args, config, flow, space, images, step, part, count):
-    """Data x and draws of one part, of images or moments: all noise is drawn for the global batch,
-    so that a run does not depend on how it is divided."""
-    shape, device = (args.global_batch_size, *config["latent_shape"]), images.device
-    noise = torch.randn(shape, device=device, generator=runtime.generator(
-        args.seed, step, "posterior", device=device))[part::count]
-    with torch.no_grad():
-        moments = images if args.encoded_data else space.encode(images)
-        x = vae.posterior_sample(moments, noise, config["scale"])
-    generator = runtime.generator(args.seed, step, "method", device=device)
-    return x, flow.draw(shape, device=device, generator=generator).part(part, count)
 
 
 def evaluate(args, evaluation, generator, log, step):
