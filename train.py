@@ -117,7 +117,8 @@ def add_optimisation_options(group):
     group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
                        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       default=torch.cuda.is_available(), help="torch.compile the passes of a step")
+                       help="torch.compile the passes of a step (default: where there is a GPU, "
+                            "and not where that fails)")
     group.add_argument("--seed", type=whole(0), default=0,
                        help="fixes weights, data order and all noise")
 
@@ -178,7 +179,6 @@ def main(args):
         stack.callback(signals.steps_end)  # before the saver's end, also after an error
         generator = Generator(ema, space, config, world, seed=args.seed)
         sums, skipped, asked = torch.zeros(5, device=world.device), 0, None
-        clock = Clock(step)
         # One that a run was ended in the midst of is made up for
         if (step and due(step, args.eval_every, step == total)
                 and not world.agree(log.has(step, "fid"))):
@@ -188,7 +188,8 @@ def main(args):
         for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
             world.place = f"step {step + 1}"
             if step == batches.start:
-                passes.warm_up(images, y, step)
+                passes.warm_up(images, y, step, log)
+                clock = Clock(step)
             values = passes.backward(images, y, step)
 
             # Update of weights and averages, unless the gradient is not finite
@@ -246,9 +247,6 @@ class Passes:
                 # of what is sent save one copy of them, in memory and in time
                 self.forward = DistributedDataParallel(net, broadcast_buffers=False,
                                                        gradient_as_bucket_view=True)
-        if args.compile:
-            self.forward = torch.compile(self.forward)
-            self.flow.compile()
 
     def backward(self, images, y, step, *, local=False):
         """Add the gradients of a step; returns (3,): loss, error, velocity error of these rows.
@@ -283,16 +281,46 @@ class Passes:
         generator = runtime.generator(args.seed, step, "method", device=device)
         return x, self.flow.draw(shape, device=device, generator=generator).part(part, count)
 
-    def warm_up(self, images, y, step):
-        """Let DistributedDataParallel settle on the passes of the first step.
+    def warm_up(self, images, y, step, log):
+        """Compile, and let DistributedDataParallel settle, on the passes of the first step.
 
         Nothing of it is left in weights, gradients or random state.
         """
+        if self.config["compile"]:
+            self.compile(images, y, step, log)
         if self.world.distributed:
             # After its first backward it orders the gradients anew, and with three or more
             # processes the order of the sums changes: else a resumed run would differ in bits
             self.backward(images, y, step)
             self.net.zero_grad()
+
+    def compile(self, images, y, step, log):
+        """Compile the passes, and try them, forward and backward.
+
+        Where that fails on any process, all go on with plain passes and the log says why; with
+        --compile on the command line it is a UserError.
+        """
+        reason, before = None, (self.forward, self.flow)
+        try:
+            self.forward, self.flow = torch.compile(self.forward), copy.copy(self.flow)
+            self.flow.compile()
+            # Without the exchange of gradients, in which a process would wait for one that failed
+            self.backward(images, y, step, local=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # every layer of the compiler has its own kinds
+            what = " ".join(str(error).split("\n\n")[0].split())
+            reason = f"{type(error).__name__}: {what:.200}"
+        self.net.zero_grad()
+        reasons = [f"rank {rank}: {reason}"
+                   for rank, reason in enumerate(self.world.gather(reason)) if reason]
+        if not reasons:
+            return
+        if self.args.compile:
+            raise UserError(f"--compile must be given where torch.compile works, got "
+                            f"{reasons[0]}; install what is missing or give --no-compile")
+        self.forward, self.flow = before
+        log.say(f"torch.compile failed, training goes on without it; {reasons[0]}")
 
 
 class Clock:
@@ -338,7 +366,8 @@ def describe(args, dataset, space):
               for name, value in vars(args).items()}
     encoded = dataset if args.encoded_data else space
     shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
-    return config | {"latent_shape": list(shape), "scale": encoded.scale,
+    compiles = torch.cuda.is_available() if args.compile is None else args.compile
+    return config | {"compile": compiles, "latent_shape": list(shape), "scale": encoded.scale,
                      "classes": list(dataset.classes), "num_classes": len(dataset.classes),
                      "num_images": len(dataset)}
 
