@@ -2,6 +2,7 @@
 compiler fails."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import train
 from meanflow import MeanFlow
+from models import DiT
 from runtime import UserError
 
 
@@ -90,6 +92,7 @@ from torch._dynamo.backends.registry import lookup_backend
 rank, fails = os.environ["RANK"], sys.argv.pop(1)
 models.SIZES["T"] = 8, 96, 3
 models.DiT_models["DiT-T/4"].keywords["depth"] = 8
+train.LEAST_BUCKET_MIB = 0
 describe = train.describe
 train.describe = lambda *known: describe(*known) | {"compile": known[0].compile is not False}
 
@@ -139,6 +142,28 @@ def test_two_processes_compile_several_blocks_at_once_and_only_before_the_first_
     for key, value in one.items():
         if not key.endswith("qkv.bias"):  # of key biases Adam sees the rounding only
             assert (two[key] - value).abs().max() <= 1e-5 * value.abs().max(), key
+
+
+def test_the_compiled_network_is_cut_between_blocks():
+    """PyTorch's own bucket size cuts blocks of this width, DiT-B's, in two."""
+    pieces = []
+
+    def count(graph, inputs):
+        pieces.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
+    try:
+        net = DiT(input_size=8, depth=6)
+        args = train.parse_args(["--data-path", "x"])
+        world = types.SimpleNamespace(distributed=True)
+        passes = train.Passes(args, {"num_classes": 1000}, world, net, None)
+        forward = torch.compile(passes.forward, backend=count)
+        forward(torch.randn(1, 4, 8, 8), *torch.rand(2, 1), torch.zeros(1, dtype=torch.int64))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(pieces) == 5 and len(set(pieces[1:-1])) == 1, pieces
 
 
 @pytest.mark.slow
