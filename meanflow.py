@@ -208,7 +208,7 @@ class MeanFlow:
         """du/dt along the path: the Jacobian-vector product with tangent (v_g, 0, 1) (Eq. 8)."""
         tangents = (v_g, torch.zeros_like(r), torch.ones_like(t))
         # Fused attention has no forward-mode derivative: the plain formula instead
-        with sdpa_kernel(SDPBackend.MATH), LinearTangents():
+        with sdpa_kernel(SDPBackend.MATH), ConstantWeights():
             _, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
         return du_dt.to(v_g.dtype)
 
@@ -224,23 +224,27 @@ def load_forward_mode():
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-class LinearTangents(TorchFunctionMode):
-    """Makes linear layers cost two products in forward mode instead of three.
+class ConstantWeights(TorchFunctionMode):
+    """Forward mode in which the weights of linear layers and of convolutions are constants.
 
-    PyTorch's own rule adds the product of the input with the tangent of the weight, which nobody
-    varies: a matrix of zeros, written out and multiplied (torch 2.15, eager and compiled).
+    PyTorch's own rule also adds the product of the input with the tangent of the weight. Nobody
+    varies the weight, but the matrix of zeros is written out and multiplied: three products in
+    place of two (torch 2.15, eager and compiled). For a convolution torch 2.11 cannot compile it.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear:
-            return self.linear(*args, **(kwargs or {}))
+        if function is F.linear or function is F.conv2d:
+            return self.product(function, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     @staticmethod
-    def linear(x, weight, bias=None):
-        x, tangent = forward_ad.unpack_dual(x)
-        y = F.linear(x, weight, bias)
-        return y if tangent is None else forward_ad.make_dual(y, F.linear(tangent, weight))
+    def product(function, input, weight, bias=None, *args, **kwargs):
+        """function(input, weight, ...), whose tangent is that of its input times the weight."""
+        x, tangent = forward_ad.unpack_dual(input)
+        y = function(x, weight, bias, *args, **kwargs)
+        if tangent is None:
+            return y
+        return forward_ad.make_dual(y, function(tangent, weight, None, *args, **kwargs))
 
 
 def starts(indices, shape, *, seed, num_classes, labels="balanced"):

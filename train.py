@@ -40,6 +40,7 @@ from runtime import UserError, real, whole
 FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
         "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations",
         "skip_nonfinite", "eval_every", "eval_samples", "fid_ref", "protocol")
+LEAST_BUCKET_MIB = 25  # PyTorch's default
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 
 
@@ -121,7 +122,8 @@ def add_optimisation_options(group):
     group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
                        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       default=torch.cuda.is_available(), help="torch.compile the passes of a step")
+                       help="torch.compile the passes of a step (default: where there is a GPU, "
+                            "and not where that fails)")
     group.add_argument("--seed", type=whole(0), default=0,
                        help="fixes weights, data order and all noise")
 
@@ -173,20 +175,9 @@ def main(args):
         for line in lines:
             log.say(line)
 
-        flow = method(args, config["num_classes"])
-        forward = net
-        if world.distributed:
-            with warnings.catch_warnings():  # of a new name for the option, unknown to torch 2.11
-                warnings.simplefilter("ignore")
-                # The buffers are constant: no need to send them each step. Gradients that are views
-                # of what is sent save one copy of them, in memory and in time
-                forward = DistributedDataParallel(net, broadcast_buffers=False,
-                                                  gradient_as_bucket_view=True)
-        if args.compile:
-            forward = torch.compile(forward)
-            flow.compile()
+        passes = Passes(args, config, world, net, space)
         batches.start, batches.stop = step, max(step, total)
-        params, averages = list(net.parameters()), list(ema.parameters())
+        params, average = list(net.parameters()), averaging(ema, net, args.ema_decay)
         guard = faults.Guard(world, args.skip_nonfinite)
         signals = stack.enter_context(faults.Signals(world))
         saver = world.saver = stack.enter_context(checkpoint.Saver(
@@ -194,7 +185,6 @@ def main(args):
         stack.callback(signals.steps_end)  # before the saver's end, also after an error
         generator = Generator(ema, space, config, world, seed=args.seed)
         sums, skipped, asked = torch.zeros(5, device=world.device), 0, None
-        clock = Clock(step)
         # One that a run was ended in the midst of is made up for
         if (step and due(step, args.eval_every, step == total)
                 and not world.agree(log.has(step, "fid"))):
@@ -202,26 +192,19 @@ def main(args):
         bar = world.progress(total, initial=step)
 
         for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
-            # Forward and backward, in equal parts of the batch whose gradients add up
             world.place = f"step {step + 1}"
-            values = torch.zeros(3, device=world.device)
-            for part, count, last in parts_of(args, world):
-                rows = slice(part // world.size, None, args.grad_accum_steps)
-                x, draws = prepare(args, config, flow, space, images[rows], step, part, count)
-                with nullcontext() if last or not world.distributed else forward.no_sync():
-                    with world.autocast():
-                        out = flow.loss(net, x, y[rows], draws, forward=forward)
-                    (faults.telling(out.loss) / args.grad_accum_steps).backward()
-                values += torch.stack([out.loss.detach(), out.error.mean(),
-                                       out.velocity_error.mean()]) / args.grad_accum_steps
+            if step == batches.start:
+                passes.warm_up(images, y, step, log)
+                clock = Clock(step)
+            values = passes.backward(images, y, step)
 
             # Update of weights and averages, unless the gradient is not finite
             step += 1
             norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            optimizer.found_inf = guard.admit(step, values[0], norm)
+            optimizer.found_inf = average.found_inf = guard.admit(step, values[0], norm)
             optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(averages, params, 1 - args.ema_decay)
+            average.step()
             values = torch.cat([values, norm[None], torch.ones_like(norm)[None]])
             sums += torch.where(optimizer.found_inf > 0, 0, values)
             bar.update()
@@ -256,6 +239,108 @@ def main(args):
             log.say(f"{asked}: saved step {step}; repeat the command to go on")
         if world.main:
             print(saver.path or checkpoint.newest(folder / "checkpoints"))
+
+
+class Passes:
+    """The passes of a step, forward and backward: over processes, and compiled where it can be."""
+
+    def __init__(self, args, config, world, net, space):
+        self.args, self.config, self.world, self.net, self.space = args, config, world, net, space
+        self.flow, self.forward = method(args, config["num_classes"]), net
+        if world.distributed:
+            with warnings.catch_warnings():  # of a new name for the option, unknown to torch 2.11
+                warnings.simplefilter("ignore")
+                # The buffers are constant: no need to send them each step. Gradients that are views
+                # of what is sent save one copy of them, in memory and in time
+                self.forward = DistributedDataParallel(
+                    net, broadcast_buffers=False, gradient_as_bucket_view=True,
+                    bucket_cap_mb=bucket_mib(net))
+
+    def backward(self, images, y, step, *, local=False):
+        """Add the gradients of a step; returns (3,): loss, error, velocity error of these rows.
+
+        In equal parts of the batch, whose gradients add up. local: without the other processes.
+        """
+        values = torch.zeros(3, device=self.world.device)
+        parts = self.args.grad_accum_steps
+        for i in range(parts):
+            # Dealt out of the global batch as to processes: rows part::count of it
+            part, count = self.world.rank + self.world.size * i, self.world.size * parts
+            x, draws = self.prepare(images[i::parts], step, part, count)
+            alone = self.world.distributed and (local or i < parts - 1)
+            with self.forward.no_sync() if alone else nullcontext():
+                with self.world.autocast():
+                    out = self.flow.loss(self.net, x, y[i::parts], draws, forward=self.forward)
+                (faults.telling(out.loss) / parts).backward()
+            values += torch.stack([out.loss.detach(), out.error.mean(),
+                                   out.velocity_error.mean()]) / parts
+        return values
+
+    def prepare(self, images, step, part, count):
+        """Data x and draws of one part, of images or moments: all noise is drawn for the global
+        batch, so that a run does not depend on how it is divided."""
+        args, device = self.args, images.device
+        shape = (args.global_batch_size, *self.config["latent_shape"])
+        noise = torch.randn(shape, device=device, generator=runtime.generator(
+            args.seed, step, "posterior", device=device))[part::count]
+        with torch.no_grad():
+            moments = images if args.encoded_data else self.space.encode(images)
+            x = vae.posterior_sample(moments, noise, self.config["scale"])
+        generator = runtime.generator(args.seed, step, "method", device=device)
+        return x, self.flow.draw(shape, device=device, generator=generator).part(part, count)
+
+    def warm_up(self, images, y, step, log):
+        """Compile, and let DistributedDataParallel settle, on the passes of the first step.
+
+        Nothing of it is left in weights, gradients or random state.
+        """
+        if self.config["compile"]:
+            self.compile(images, y, step, log)
+        if self.world.distributed:
+            # After its first backward it orders the gradients anew, and with three or more
+            # processes the order of the sums changes: else a resumed run would differ in bits
+            self.backward(images, y, step)
+            self.net.zero_grad()
+
+    def compile(self, images, y, step, log):
+        """Compile the passes, and try them, forward and backward.
+
+        Where that fails on any process, all go on with plain passes and the log says why; with
+        --compile on the command line it is a UserError.
+        """
+        reason, before = None, (self.forward, self.flow)
+        try:
+            self.forward, self.flow = torch.compile(self.forward), copy.copy(self.flow)
+            self.flow.compile()
+            # Without the exchange of gradients, in which a process would wait for one that failed
+            self.backward(images, y, step, local=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # every layer of the compiler has its own kinds
+            what = " ".join(str(error).split("\n\n")[0].split())
+            reason = f"{type(error).__name__}: {what:.200}"
+        self.net.zero_grad()
+        reasons = [f"rank {rank}: {reason}"
+                   for rank, reason in enumerate(self.world.gather(reason)) if reason]
+        if not reasons:
+            return
+        if self.args.compile:
+            raise UserError(f"--compile must be given where torch.compile works, got "
+                            f"{reasons[0]}; install what is missing or give --no-compile")
+        self.forward, self.flow = before
+        log.say(f"torch.compile failed, training goes on without it; {reasons[0]}")
+
+
+def bucket_mib(net):
+    """MiB of gradients that DistributedDataParallel sends at once: two blocks', or 25 at least.
+
+    torch.compile cuts the network where a bucket is full. With PyTorch's own 25 MiB that is within
+    every block of DiT-B (18 graphs) and DiT-XL (58); with these it is after every second (8 and
+    16). The last bucket is sent when the backward has ended, all others during it: of DiT-XL/2 a
+    fourteenth is left to wait for. Memory is the same for all sizes.
+    """
+    block = sum(p.numel() * p.element_size() for p in net.blocks[0].parameters())
+    return max(LEAST_BUCKET_MIB, 2 * block / 2**20)
 
 
 class Clock:
@@ -302,7 +387,8 @@ def describe(args, dataset, space):
               for name, value in vars(args).items()}
     encoded = dataset if args.encoded_data else space
     shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
-    return config | {"latent_shape": list(shape), "scale": encoded.scale,
+    compiles = torch.cuda.is_available() if args.compile is None else args.compile
+    return config | {"compile": compiles, "latent_shape": list(shape), "scale": encoded.scale,
                      "classes": list(dataset.classes), "num_classes": len(dataset.classes),
                      "num_images": len(dataset)}
 
@@ -354,6 +440,19 @@ def build(args, config, folder, world):
     return step, net, ema, optimizer
 
 
+def averaging(ema, net, decay):
+    """An optimiser whose step moves the averages by 1 - decay of the way to the weights.
+
+    It is gradient descent with weight decay 1 along the gradient -weights. As an optimiser it makes
+    no autograd graph, and its ``found_inf`` leaves a step out without the host knowing.
+    """
+    optimizer = torch.optim.SGD(ema.parameters(), lr=1 - decay, weight_decay=1, maximize=True,
+                                fused=True)
+    for average, weight in zip(ema.parameters(), net.parameters()):
+        average.grad = weight.detach()  # shares its memory: always the present weight
+    return optimizer
+
+
 def introduction(args, world, net, dataset, step, total):
     """The first lines of the log."""
     parameters = sum(p.numel() for p in net.parameters())
@@ -362,29 +461,6 @@ def introduction(args, world, net, dataset, step, total):
         f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
         f"steps {step} to {total}, into {args.run_dir}",
     ] + ([dataset.note] if args.encoded_data and dataset.note else [])
-
-
-def parts_of(args, world):
-    """(part, count, whether it is the last) for each micro-batch of this process.
-
-    Micro-batches are dealt out of the global batch as processes are: rows part::count of it.
-    """
-    count = world.size * args.grad_accum_steps
-    for i in range(args.grad_accum_steps):
-        yield world.rank + world.size * i, count, i == args.grad_accum_steps - 1
-
-
-def prepare(args, config, flow, space, images, step, part, count):
-    """Data x and draws of one part, of images or moments: all noise is drawn for the global batch,
-    so that a run does not depend on how it is divided."""
-    shape, device = (args.global_batch_size, *config["latent_shape"]), images.device
-    noise = torch.randn(shape, device=device, generator=runtime.generator(
-        args.seed, step, "posterior", device=device))[part::count]
-    with torch.no_grad():
-        moments = images if args.encoded_data else space.encode(images)
-        x = vae.posterior_sample(moments, noise, config["scale"])
-    generator = runtime.generator(args.seed, step, "method", device=device)
-    return x, flow.draw(shape, device=device, generator=generator).part(part, count)
 
 
 def evaluate(args, evaluation, generator, log, step):

@@ -24,6 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file is a "che
 
 import checkpoint  # noqa: E402
 import runtime  # noqa: E402
+import train  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 
 SHAPE = (4, 32, 32)  # of ImageNet at 256 px
@@ -75,6 +76,7 @@ class Training:
         self.net = checkpoint.network(self.config).to(world.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True)
+        self.average = train.averaging(self.ema, self.net, 0.9999)
         self.flow = MeanFlow(num_classes=1000, cfg=3.0)
         self.x = torch.randn(args.batch_size, *SHAPE, device=world.device)
         self.y = torch.randint(1000, (args.batch_size,), device=world.device)
@@ -82,15 +84,14 @@ class Training:
     def step(self):
         """The seconds that a step takes."""
         begin = time.perf_counter()
-        params, averages = list(self.net.parameters()), list(self.ema.parameters())
         with self.world.autocast():
             out = self.flow.loss(self.net, self.x, self.y,
                                  self.flow.draw(self.x.shape, device=self.x.device))
         out.loss.backward()
-        torch.nn.utils.get_total_norm([p.grad for p in params])
+        torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters()])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        torch._foreach_lerp_(averages, params, 1e-4)
+        self.average.step()
         return self.seconds_since(begin)
 
     def seconds_since(self, begin):

@@ -1,0 +1,180 @@
+"""Train for thousands of steps and see that nothing a run holds grows with the step number.
+
+    python tests/growth.py                                  # 20,000 steps from image files
+    python tests/growth.py --data latents --processes 2     # from latent shards, read by threads
+
+Readers, pictures, evaluations and checkpoints are on. Memory, descriptors, threads and processor
+time are read from outside, from /proc, of all processes of the run and their readers. The smallest
+model takes them for many more steps than it takes a large one. Prints a table and one JSON line;
+the exit code is 1 if something grew.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import soak
+
+TICKS = os.sysconf("SC_CLK_TCK")
+MIB_PER_5000 = 8  # of memory, which grows by chance as well: allocators keep what they once needed
+IN_FLIGHT = 4  # descriptors by which readings differ: a batch on its way from a reader has some
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Train for thousands of steps and see that nothing grows with their number.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20000, help="optimiser steps")
+    parser.add_argument("--points", type=int, default=20, help="readings, evenly spaced")
+    parser.add_argument("--data", choices=("images", "latents"), default="images",
+                        help="files that processes read, or shards that threads read")
+    parser.add_argument("--processes", type=int, default=1, help="of the run")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    folder = Path(tempfile.mkdtemp(prefix="growth-"))
+    try:
+        readings = watch(folder, args.data, args.steps, args.points, processes=args.processes)
+    finally:
+        shutil.rmtree(folder)
+    print(table(readings))
+    result = growth(readings)
+    print(json.dumps({"data": args.data, "processes": args.processes, **result}))
+    sys.exit(0 if result["flat"] else 1)
+
+
+def watch(folder, data, steps, points, *, processes=1):
+    """Readings of a run, one every steps / points. Raises AssertionError if it fails."""
+    every = steps // points
+    words = options(folder, data, steps, every)
+    places = soak.ranks(processes) if processes > 1 else [{}]
+    run = [subprocess.Popen(
+        [sys.executable, soak.ROOT / "train.py", *map(str, words)], cwd=soak.ROOT, stdout=-3,
+        stderr=open(folder / f"said.{i}.txt", "w"),
+        env=os.environ | place | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        for i, place in enumerate(places)]
+    readings, metrics = [], folder / "run" / "metrics.jsonl"
+    try:
+        # The last reading is of the last step but one point: after it readers end
+        for step in range(every, steps, every):
+            soak.wait_for_step(folder / "run", step, timeout=3600, alive=lambda: all(
+                process.poll() is None for process in run))
+            readings.append(read([process.pid for process in run], soak.logged(metrics.parent)))
+        codes = [process.wait(600) for process in run]
+    finally:
+        for process in run:
+            process.kill()
+    said = "".join(path.read_text() for path in folder.glob("said.*.txt"))
+    assert not any(codes), said
+    return readings
+
+
+def options(folder, data, steps, every):
+    """Options of train.py for the smallest model, with everything on that recurs."""
+    import digits  # of benchmarks/, which soak has put on the path
+
+    source = digits.load_digits()
+    source.images = source.images[:200]
+    digits.write(folder / "digits", source)
+    pixels = ["--image-size", 8, "--vae", "none"]
+    path, extra = folder / "digits", []
+    if data == "latents":
+        import test_vae
+
+        test_vae.save_small_vae(folder / "vae")
+        pixels = ["--image-size", 16, "--vae", folder / "vae"]
+        path, extra = folder / "latents", ["--encoded-data"]
+        script("encode_imagenet", "--data-path", folder / "digits", "--out-path", path, *pixels,
+               "--num-workers", 0)
+    script("evaluate_fid", "--samples", folder / "digits", "--make-ref", folder / "ref.npz",
+           "--protocol", "pixels", "--image-size", pixels[1], "--num-workers", 0)
+    return ["--data-path", path, *extra, *pixels, "--run-dir", folder / "run", "--model",
+            "DiT-T/8" if data == "images" else "DiT-T/2", "--global-batch-size", 4,
+            "--num-workers", 2, "--max-steps", steps, "--log-every", max(1, every // 10),
+            "--skip-nonfinite", 1, "--sample-every", every // 2, "--ckpt-every", every // 2,
+            "--eval-every", every, "--fid-ref", folder / "ref.npz", "--eval-samples", 60,
+            "--protocol", "pixels"]
+
+
+def script(name, *words):
+    subprocess.run([sys.executable, soak.ROOT / f"{name}.py", *map(str, words)], cwd=soak.ROOT,
+                   check=True, capture_output=True)
+
+
+def read(pids, step):
+    """What the processes and their readers hold now."""
+    families = [[pid, *children(pid)] for pid in pids]
+    every = [Path("/proc", str(pid)) for family in families for pid in family]
+    return {"step": step, "time": time.monotonic(), "memory": sum(map(memory, every)) / 2**20,
+            "descriptors": sum(len(os.listdir(path / "fd")) for path in every),
+            "threads": sum(len(os.listdir(path / "task")) for path in every),
+            "readers": len(every) - len(pids), "busy": sum(map(busy, every))}
+
+
+def children(pid):
+    """The processes that a process has started, in any of its threads."""
+    tasks = Path("/proc", str(pid), "task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def memory(path):
+    """Bytes of a process that are no file's."""
+    fields = dict(line.split(":") for line in (path / "status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+
+
+def busy(path):
+    """Seconds of processor time that a process has used."""
+    fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def growth(readings, *, mib_per_5000=MIB_PER_5000):
+    """By how much the last third of the readings exceeds the first, and whether that is flat.
+
+    Differences of medians; memory is scaled to 5,000 steps. The first reading does not count: until
+    the first checkpoint and evaluation a run takes what it then keeps.
+    """
+    readings = readings[1:]
+
+    def thirds(values):
+        third = len(values) // 3
+        return statistics.median(values[:third]), statistics.median(values[-third:])
+
+    step, memory, descriptors, threads, readers = (
+        thirds([reading[name] for reading in readings])
+        for name in ("step", "memory", "descriptors", "threads", "readers"))
+    pace = [(b["busy"] - a["busy"]) / (b["step"] - a["step"])
+            for a, b in zip(readings, readings[1:])]
+    before, after = thirds(pace)
+    mib = (memory[1] - memory[0]) * 5000 / (step[1] - step[0])
+    more = {"descriptors": descriptors[1] - descriptors[0], "threads": threads[1] - threads[0],
+            "readers": readers[1] - readers[0]}
+    flat = more["descriptors"] <= IN_FLIGHT and more["threads"] <= 0 and more["readers"] <= 0
+    return {"steps": readings[-1]["step"], "mib_per_5000_steps": round(mib, 2), **more,
+            "processor_time_per_step_ratio": round(after / before, 3),
+            "flat": flat and mib <= mib_per_5000}
+
+
+def table(readings):
+    """The readings as lines."""
+    lines = ["   step  memory MiB  descriptors  threads  processor ms/step  wall ms/step"]
+    for before, now in zip([None, *readings], readings):
+        steps = now["step"] - before["step"] if before else None
+        paces = [f"{1000 * (now[name] - before[name]) / steps:.2f}" if before else ""
+                 for name in ("busy", "time")]
+        lines.append(f"{now['step']:7d}  {now['memory']:10.1f}  {now['descriptors']:11d}  "
+                     f"{now['threads']:7d}  {paces[0]:>17}  {paces[1]:>12}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(parse_args())
