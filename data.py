@@ -7,9 +7,13 @@ the rows rank::world, so the data a run sees does not depend on the number of pr
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import itertools
+import math
 import os
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -88,17 +92,18 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, batch):
-        """(rows, mirrored), both (B,) -> images and labels, or the UserError met on the way.
+        """(rows, mirrored), both (B,) -> images uint8 (B, 3, size, size) and labels (B,).
 
-        Returned and not raised: a worker process would wrap it in its traceback.
+        Raises UserError.
         """
         rows, mirrored = batch
-        try:
-            images = [self.image(row) for row in rows.tolist()]
-        except UserError as error:
-            return error
-        images = torch.stack([x.flip(2) if m else x for x, m in zip(images, mirrored.tolist())])
-        return images, self.labels[rows]
+        return (torch.stack([self.read(item) for item in zip(rows.tolist(), mirrored.tolist())]),
+                self.labels[rows])
+
+    def read(self, row_and_mirrored):
+        """uint8 (3, size, size). Raises UserError."""
+        row, mirrored = row_and_mirrored
+        return self.image(row).flip(2) if mirrored else self.image(row)
 
     def image(self, row):
         """uint8 (3, size, size), not mirrored. Raises UserError."""
@@ -158,27 +163,109 @@ class Batches:
 
 
 def load(dataset, batches, *, workers, device):
-    """Iterate over the batches of a dataset, on device: tensors as the dataset serves them.
+    """Iterate over the batches (rows, mirrored) of a dataset, on device: tensors as it serves them.
 
     Workers read ahead, so neither a slow image nor a cold disk holds up the caller: processes for
     images, threads for latents, which to hand from process to process costs ten times as much as
     to read. Raises UserError for what a worker could not read.
     """
-    cuda = device.type == "cuda"
-    if workers and isinstance(dataset, LatentShards):
-        def read(batch):
-            return [tensor.pin_memory() if cuda else tensor for tensor in dataset[batch]]
-        served = ahead(read, batches, threads=workers, depth=2 * workers)
+    def host(batch):
+        return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in batch]
+
+    if not isinstance(dataset, LatentShards):
+        items = (list(zip(rows.tolist(), mirrored.tolist())) for rows, mirrored in batches)
+        served = (host((stacked(images), dataset.labels[[row for row, _ in batch]]))
+                  for batch, images in read_images(dataset.read, items, workers=workers))
+        served = beside(served) if workers else served
+    elif workers:
+        served = ahead(lambda batch: host(dataset[batch]), batches, threads=workers,
+                       depth=2 * workers)
     else:
-        served = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
-                            pin_memory=cuda, persistent_workers=workers > 0,
-                            prefetch_factor=4 if workers else None,
-                            worker_init_fn=faults.ignore_signals)
+        served = (host(dataset[batch]) for batch in batches)
     for batch in served:
-        if isinstance(batch, UserError):
-            # a new one: raised itself, it would hold on to its own frame, and to the workers
-            raise UserError(batch, local=True)
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+
+
+PIECE = 4  # images that a reading process hands over at once
+
+
+def read_images(read, batches, *, workers):
+    """Yields (batch, images) for each batch, a list of items; images[i] is read(batch[i]), uint8
+    (3, H, W), or the UserError that it raised.
+
+    Processes read two batches ahead: threads would take turns with the caller's Python. They hand
+    over arrays, through pipes. PyTorch would put tensors into shared memory, of which a container
+    has 64 MB by default.
+    """
+    if not workers:
+        return ((batch, _read_piece(read, batch)) for batch in batches)
+    batches, begun = iter(batches), collections.deque()
+    first = next(batches, [])
+
+    def pieces():
+        for batch in itertools.chain([first] if first else [], batches):
+            begun.append(batch)
+            yield from (batch[i:i + PIECE] for i in range(0, len(batch), PIECE))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of more readers than cores, which wait for disks
+        pieces_read = iter(DataLoader(
+            _Itself(), sampler=pieces(), batch_size=None, num_workers=workers,
+            collate_fn=functools.partial(_read_piece, read), worker_init_fn=_begin,
+            prefetch_factor=max(2, math.ceil(2 * len(first) / PIECE / workers))))
+    return _regrouped(begun, itertools.chain.from_iterable(pieces_read))
+
+
+def _begin(worker):
+    """A reader ends with the process that it reads for, however that ends."""
+    def follow(parent):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)  # it may hang on a full pipe that nobody empties any more
+
+    faults.ignore_signals(worker)
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+
+
+class _Itself:
+    """A data set for DataLoader: what stands at a place is the place."""
+
+    def __getitem__(self, place):
+        return place
+
+
+def _read_piece(read, items):
+    """[read(item)], arrays or UserErrors: raised, these would be wrapped in a traceback."""
+    found = []
+    for item in items:
+        try:
+            found.append(read(item).numpy())
+        except UserError as error:
+            found.append(error)
+    return found
+
+
+def _regrouped(begun, images):
+    for image in images:
+        batch = begun.popleft()
+        yield batch, [image, *itertools.islice(images, len(batch) - 1)]
+
+
+def stacked(images):
+    """What read_images yields of a batch as uint8 (B, 3, H, W). Raises the first UserError."""
+    for image in images:
+        if isinstance(image, UserError):
+            raise UserError(image, local=True)
+    return torch.stack([torch.from_numpy(image) for image in images])
+
+
+def beside(iterable):
+    """Yields the items of an iterable, which a thread takes from it, up to two ahead."""
+    iterator, end = iter(iterable), object()
+    for item in ahead(lambda _: next(iterator, end), itertools.repeat(None), threads=1, depth=2):
+        if item is end:
+            return
+        yield item
 
 
 def ahead(function, items, *, threads, depth):

@@ -20,14 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import latents
 import runtime
 import vae
-from faults import ignore_signals
 from runtime import UserError
 
 # what two runs into one folder must share, and the option that sets it
@@ -282,15 +280,13 @@ def encode(args, images, space, config, todo, world):
     mine = todo[world.rank::world.size]
     parts = {shard: split(rows_of(config, shard), args.batch_size) for shard in mine}
     batches = list(itertools.chain(*parts.values()))
-    loader = DataLoader(batches, batch_size=None, num_workers=min(args.num_workers, len(batches)),
-                        collate_fn=functools.partial(read_batch, images),
-                        pin_memory=world.device.type == "cuda",
-                        worker_init_fn=ignore_signals)
+    found = data.read_images(images.image, batches, workers=min(args.num_workers, len(batches)))
+    readable = data.beside(sort_out(images, *batch) for batch in found)
     left, own = count_images(config, todo), count_images(config, mine)
     with world.progress(config["images"], initial=config["images"] - left, desc="encode",
                         unit="image") as bar:
         work = functools.partial(encode_batch, args, space, config, world.device)
-        stream = watched(data.ahead(work, loader, threads=1, depth=4), bar, left / max(1, own))
+        stream = watched(data.ahead(work, readable, threads=1, depth=4), bar, left / max(1, own))
         for shard in mine:
             latents.write_shard(
                 latents.ShardFiles(args.out_path, shard),
@@ -303,22 +299,22 @@ def split(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-def read_batch(images, rows):
-    """The readable images of these rows, uint8 (n, 3, H, W), their labels (n,), and the (name,
-    fault) of the others."""
+def sort_out(images, rows, found):
+    """The readable ones of what was found at these rows, uint8 (n, 3, H, W), their labels (n,),
+    and the (name, fault) of the others."""
     pixels, kept, faults = [], [], []
-    for row in rows:
-        try:
-            pixels.append(data.read_image(images.path(row), images.image_size))
+    for row, image in zip(rows, found):
+        if isinstance(image, UserError):
+            faults.append((images.name(row), str(image)))
+        else:
+            pixels.append(image)
             kept.append(row)
-        except UserError as error:
-            faults.append((images.name(row), str(error)))
-    pixels = torch.stack(pixels) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    pixels = data.stacked(pixels) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     return pixels, images.labels[kept], faults
 
 
 def encode_batch(args, space, config, device, batch):
-    """What read_batch returns -> labels, moments, those of the mirror images or None, faults."""
+    """What sort_out returns -> labels, moments, those of the mirror images or None, faults."""
     pixels, labels, faults = batch
     try:
         with runtime.one_thread():

@@ -12,7 +12,6 @@ ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. fid.py describes the protocols
 
 import dataclasses
 import json
-import os
 import sys
 import warnings
 import zipfile
@@ -180,21 +179,13 @@ class FolderImages:
         for number in world.total(flags).nonzero()[:1]:
             self.read(self.paths[number], header=True)  # raises on every process; rank 0 says it
 
-    def __getitem__(self, first_and_size):
-        """A batch (B, 3, H, W), or the UserError met: a worker would wrap it in its traceback."""
-        first, size = first_and_size
-        try:
-            return (torch.stack([self.read(path) for path in self.paths[first:first + size]]),)
-        except UserError as error:
-            return UserError(error, local=True)
-
     def batches(self, size, world):
         """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""
-        share = [(first, size) for first in range(0, len(self), size)][world.rank::world.size]
-        workers = min(self.workers, len(share), os.cpu_count())  # PyTorch warns of more
-        loaded = data.load(self, share, workers=workers, device=world.device)
-        for (first, _), (images,) in zip(share, loaded):
-            yield first, images
+        firsts = range(0, len(self), size)[world.rank::world.size]
+        share = [self.paths[first:first + size] for first in firsts]
+        found = data.read_images(self.read, share, workers=min(self.workers, len(share)))
+        batches = (data.stacked(images) for _, images in found)
+        yield from zip(firsts, data.beside(batches) if self.workers else batches)
 
 
 # ---- measuring -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, where "data" is this very file
@@ -100,7 +101,10 @@ def rate(dataset, args, workers, steps, seed):
     world = runtime.World(0, 1, CPU, "fp32")
     order = data.Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
                          flip=False, world=world)
-    batches = data.load(dataset, order, workers=workers, device=CPU)
+    batches = (data.load(dataset, order, workers=workers, device=CPU)
+               if isinstance(dataset, data.LatentShards) else
+               iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers,
+                               prefetch_factor=4 if workers else None)))
     batch = next(batches)[0].float()  # the workers have started
     start = time.perf_counter()
     for moments, _ in batches:
