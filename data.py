@@ -63,30 +63,41 @@ def read_image(path, size):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def list_images(path, root):
+    """Classes, files (N,) relative to root, labels (N,) int64 of --data-path, or a UserError."""
+    if os.path.exists(root + "dataset.json"):
+        return UserError(f"--data-path must be a folder of images, got {path}, which holds latent "
+                         f"shards; add --encoded-data or give the images")
+    try:
+        found = datasets.ImageFolder(root)
+    except (OSError, ValueError) as error:
+        return UserError(f"--data-path must be a folder with one folder of images per class, got "
+                         f"{path} ({str(error).splitlines()[0][:300]}); check the path")
+    # one array and not a million strings: worker processes share its memory for good
+    files = np.array([os.fsencode(file[len(root):]) for file, _ in found.samples])
+    return found.classes, files, torch.tensor(found.targets)
+
+
 class ImageFolder:
     """Images in one folder per class, served as uint8 (B, 3, size, size) and labels (B,).
 
     Classes are the sorted folder names, as torchvision's ImageFolder numbers them. Raises
     UserError if there is no such folder, no class or a class without an image.
+
+    world: of several processes rank 0 lists the folder and sends the others what it found; to list
+    a million files takes a network's file system minutes.
     """
 
-    def __init__(self, path, image_size):
+    def __init__(self, path, image_size, world=None):
         self.root = os.path.join(os.path.expanduser(path), "")
-        if os.path.exists(self.root + "dataset.json"):
-            raise UserError(f"--data-path must be a folder of images, got {path}, which holds "
-                            f"latent shards; add --encoded-data or give the images")
-        try:
-            found = datasets.ImageFolder(self.root)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--data-path must be a folder with one folder of images per class, "
-                            f"got {path} ({str(error).splitlines()[0][:300]}); check the path"
-                            ) from error
-        self.image_size, self.classes = image_size, found.classes
+        found = list_images(path, self.root) if world is None or world.main else None
+        found = found if world is None else world.agree(found)
+        if isinstance(found, UserError):
+            raise UserError(found)
+        self.classes, self.files, self.labels = found
+        self.image_size = image_size
         # Decoded images of a set as small as the quickstart's are kept
-        self.kept = {} if len(found) * 3 * image_size**2 <= 16 * 2**20 else None
-        self.labels = torch.tensor(found.targets)  # (N,) int64
-        # one array and not a million strings: worker processes share its memory for good
-        self.files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
+        self.kept = {} if len(self) * 3 * image_size**2 <= 16 * 2**20 else None
 
     def __len__(self):
         return len(self.files)

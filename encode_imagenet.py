@@ -77,7 +77,7 @@ def main(args):
     with runtime.start(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
         record = read_record(args.out_path)  # refuses another folder before anything heavy
         runtime.check_folder("--out-path", args.out_path)
-        images = data.ImageFolder(args.data_path, args.image_size)
+        images = data.ImageFolder(args.data_path, args.image_size, world)
         try:
             space = vae.load(args.vae, world.device, precision=args.precision,
                              chunk=args.batch_size)

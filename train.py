@@ -275,7 +275,7 @@ def open_data(args, world):
     Latents without pictures and evaluation need no VAE; the space is None then.
     """
     dataset = (data.LatentShards(args.data_path) if args.encoded_data
-               else data.ImageFolder(args.data_path, args.image_size))
+               else data.ImageFolder(args.data_path, args.image_size, world))
     space = None
     if not args.encoded_data or args.sample_every or args.eval_every:
         try:

@@ -145,6 +145,23 @@ def test_an_image_folder_serves_images_mirrors_and_labels(tmp_path):
     assert torch.equal(images[2], images[0].flip(2))
 
 
+def test_one_process_lists_the_folder_for_all(tmp_path):
+    """On a file system of a network, eight that list a million files take eight times as long."""
+    said = []
+    first = SimpleNamespace(main=True, agree=lambda value: said.append(value) or value)
+    other = SimpleNamespace(main=False, agree=lambda value: said[-1])
+    path = save_folder(tmp_path / "images")
+    expected = data.ImageFolder(path, 32, first)
+    for file in path.glob("*/*"):
+        file.unlink()  # a second listing would find nothing
+    found = data.ImageFolder(path, 32, other)
+    assert found.fingerprint() == expected.fingerprint() and found.classes == ["a", "b"]
+    assert torch.equal(found.labels, expected.labels)
+    for world in (first, other):
+        with refused("--data-path must be a folder", str(path)):
+            data.ImageFolder(path, 32, world)
+
+
 def test_its_fingerprint_tells_lists_of_files_apart(tmp_path):
     save_folder(tmp_path / "images")
     before = data.ImageFolder(tmp_path / "images", 32).fingerprint()
