@@ -104,7 +104,10 @@ def posterior_sample(moments, noise, scale):
 
 
 def to_uint8(x):
-    """Images in [-1, 1] -> uint8, truncating 127.5 x + 128 as ADM, DiT and MeanFlow do."""
+    """Images in [-1, 1] -> uint8, truncating 127.5 x + 128 as DiT and the official MeanFlow do.
+
+    ADM's own sampler truncates 127.5 (x + 1), half a level less.
+    """
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
