@@ -60,7 +60,8 @@ def parse_args(argv=None):
                        help="of the VAE on a GPU; tf32 and bf16 are faster and coarser")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=runtime.whole(1), default=32,
-                       help="images per pass of a process; bounds its memory")
+                       help="images per batch of a process; above 256 px they go through the VAE "
+                            "in several passes")
     group.add_argument("--shard-size", type=runtime.whole(1), default=8192,
                        help="images per shard: what a killed process loses at most")
     group.add_argument("--num-workers", type=runtime.whole(0, 1024), default=8,
