@@ -379,6 +379,9 @@ def evaluate(args, evaluation, generator, log, step):
     """Measure the first images of the averaged network: one log line and one metrics record."""
     metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
     if generator.world.main:
+        about = {"labels": generator.labels, "seed": generator.seed}
+        assert metrics.keys().isdisjoint(about)
+        metrics |= about
         log.say(f"step {step}  " + "  ".join(
             f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
             for name, value in metrics.items()))
