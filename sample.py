@@ -103,10 +103,12 @@ def report(args, wanted, evaluation, result):
         return
     for line in fid.notes(evaluation.reference, args.protocol, args.num_fid_samples):
         print(line, file=sys.stderr)
-    print(json.dumps(result | {
-        "num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
-        "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels, "seed": args.seed,
-        "steps": args.num_sampling_steps, "precision": args.precision}))
+    about = {"num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
+             "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels,
+             "seed": args.seed, "steps": args.num_sampling_steps,
+             "sampling_precision": args.precision}  # precision is a metric
+    assert result.keys().isdisjoint(about)
+    print(json.dumps(result | about))
 
 
 def png(folder, i):

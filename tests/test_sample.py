@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from conftest import call, run_script
 from PIL import Image
 from soak import Child
 
+import evaluate_fid
+import sample
+from fid import PROTOCOLS, Reference
 from runtime import UserError
 
 
@@ -154,6 +158,21 @@ def test_metrics_of_sampling_are_those_of_the_files(trained, digits, tmp_path, c
     done = run_script("sample.py", *options(trained, tmp_path / "two"), *evaluate,
                       "--no-save-images", processes=2)
     assert json.loads(done.stdout)["fid"] == pytest.approx(expected, rel=1e-9), done.stderr
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_setting_replaces_a_metric(protocol, capfd, monkeypatch):
+    """The option --precision, tf32, once stood where ADM's precision belongs."""
+    metrics = {"protocol": protocol, "num_samples": 5, "fid": 2.5} | (
+        {"sfid": 3.5, "inception_score": 4.5, "precision": 0.5, "recall": 0.25}
+        if protocol == "adm" else {})
+    assert metrics.keys() <= {"protocol", "num_samples", *evaluate_fid.METRICS}
+    args = sample.parse_args(["--ckpt", "x.pt", "--fid-ref", "ref.npz", "--protocol", protocol])
+    reference = Reference("ref", (), scores=False, count=5)
+    sample.report(args, {"vae": "none"}, SimpleNamespace(reference=reference), metrics)
+    said = result(capfd)
+    assert {key: said[key] for key in metrics} == metrics
+    assert len(said) == len(metrics) + 8 and said["sampling_precision"] == "tf32"
 
 
 def sample_all(trained, folder):
