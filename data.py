@@ -55,7 +55,7 @@ def read_image(path, size):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette data, of no consequence here
-            with Image.open(path) as image:
+            with Image.open(runtime.regular(path)) as image:
                 pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
     except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
         raise UserError(f"--data-path must hold readable images, got {path} ({error}); "

@@ -140,7 +140,7 @@ class FolderImages:
     def read(self, path, *, header=False):
         """A file as uint8 (3, H, W); with header alone, only its mode and size are checked."""
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
+            with warnings.catch_warnings(), Image.open(runtime.regular(path)) as image:
                 warnings.simplefilter("ignore")  # odd EXIF data, of no consequence here
                 if not self.crop:
                     self._check_header(path, image)

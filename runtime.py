@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -418,6 +419,13 @@ def _to_disk(path):
 def _unwritable(path, error):
     return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
                      f"folder you may write", local=True)
+
+
+def regular(path):
+    """The path of a file that can be opened: a FIFO would wait for a writer. Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    return path
 
 
 def sweep(folder):

@@ -231,7 +231,7 @@ def write(path, image):
 def read(path):
     """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn."""
     try:
-        with Image.open(path) as image:
+        with Image.open(runtime.regular(path)) as image:
             return np.array(image)
     except (OSError, SyntaxError) as error:
         raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
