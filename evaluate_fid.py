@@ -30,8 +30,6 @@ from runtime import UserError, whole
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 KEPT = 10000  # images at most in a reference's arr_0, as in ADM's
-METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score",
-           "precision": "Precision", "recall": "Recall"}
 
 
 def parse_args(argv=None):
@@ -215,9 +213,9 @@ def compare(args, samples, reference, extractor):
         result["num_reference_images"] = len(reference.points)
     print(f"{args.protocol}: {len(samples)} samples of {samples.name} against {reference.name}",
           file=sys.stderr)
-    for key in METRICS:
+    for key, name in fid.names(args.protocol).items():
         if key in result:
-            print(f"  {METRICS[key]:<20}{result[key]:>12.4f}", file=sys.stderr)
+            print(f"  {name:<28}{result[key]:>12.4f}", file=sys.stderr)
     sys.stderr.flush()
     return result
 

@@ -28,6 +28,8 @@ from features import CLASSES, POOL, SPATIAL, NpzImages, dimension, reading
 from runtime import UserError, regular
 
 PROTOCOLS = ("pytorch-fid", "adm", "pixels")
+METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score",
+           "precision": "Precision", "recall": "Recall"}
 SPLIT = 5000  # images per split of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall
 PUBLISHED = 50000  # samples behind a published FID
@@ -295,6 +297,11 @@ def evaluate(statistics, reference):
         with extractor.world.full_precision():
             result["precision"], result["recall"] = precision_recall(statistics.points, points)
     return result
+
+
+def names(protocol):
+    """What people read for each metric; a distance without Inception is not called FID."""
+    return METRICS | ({"fid": "Frechet distance of pixels"} if protocol == "pixels" else {})
 
 
 def notes(reference, protocol, count):

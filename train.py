@@ -382,9 +382,10 @@ def evaluate(args, evaluation, generator, log, step):
         about = {"labels": generator.labels, "seed": generator.seed}
         assert metrics.keys().isdisjoint(about)
         metrics |= about
+        names = fid.names(metrics["protocol"])
         log.say(f"step {step}  " + "  ".join(
-            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in metrics.items()))
+            f"{names.get(key, key)} " + (f"{value:.4f}" if isinstance(value, float) else f"{value}")
+            for key, value in metrics.items()))
         log.record(step, **metrics)
 
 

@@ -11,9 +11,8 @@ from conftest import call, run_script
 from PIL import Image
 from soak import Child
 
-import evaluate_fid
 import sample
-from fid import PROTOCOLS, Reference
+from fid import METRICS, PROTOCOLS, Reference
 from runtime import UserError
 
 
@@ -166,7 +165,7 @@ def test_no_setting_replaces_a_metric(protocol, capfd, monkeypatch):
     metrics = {"protocol": protocol, "num_samples": 5, "fid": 2.5} | (
         {"sfid": 3.5, "inception_score": 4.5, "precision": 0.5, "recall": 0.25}
         if protocol == "adm" else {})
-    assert metrics.keys() <= {"protocol", "num_samples", *evaluate_fid.METRICS}
+    assert metrics.keys() <= {"protocol", "num_samples", *METRICS}
     args = sample.parse_args(["--ckpt", "x.pt", "--fid-ref", "ref.npz", "--protocol", protocol])
     reference = Reference("ref", (), scores=False, count=5)
     sample.report(args, {"vae": "none"}, SimpleNamespace(reference=reference), metrics)

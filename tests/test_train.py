@@ -184,6 +184,7 @@ def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_p
     line, = (line for line in (tmp_path / "with/log.txt").read_text().splitlines()
              if "step 2  " in line)
     assert "num_samples 60" in line and "labels balanced" in line and "seed 0" in line
+    assert "Frechet distance of pixels" in line and "fid" not in line.lower()
     assert "60 samples where the reference suggests 200" in (tmp_path / "with/log.txt").read_text()
     call("sample", "--ckpt", tmp_path / "with" / "checkpoints" / "0000004.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
