@@ -7,9 +7,13 @@ the rows rank::world, so the data a run sees does not depend on the number of pr
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import itertools
+import math
 import os
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -51,7 +55,7 @@ def read_image(path, size):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette data, of no consequence here
-            with Image.open(path) as image:
+            with Image.open(runtime.regular(path)) as image:
                 pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
     except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
         raise UserError(f"--data-path must hold readable images, got {path} ({error}); "
@@ -59,46 +63,58 @@ def read_image(path, size):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def list_images(path, root):
+    """Classes, files (N,) relative to root, labels (N,) int64 of --data-path, or a UserError."""
+    if os.path.exists(root + "dataset.json"):
+        return UserError(f"--data-path must be a folder of images, got {path}, which holds latent "
+                         f"shards; add --encoded-data or give the images")
+    try:
+        found = datasets.ImageFolder(root)
+    except (OSError, ValueError) as error:
+        return UserError(f"--data-path must be a folder with one folder of images per class, got "
+                         f"{path} ({str(error).splitlines()[0][:300]}); check the path")
+    # one array and not a million strings: worker processes share its memory for good
+    files = np.array([os.fsencode(file[len(root):]) for file, _ in found.samples])
+    return found.classes, files, torch.tensor(found.targets)
+
+
 class ImageFolder:
     """Images in one folder per class, served as uint8 (B, 3, size, size) and labels (B,).
 
     Classes are the sorted folder names, as torchvision's ImageFolder numbers them. Raises
     UserError if there is no such folder, no class or a class without an image.
+
+    world: of several processes rank 0 lists the folder and sends the others what it found; to list
+    a million files takes a network's file system minutes.
     """
 
-    def __init__(self, path, image_size):
+    def __init__(self, path, image_size, world=None):
         self.root = os.path.join(os.path.expanduser(path), "")
-        if os.path.exists(self.root + "dataset.json"):
-            raise UserError(f"--data-path must be a folder of images, got {path}, which holds "
-                            f"latent shards; add --encoded-data or give the images")
-        try:
-            found = datasets.ImageFolder(self.root)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--data-path must be a folder with one folder of images per class, "
-                            f"got {path} ({str(error).splitlines()[0][:300]}); check the path"
-                            ) from error
-        self.image_size, self.classes = image_size, found.classes
+        found = list_images(path, self.root) if world is None or world.main else None
+        found = found if world is None else world.agree(found)
+        if isinstance(found, UserError):
+            raise UserError(found)
+        self.classes, self.files, self.labels = found
+        self.image_size = image_size
         # Decoded images of a set as small as the quickstart's are kept
-        self.kept = {} if len(found) * 3 * image_size**2 <= 16 * 2**20 else None
-        self.labels = torch.tensor(found.targets)  # (N,) int64
-        # one array and not a million strings: worker processes share its memory for good
-        self.files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
+        self.kept = {} if len(self) * 3 * image_size**2 <= 16 * 2**20 else None
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, batch):
-        """(rows, mirrored), both (B,) -> images and labels, or the UserError met on the way.
+        """(rows, mirrored), both (B,) -> images uint8 (B, 3, size, size) and labels (B,).
 
-        Returned and not raised: a worker process would wrap it in its traceback.
+        Raises UserError.
         """
         rows, mirrored = batch
-        try:
-            images = [self.image(row) for row in rows.tolist()]
-        except UserError as error:
-            return error
-        images = torch.stack([x.flip(2) if m else x for x, m in zip(images, mirrored.tolist())])
-        return images, self.labels[rows]
+        return (torch.stack([self.read(item) for item in zip(rows.tolist(), mirrored.tolist())]),
+                self.labels[rows])
+
+    def read(self, row_and_mirrored):
+        """uint8 (3, size, size). Raises UserError."""
+        row, mirrored = row_and_mirrored
+        return self.image(row).flip(2) if mirrored else self.image(row)
 
     def image(self, row):
         """uint8 (3, size, size), not mirrored. Raises UserError."""
@@ -158,27 +174,109 @@ class Batches:
 
 
 def load(dataset, batches, *, workers, device):
-    """Iterate over the batches of a dataset, on device: tensors as the dataset serves them.
+    """Iterate over the batches (rows, mirrored) of a dataset, on device: tensors as it serves them.
 
     Workers read ahead, so neither a slow image nor a cold disk holds up the caller: processes for
     images, threads for latents, which to hand from process to process costs ten times as much as
     to read. Raises UserError for what a worker could not read.
     """
-    cuda = device.type == "cuda"
-    if workers and isinstance(dataset, LatentShards):
-        def read(batch):
-            return [tensor.pin_memory() if cuda else tensor for tensor in dataset[batch]]
-        served = ahead(read, batches, threads=workers, depth=2 * workers)
+    def host(batch):
+        return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in batch]
+
+    if not isinstance(dataset, LatentShards):
+        items = (list(zip(rows.tolist(), mirrored.tolist())) for rows, mirrored in batches)
+        served = (host((stacked(images), dataset.labels[[row for row, _ in batch]]))
+                  for batch, images in read_images(dataset.read, items, workers=workers))
+        served = beside(served) if workers else served
+    elif workers:
+        served = ahead(lambda batch: host(dataset[batch]), batches, threads=workers,
+                       depth=2 * workers)
     else:
-        served = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
-                            pin_memory=cuda, persistent_workers=workers > 0,
-                            prefetch_factor=4 if workers else None,
-                            worker_init_fn=faults.ignore_signals)
+        served = (host(dataset[batch]) for batch in batches)
     for batch in served:
-        if isinstance(batch, UserError):
-            # a new one: raised itself, it would hold on to its own frame, and to the workers
-            raise UserError(batch)
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+
+
+PIECE = 4  # images that a reading process hands over at once
+
+
+def read_images(read, batches, *, workers):
+    """Yields (batch, images) for each batch, a list of items; images[i] is read(batch[i]), uint8
+    (3, H, W), or the UserError that it raised.
+
+    Processes read two batches ahead: threads would take turns with the caller's Python. They hand
+    over arrays, through pipes. PyTorch would put tensors into shared memory, of which a container
+    has 64 MB by default.
+    """
+    if not workers:
+        return ((batch, _read_piece(read, batch)) for batch in batches)
+    batches, begun = iter(batches), collections.deque()
+    first = next(batches, [])
+
+    def pieces():
+        for batch in itertools.chain([first] if first else [], batches):
+            begun.append(batch)
+            yield from (batch[i:i + PIECE] for i in range(0, len(batch), PIECE))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of more readers than cores, which wait for disks
+        pieces_read = iter(DataLoader(
+            _Itself(), sampler=pieces(), batch_size=None, num_workers=workers,
+            collate_fn=functools.partial(_read_piece, read), worker_init_fn=_begin,
+            prefetch_factor=max(2, math.ceil(2 * len(first) / PIECE / workers))))
+    return _regrouped(begun, itertools.chain.from_iterable(pieces_read))
+
+
+def _begin(worker):
+    """A reader ends with the process that it reads for, however that ends."""
+    def follow(parent):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)  # it may hang on a full pipe that nobody empties any more
+
+    faults.ignore_signals(worker)
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+
+
+class _Itself:
+    """A data set for DataLoader: what stands at a place is the place."""
+
+    def __getitem__(self, place):
+        return place
+
+
+def _read_piece(read, items):
+    """[read(item)], arrays or UserErrors: raised, these would be wrapped in a traceback."""
+    found = []
+    for item in items:
+        try:
+            found.append(read(item).numpy())
+        except UserError as error:
+            found.append(error)
+    return found
+
+
+def _regrouped(begun, images):
+    for image in images:
+        batch = begun.popleft()
+        yield batch, [image, *itertools.islice(images, len(batch) - 1)]
+
+
+def stacked(images):
+    """What read_images yields of a batch as uint8 (B, 3, H, W). Raises the first UserError."""
+    for image in images:
+        if isinstance(image, UserError):
+            raise UserError(image)
+    return torch.stack([torch.from_numpy(image) for image in images])
+
+
+def beside(iterable):
+    """Yields the items of an iterable, which a thread takes from it, up to two ahead."""
+    iterator, end = iter(iterable), object()
+    for item in ahead(lambda _: next(iterator, end), itertools.repeat(None), threads=1, depth=2):
+        if item is end:
+            return
+        yield item
 
 
 def ahead(function, items, *, threads, depth):

@@ -25,14 +25,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import latents
 import runtime
 import vae
-from faults import ignore_signals
 from runtime import UserError
 
 # what two runs into one folder must share, and the option that sets it
@@ -67,7 +65,8 @@ def parse_args(argv=None):
                        help="of the VAE on a GPU; tf32 and bf16 are faster and coarser")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=runtime.whole(1), default=32,
-                       help="images per pass of a process; bounds its memory")
+                       help="images per batch of a process; above 256 px they go through the VAE "
+                            "in several passes")
     group.add_argument("--shard-size", type=runtime.whole(1), default=8192,
                        help="images per shard: what a killed process loses at most")
     group.add_argument("--num-workers", type=runtime.whole(0, 1024), default=8,
@@ -84,7 +83,7 @@ def main(args):
     with runtime.start(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
         read_record(args.out_path)  # refuses another folder before anything heavy
         runtime.check_folder("--out-path", args.out_path)
-        images = data.ImageFolder(args.data_path, args.image_size)
+        images = data.ImageFolder(args.data_path, args.image_size, world)
         try:
             space = vae.load(args.vae, world.device, precision=args.precision,
                              chunk=args.batch_size)
@@ -355,15 +354,13 @@ def encode(args, images, space, config, todo, world):
     mine = todo[world.rank::world.size]
     parts = {shard: split(rows_of(config, shard), args.batch_size) for shard in mine}
     batches = list(itertools.chain(*parts.values()))
-    loader = DataLoader(batches, batch_size=None, num_workers=min(args.num_workers, len(batches)),
-                        collate_fn=functools.partial(read_batch, images),
-                        pin_memory=world.device.type == "cuda",
-                        worker_init_fn=ignore_signals)
+    found = data.read_images(images.image, batches, workers=min(args.num_workers, len(batches)))
+    readable = data.beside(sort_out(images, *batch) for batch in found)
     left, own = count_images(config, todo), count_images(config, mine)
     with world.progress(config["images"], initial=config["images"] - left, desc="encode",
                         unit="image") as bar:
         work = functools.partial(encode_batch, args, space, config, world.device)
-        stream = watched(data.ahead(work, loader, threads=1, depth=4), bar, left / max(1, own))
+        stream = watched(data.ahead(work, readable, threads=1, depth=4), bar, left / max(1, own))
         for shard in mine:
             latents.write_shard(
                 latents.ShardFiles(args.out_path, shard),
@@ -376,22 +373,22 @@ def split(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-def read_batch(images, rows):
-    """The readable images of these rows, uint8 (n, 3, H, W), their labels (n,), and the (name,
-    fault) of the others."""
+def sort_out(images, rows, found):
+    """The readable ones of what was found at these rows, uint8 (n, 3, H, W), their labels (n,),
+    and the (name, fault) of the others."""
     pixels, kept, faults = [], [], []
-    for row in rows:
-        try:
-            pixels.append(data.read_image(images.path(row), images.image_size))
+    for row, image in zip(rows, found):
+        if isinstance(image, UserError):
+            faults.append((images.name(row), str(image)))
+        else:
+            pixels.append(image)
             kept.append(row)
-        except UserError as error:
-            faults.append((images.name(row), str(error)))
-    pixels = torch.stack(pixels) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    pixels = data.stacked(pixels) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     return pixels, images.labels[kept], faults
 
 
 def encode_batch(args, space, config, device, batch):
-    """What read_batch returns -> labels, moments, those of the mirror images or None, faults."""
+    """What sort_out returns -> labels, moments, those of the mirror images or None, faults."""
     pixels, labels, faults = batch
     try:
         with runtime.one_thread():

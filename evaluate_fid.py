@@ -12,7 +12,6 @@ ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. fid.py describes the protocols
 
 import dataclasses
 import json
-import os
 import signal
 import sys
 import warnings
@@ -35,8 +34,6 @@ from runtime import UserError, whole
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 KEPT = 10000  # images at most in a reference's arr_0, as in ADM's
-METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score",
-           "precision": "Precision", "recall": "Recall"}
 
 
 def parse_args(argv=None):
@@ -146,7 +143,7 @@ class FolderImages:
     def read(self, path, *, header=False):
         """A file as uint8 (3, H, W); with header alone, only its mode and size are checked."""
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
+            with warnings.catch_warnings(), Image.open(runtime.regular(path)) as image:
                 warnings.simplefilter("ignore")  # odd EXIF data, of no consequence here
                 if not self.crop:
                     self._check_header(path, image)
@@ -185,21 +182,13 @@ class FolderImages:
         for number in world.total(flags).nonzero()[:1]:
             self.read(self.paths[number], header=True)  # raises on every process; rank 0 says it
 
-    def __getitem__(self, first_and_size):
-        """A batch (B, 3, H, W), or the UserError met: a worker would wrap it in its traceback."""
-        first, size = first_and_size
-        try:
-            return (torch.stack([self.read(path) for path in self.paths[first:first + size]]),)
-        except UserError as error:
-            return error
-
     def batches(self, size, world):
         """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""
-        share = [(first, size) for first in range(0, len(self), size)][world.rank::world.size]
-        workers = min(self.workers, len(share), os.cpu_count())  # PyTorch warns of more
-        loaded = data.load(self, share, workers=workers, device=world.device)
-        for (first, _), (images,) in zip(share, loaded):
-            yield first, images
+        firsts = range(0, len(self), size)[world.rank::world.size]
+        share = [self.paths[first:first + size] for first in firsts]
+        found = data.read_images(self.read, share, workers=min(self.workers, len(share)))
+        batches = (data.stacked(images) for _, images in found)
+        yield from zip(firsts, data.beside(batches) if self.workers else batches)
 
 
 # ---- measuring -----------------------------------------------------------------------------
@@ -229,9 +218,9 @@ def compare(args, samples, reference, extractor):
         result["num_reference_images"] = len(reference.points)
     print(f"{args.protocol}: {len(samples)} samples of {samples.name} against {reference.name}",
           file=sys.stderr)
-    for key in METRICS:
+    for key, name in fid.names(args.protocol).items():
         if key in result:
-            print(f"  {METRICS[key]:<20}{result[key]:>12.4f}", file=sys.stderr)
+            print(f"  {name:<28}{result[key]:>12.4f}", file=sys.stderr)
     sys.stderr.flush()
     return result
 

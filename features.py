@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from runtime import UserError
+from runtime import UserError, regular
 
 POOL = 2048  # values of Inception's last pooling, "pool_3" in the TensorFlow graph
 SPATIAL = 7 * 17 * 17  # for sFID: the first 7 channels of a 17 x 17 map
@@ -77,7 +77,7 @@ class NpzImages:
     @contextlib.contextmanager
     def _open(self):
         """The file, at its first image, and the header: shape, Fortran order, dtype."""
-        with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
+        with zipfile.ZipFile(regular(self.name)) as archive, archive.open("arr_0.npy") as file:
             old = np.lib.format.read_magic(file) == (1, 0)
             yield file, (np.lib.format.read_array_header_1_0 if old
                          else np.lib.format.read_array_header_2_0)(file)

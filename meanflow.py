@@ -247,22 +247,6 @@ class ConstantWeights(TorchFunctionMode):
         return forward_ad.make_dual(y, function(tangent, weight, None, *args, **kwargs))
 
 
-def starts(indices, shape, *, seed, num_classes, labels="balanced"):
-    """Noise z1 (B, C, H, W) and labels y (B,) of the images with these indices, on the CPU.
-
-    Noise is a function of seed + index alone, so a picture depends neither on the batch it is in
-    nor on the number of processes; seeds further apart than the count of images share none.
-    labels: "balanced" is index modulo num_classes, "random" is uniform, from seed + index, too.
-    """
-    z1, y = [], []
-    for i in indices:
-        generator = torch.Generator().manual_seed(seed + i)
-        random = torch.randint(num_classes, (), generator=generator)
-        y.append(random if labels == "random" else torch.tensor(i % num_classes))
-        z1.append(torch.randn(shape, generator=generator))
-    return torch.stack(z1), torch.stack(y)
-
-
 @torch.no_grad()
 def sample(net, z1, y, *, steps=1):
     """Data from noise z1 (B, C, H, W) and labels y (B,): z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).

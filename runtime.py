@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -151,11 +152,14 @@ def run(main, parse_args):
 
 
 def _shortage(error):
-    """The line for an error that comes of too little memory, else None.
+    """The line for an error that comes of too little memory, shared or not, else None.
 
     Only a GPU's has a class of its own; a reader that the system kills for memory has none, either.
     """
     reason = str(error).split("DefaultCPUAllocator: ")[-1].split(". ")[0].split("\n")[0]
+    if "Bus error" in reason or "shared memory" in reason:
+        return (f"/dev/shm is too small ({reason}); in Docker raise it with --shm-size=8g or "
+                f"--ipc=host, or read without processes: --num-workers 0")
     if "DataLoader worker" in reason:
         return (f"--num-workers must be as many readers as memory holds, got one that ended "
                 f"({reason}); lower it and repeat the command")
@@ -578,6 +582,13 @@ def find_damage(path):
         if end[:4] == b"PK\5\6" and int.from_bytes(end[10:12], "little") not in (count, 65535):
             return "the list of contents"
         return archive.testzip()
+
+
+def regular(path):
+    """The path of a file that can be opened: a FIFO would wait for a writer. Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    return path
 
 
 def sweep(folder):

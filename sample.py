@@ -5,8 +5,8 @@
 
 writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
 evaluator reads, and a picture of the first of them, <sample-dir>.png; with --fid-ref it prints
-the metrics, too. The noise of image i is a function of seed + i alone. An interrupted command,
-repeated, goes on where it stopped.
+the metrics, too. Image i is a function of the seed and i alone, and no two seeds share one. An
+interrupted command, repeated, goes on where it stopped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import checkpoint
 import fid
 import runtime
 import vae
-from generation import Evaluation, Generator
+from generation import NOISE, Evaluation, Generator
 from runtime import UserError, whole
 
 MARKER = "samples.json"  # in the sample folder: whose images these are
@@ -52,9 +52,9 @@ def parse_args(argv=None):
     parser.add_argument("--per-proc-batch-size", type=whole(1), default=25,
                         help="images per batch, on which the rounding depends")
     parser.add_argument("--seed", type=whole(0), default=0,
-                        help="noise of image i is a function of seed + i")
+                        help="fixes the images; no two seeds share one")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
-                        help="label of image i: i modulo the classes, or uniform from seed + i")
+                        help="label of image i: i modulo the classes, or drawn at random")
     parser.add_argument("--fid-ref", type=Path, metavar="REF.npz",
                         help="reference statistics: evaluate the images as they are made")
     parser.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
@@ -109,10 +109,12 @@ def report(args, wanted, evaluation, result):
         return
     for line in fid.notes(evaluation.reference, args.protocol, args.num_fid_samples):
         print(line, file=sys.stderr)
-    print(json.dumps(result | {
-        "num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
-        "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels, "seed": args.seed,
-        "steps": args.num_sampling_steps, "precision": args.precision}))
+    about = {"num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
+             "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels,
+             "seed": args.seed, "steps": args.num_sampling_steps,
+             "sampling_precision": args.precision}  # precision is a metric
+    assert result.keys().isdisjoint(about)
+    print(json.dumps(result | about))
 
 
 def png(folder, i):
@@ -128,8 +130,9 @@ def settings(args, net, config):
     """What samples.json says: all that the images are a function of."""
     weights = net.final_layer.linear.weight.cpu().numpy().tobytes()
     return {"images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
-            "labels": args.labels, "batch": args.per_proc_batch_size, "precision": args.precision,
-            "vae": args.vae or config["vae"], "weights": hashlib.sha256(weights).hexdigest()}
+            "noise": NOISE, "labels": args.labels, "batch": args.per_proc_batch_size,
+            "precision": args.precision, "vae": args.vae or config["vae"],
+            "weights": hashlib.sha256(weights).hexdigest()}
 
 
 def check_folder(args, wanted):
@@ -237,7 +240,7 @@ def write(path, image):
 def read(path):
     """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn."""
     try:
-        with Image.open(path) as image:
+        with Image.open(runtime.regular(path)) as image:
             return np.array(image)
     except (OSError, SyntaxError) as error:
         raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "

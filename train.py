@@ -366,7 +366,7 @@ def open_data(args, world):
     Latents without pictures and evaluation need no VAE; the space is None then.
     """
     dataset = (data.LatentShards(args.data_path) if args.encoded_data
-               else data.ImageFolder(args.data_path, args.image_size))
+               else data.ImageFolder(args.data_path, args.image_size, world))
     space = None
     if not args.encoded_data or args.sample_every or args.eval_every:
         try:
@@ -467,9 +467,13 @@ def evaluate(args, evaluation, generator, log, step):
     """Measure the first images of the averaged network: one log line and one metrics record."""
     metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
     if generator.world.main:
+        about = {"labels": generator.labels, "seed": generator.seed}
+        assert metrics.keys().isdisjoint(about)
+        metrics |= about
+        names = fid.names(metrics["protocol"])
         log.say(f"step {step}  " + "  ".join(
-            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in metrics.items()))
+            f"{names.get(key, key)} " + (f"{value:.4f}" if isinstance(value, float) else f"{value}")
+            for key, value in metrics.items()))
         log.record(step, **metrics)
 
 

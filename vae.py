@@ -14,6 +14,7 @@ import torch
 
 # fine-tuned decoders of one autoencoder: their encoders, and so their latents, are the same
 HUB = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+PIXELS = 32 * 256**2  # at most in a pass: the decoder's largest activation takes 2 GiB in float32
 
 
 class Pixels:
@@ -43,8 +44,8 @@ class Latents:
     """Latents of a diffusers AutoencoderKL; scale, from its config, gives them about unit variance.
 
     precision: float32 for fp32 and tf32 (what the products then do, the caller's runtime says),
-    bfloat16 weights and channels_last for bf16. chunk: images that go through the network at
-    once; it bounds the memory, whatever the batch.
+    bfloat16 weights and channels_last for bf16. chunk: images at most that go through the network
+    at once, fewer where they have more than PIXELS; it bounds the memory, whatever the batch.
     """
 
     def __init__(self, name, model, *, device, precision="fp32", chunk=32):
@@ -77,7 +78,11 @@ class Latents:
 
         Runs in this space's own precision, whatever autocast surrounds it.
         """
-        return torch.cat([self._encode(part) for part in images.split(self.chunk)])
+        return torch.cat([self._encode(part) for part in self._parts(images, images.shape[2:])])
+
+    def _parts(self, batch, image_size):
+        """The batch in parts for one pass each, whose length depends on the image size alone."""
+        return batch.split(min(self.chunk, max(1, PIXELS // image_size.numel())))
 
     def _encode(self, images):
         images = (images.to(self.model.device).float() / 127.5 - 1).to(self.model.dtype)
@@ -89,7 +94,8 @@ class Latents:
     @torch.no_grad()
     def decode(self, x):
         """x (B, C, h, w) -> uint8 (B, 3, H, W), truncating as to_uint8 does."""
-        return torch.cat([self._decode(part) for part in x.split(self.chunk)])
+        size = torch.Size(side * self.factor for side in x.shape[2:])
+        return torch.cat([self._decode(part) for part in self._parts(x, size)])
 
     def _decode(self, x):
         latents = (x.to(self.model.device).float() / self.scale).to(self.model.dtype)
@@ -104,16 +110,20 @@ def posterior_sample(moments, noise, scale):
 
 
 def to_uint8(x):
-    """Images in [-1, 1] -> uint8, truncating 127.5 x + 128 as ADM, DiT and MeanFlow do."""
+    """Images in [-1, 1] -> uint8, truncating 127.5 x + 128 as DiT and the official MeanFlow do.
+
+    ADM's own sampler truncates 127.5 (x + 1), half a level less.
+    """
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
 def load(name, device="cpu", *, precision="fp32", chunk=32):
     """The space of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
 
-    precision: fp32, tf32 or bf16; chunk: images encoded or decoded at once. Only ema and mse may
-    need the network, once: then they lie in Hugging Face's cache. Weights are read as safetensors,
-    so as data. Raises ValueError or OSError in one line of option, rule, value and remedy.
+    precision: fp32, tf32 or bf16; chunk: images at most encoded or decoded at once. Only ema and
+    mse may need the network, once: then they lie in Hugging Face's cache. Weights are read as
+    safetensors, so as data. Raises ValueError or OSError in one line of option, rule, value and
+    remedy.
     """
     if name == "none":
         return Pixels()

@@ -3,6 +3,7 @@ against the bare VAE, each pair in one run on one machine.
 
     python benchmarks/data.py                                         # CPU, a few minutes
     python benchmarks/data.py --encode-images 20000 --encode-size 256   # a GPU
+    torchrun --standalone --nproc_per_node=2 benchmarks/data.py --list-files 200000
 
 The latents and the VAE's weights are random, the images real photographs: speed asks no more.
 """
@@ -10,6 +11,7 @@ The latents and the VAE's weights are random, the images real photographs: speed
 import argparse
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -21,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, where "data" is this very file
@@ -46,14 +49,25 @@ def parse_args(argv=None):
     parser.add_argument("--encode-images", type=int, default=96, help="images to encode; 0 = none")
     parser.add_argument("--encode-size", type=int, default=64, help="their side in pixels")
     parser.add_argument("--encode-batch", type=int, default=8, help="images per pass of the VAE")
+    parser.add_argument("--read-images", type=int, default=512,
+                        help="JPEG files to decode to 256 px; 0 = none")
+    parser.add_argument("--list-files", type=int, default=0,
+                        help="empty files in 1,000 folders to list, by all processes of torchrun, "
+                             "and nothing else; 0 = none")
     return parser.parse_args(argv)
 
 
 def main(args):
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, runtime.start() as world:
-        folder = Path(folder)
-        print(*runtime.describe(world), sep="\n")
+        folder = Path(world.agree(folder))
+        if world.main:
+            print(*runtime.describe(world), sep="\n")
+        if args.list_files:
+            compare_listing(args, folder / "files", world)
+            return
         compare_loaders(args, folder)
+        if args.read_images:
+            compare_readers(args, folder / "read")
         time_start_up(args, folder)
         if args.encode_images:
             compare_encoding(args, folder, world)
@@ -100,7 +114,10 @@ def rate(dataset, args, workers, steps, seed):
     world = runtime.World(0, 1, CPU, "fp32")
     order = data.Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
                          flip=False, world=world)
-    batches = data.load(dataset, order, workers=workers, device=CPU)
+    batches = (data.load(dataset, order, workers=workers, device=CPU)
+               if isinstance(dataset, data.LatentShards) else
+               iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers,
+                               prefetch_factor=4 if workers else None)))
     batch = next(batches)[0].float()  # the workers have started
     start = time.perf_counter()
     for moments, _ in batches:
@@ -151,6 +168,68 @@ def time_start_up(args, folder):
     print(f"start-up at {len(shards):,} latents: {end - start:.2f} s to the batch of step 123456, "
           f"{opened - start:.2f} s of it to open; {len(list(folder.iterdir()))} files, "
           f"{size / 1e9:.1f} GB")
+
+
+# ---- raw images ------------------------------------------------------------------------------
+
+
+def compare_listing(args, folder, world):
+    """Opening a folder of images where every process lists it and where rank 0 does."""
+    for row in range(args.list_files if world.main else 0):
+        path = folder / f"n{row % 1000:08d}" / f"n{row % 1000:08d}_{row // 1000}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    seconds = {"every process": [], "rank 0": []}
+    for _ in range(args.repeats + 1):
+        for name, lister in (("every process", None), ("rank 0", world)):
+            world.barrier()
+            start, busy = time.perf_counter(), time.process_time()
+            data.ImageFolder(folder, 256, lister)
+            busy = world.total(torch.tensor(time.process_time() - busy))
+            seconds[name].append((time.perf_counter() - start, float(busy)))
+    for name, pairs in seconds.items():
+        if world.main:
+            wall, busy = (statistics.median(values) for values in zip(*pairs[1:]))
+            print(f"{args.list_files:,} files listed by {name}: {wall:.2f} s, {busy:.2f} s of "
+                  f"processors")
+
+
+def read_by_pipe(images, batches, workers):
+    served = data.read_images(images.image, batches, workers=workers)
+    return sum(len(data.stacked(found)) for _, found in served)
+
+
+def read_by_shared_memory(images, batches, workers):
+    """Whole batches as tensors, as PyTorch's DataLoader hands them over."""
+    rows = [(torch.tensor(batch), torch.zeros(len(batch), dtype=torch.bool)) for batch in batches]
+    loader = DataLoader(images, sampler=rows, batch_size=None, num_workers=workers,
+                        prefetch_factor=4)
+    return sum(len(batch) for batch, _ in loader)
+
+
+def read_by_threads(images, batches, workers):
+    def read(batch):
+        return torch.stack([images.image(row) for row in batch])
+
+    return sum(map(len, data.ahead(read, batches, threads=workers, depth=4 * workers)))
+
+
+def compare_readers(args, folder):
+    """JPEG files to batches of 32, wall and processor time of the readers with the caller."""
+    images, ways = save_images(folder, args.read_images, 256), (
+        read_by_pipe, read_by_shared_memory, read_by_threads)
+    batches = [range(i, min(i + 32, len(images))) for i in range(0, len(images), 32)]
+    results = {way: [] for way in ways}
+    for _ in range(args.repeats + 1):
+        for way in ways:
+            start, busy = time.perf_counter(), sum(os.times()[:4])
+            way(images, batches, args.num_workers)
+            results[way].append((len(images) / (time.perf_counter() - start),
+                                 (sum(os.times()[:4]) - busy) / len(images) * 1e3))
+    for way, pairs in results.items():
+        rate, busy = (statistics.median(values) for values in zip(*pairs[1:]))
+        print(f"{way.__name__}, {args.num_workers} workers: {rate:.0f} images/s, {busy:.2f} ms of "
+              f"processors an image")
 
 
 # ---- encoding --------------------------------------------------------------------------------

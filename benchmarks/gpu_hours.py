@@ -51,6 +51,9 @@ def main(args):
         print(f"| {name} | {epochs} | omega' {omega:g}, kappa {kappa:g} | {forward / 1e9:.1f} | "
               f"{step / 1e9:.1f} | {step / forward:.2f} | {step / flow:.2f} | {run / 1e18:.1f} | "
               f"{' | '.join(hours)} |")
+    encoder, (_, step) = encoder_flops(), flops("DiT-B/4", cfg=3.0)
+    print(f"\nVAE's encoder, 256 px: {encoder / 1e9:.0f} GFLOP an image, {encoder / step:.1f} of "
+          f"B/4's step")
 
 
 def flops(model, **settings):
@@ -65,6 +68,19 @@ def flops(model, **settings):
         with FlopCounter() as step:
             method.loss(net, x, y, draws).loss.backward()
     return forward.total / BATCH, step.total / BATCH
+
+
+def encoder_flops():
+    """FLOPs per image of 256 px that the Stable Diffusion VAE's encoder takes."""
+    from diffusers import AutoencoderKL
+
+    with FakeTensorMode():
+        model = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                              latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                              up_block_types=("UpDecoderBlock2D",) * 4)
+        with FlopCounter() as counter, torch.no_grad():
+            model.encode(torch.empty(1, 3, 256, 256))
+    return counter.total
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Crops, odd files, the order of training data, and latent shards."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.datasets.folder import pil_loader
@@ -140,6 +145,23 @@ def test_an_image_folder_serves_images_mirrors_and_labels(tmp_path):
     assert torch.equal(images[2], images[0].flip(2))
 
 
+def test_one_process_lists_the_folder_for_all(tmp_path):
+    """On a file system of a network, eight that list a million files take eight times as long."""
+    said = []
+    first = SimpleNamespace(main=True, agree=lambda value: said.append(value) or value)
+    other = SimpleNamespace(main=False, agree=lambda value: said[-1])
+    path = save_folder(tmp_path / "images")
+    expected = data.ImageFolder(path, 32, first)
+    for file in path.glob("*/*"):
+        file.unlink()  # a second listing would find nothing
+    found = data.ImageFolder(path, 32, other)
+    assert found.fingerprint() == expected.fingerprint() and found.classes == ["a", "b"]
+    assert torch.equal(found.labels, expected.labels)
+    for world in (first, other):
+        with refused("--data-path must be a folder", str(path)):
+            data.ImageFolder(path, 32, world)
+
+
 def test_its_fingerprint_tells_lists_of_files_apart(tmp_path):
     save_folder(tmp_path / "images")
     before = data.ImageFolder(tmp_path / "images", 32).fingerprint()
@@ -155,6 +177,61 @@ def test_a_worker_hands_on_the_unreadable_image(tmp_path, workers):
     order = data.Batches(10, 10, seed=0, start=0, stop=1, flip=False, world=ALONE)
     with refused("a/0.png"):
         list(data.load(folder, order, workers=workers, device=CPU))
+
+
+def test_readers_need_no_shared_memory(tmp_path):
+    """Docker gives 64 MB, in which eight readers had two batches of 6 MB each: feeding them failed
+    with a traceback, and the run hung. Here 1 MB has to do for batches of 6 MB.
+    """
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace, which this user may not make")
+    save_folder(tmp_path / "images", per_class=32)
+    encode = [sys.executable, ROOT / "encode_imagenet.py", "--data-path", tmp_path / "images",
+              "--out-path", tmp_path / "out", "--vae", "none", "--num-workers", "2"]
+    small = "mount -t tmpfs -o size=1m tmpfs /dev/shm && exec \"$@\""
+    done = subprocess.run(["unshare", "-m", "sh", "-c", small, "sh", *encode], timeout=60,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "dataset.json").exists(), done.stderr
+
+
+def test_readers_end_with_a_process_that_is_killed(tmp_path):
+    """They hung on the pipe that it emptied no more, and held the lock of its folder."""
+    save_folder(tmp_path / "images", per_class=20)
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import multiprocessing, os, sys, time, data\n"
+        "images = data.ImageFolder(sys.argv[1], 256)\n"
+        "served = data.read_images(images.image, [range(40)] * 9, workers=2)\n"
+        "next(served)\n"
+        "time.sleep(2)  # the readers fill the pipe\n"
+        "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "os.kill(os.getpid(), 9)\n")
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, script, tmp_path / "images"], stdout=out, timeout=60,
+                       env={**os.environ, "PYTHONPATH": str(ROOT)})
+    readers = [Path("/proc", pid) for pid in (tmp_path / "out").read_text().split()]
+    end = time.monotonic() + 10
+    while any(map(Path.exists, readers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    alive = [path.name for path in readers if path.exists()]
+    for pid in alive:
+        os.kill(int(pid), 9)
+    assert len(readers) == 2 and not alive
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_readers_serve_batches_of_any_length_in_order(tmp_path, workers):
+    images = data.ImageFolder(save_folder(tmp_path / "images"), 32)
+    spoil(tmp_path / "images/a/3.png", "truncated")
+    batches = [[0], list(range(10)), [9, 8, 7], [3, 1]]
+    served = list(data.read_images(images.image, batches, workers=workers))
+    assert [batch for batch, _ in served] == batches
+    for batch, found in served:
+        for row, image in zip(batch, found, strict=True):
+            if row == 3:
+                assert isinstance(image, UserError) and "a/3.png" in str(image)
+            else:
+                assert np.array_equal(image, images.image(row).numpy())
 
 
 def test_folders_that_hold_no_images_are_refused(tmp_path):

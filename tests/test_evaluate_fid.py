@@ -138,6 +138,18 @@ def test_pixels_of_shifted_images_are_apart_by_the_square_of_the_shift(tmp_path,
     assert result["fid"] == pytest.approx(0, abs=1e-10)
 
 
+def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capfd):
+    """They printed "FID 1.3243", of three channels, and "frechet 0.364", of their mean."""
+    images = pictures(30, 8, seed=7)
+    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    run_script("benchmarks/digits.py", "write", tmp_path / "digits")
+    judged = json.loads(run_script("benchmarks/digits.py", "judge", tmp_path / "a.npz").stdout)
+    result, err = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "digits",
+                           "--image-size", 8, "--protocol", "pixels")
+    assert judged["frechet_distance_of_pixels"] == round(result["fid"], 4) > 1
+    assert f"Frechet distance of pixels {result['fid']:>13.4f}" in err and "FID" not in err
+
+
 def test_two_processes_give_the_numbers_of_one(tmp_path, capfd):
     a, b = (save(pictures(n, 8, seed=n), tmp_path / str(n)) for n in (21, 9))
     options = ["--samples", a, "--ref", b, "--protocol", "pixels", "--batch-size", 5]

@@ -617,10 +617,21 @@ def out_of_gpu_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
 
+def raises(message):
+    def work():
+        raise RuntimeError(message)
+    return work
+
+
 @pytest.mark.parametrize(("work", "line"), [
     (out_of_gpu_memory, "memory must hold a batch, got CUDA out of memory; lower the batch size"),
     (lambda: torch.empty(2**50), "memory must hold a batch, got can't allocate memory: .*; lower"),
-    (lambda: bytearray(2**60), "memory must hold a batch, got no more; lower the batch size")])
+    (lambda: bytearray(2**60), "memory must hold a batch, got no more; lower the batch size"),
+    (raises("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+            "dataloader's workers are out of shared memory. Please try to raise your shared memory "
+            "limit."), "/dev/shm is too small .*Bus error.*--shm-size=.*--ipc=host"),
+    (raises("unable to allocate shared memory(shm) for file </torch_7_1_2>: No space left on "
+            "device (28)"), "/dev/shm is too small .*--shm-size=.*--ipc=host")])
 def test_memory_that_does_not_suffice_is_one_line(work, line, capfd):
     with pytest.raises(SystemExit) as exit:
         runtime.run(lambda args: work(), lambda: None)

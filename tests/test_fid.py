@@ -1,6 +1,7 @@
 """Statistics, distances and references of fid.py, and the features of features.py."""
 
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,13 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from pytorch_fid.inception import FID_WEIGHTS_URL
 from torch import nn
 
+import checkpoint
+import data
+import evaluate_fid
 import features
 import fid
 import runtime
+import sample
 from features import CLASSES, POOL, SPATIAL, Extractor, Features, NpzImages
 from fid import Moments, Reference, Statistics, frechet_distance, precision_recall
 
@@ -281,6 +286,48 @@ def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "ref.npz", **arrays)
     with pytest.raises(runtime.UserError, match=f"--fid-ref must .*{message}"):
         Reference.load(tmp_path / "ref.npz", "pixels", (2, 2), option="--fid-ref")
+
+
+@pytest.mark.parametrize("sigma", [
+    -np.eye(12), np.diag([1.0] * 11 + [-0.01]), np.triu(np.ones((12, 12))) + 11 * np.eye(12)])
+def test_a_reference_whose_sigma_is_no_covariance_is_refused(sigma, tmp_path):
+    """With a covariance of -1 on the diagonal every image had the distance 0."""
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(12), sigma=sigma)
+    with pytest.raises(runtime.UserError, match="--ref must have a symmetric sigma.*again"):
+        Reference.load(tmp_path / "ref.npz", "pixels", (2, 2), option="--ref")
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 40])
+def test_a_singular_covariance_of_float32_is_taken(rank, tmp_path):
+    """Rounding gives it negative eigenvalues of up to 1e-7 of the largest."""
+    covariance = gaussian(12, rank, seed=10)[1].astype(np.float32)
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(12), sigma=covariance)
+    reference = Reference.load(tmp_path / "ref.npz", "pixels", (2, 2), option="--ref")
+    assert np.array_equal(reference.pool[1], covariance.astype(np.float64))
+
+
+@pytest.fixture
+def fifo(tmp_path):
+    """A path that nobody writes to: whoever opened it would wait, here for ten seconds."""
+    def give_up(*_):
+        raise RuntimeError("opened")
+
+    os.mkfifo(tmp_path / "fifo.png")
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(10)
+    yield tmp_path / "fifo.png"
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: Reference.load(path, "pixels", (2, 2), option="--ref"),
+    lambda path: NpzImages(path, option="--samples"), lambda path: data.read_image(path, 8),
+    lambda path: evaluate_fid.FolderImages(path.parent, None, 0, option="--samples"),
+    sample.read, lambda path: checkpoint.load(path)])
+def test_a_fifo_is_refused_and_not_waited_for(read, fifo):
+    with pytest.raises(runtime.UserError, match="fifo.png .*(not a regular|no such) file"):
+        read(fifo)
 
 
 @pytest.mark.parametrize("content", [b"", b"mu, sigma", b"PK\x03\x04", None])

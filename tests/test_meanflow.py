@@ -9,7 +9,7 @@ import torch
 from naive import naive_step
 from test_models import assert_equal, golden, golden_network
 
-from meanflow import Draws, MeanFlow, sample, schedule, starts
+from meanflow import Draws, MeanFlow, sample, schedule
 
 
 def constant_draws(batch, *, r, t, equal=0, shape=(1, 2, 2), seed=0):
@@ -310,17 +310,6 @@ def test_gradients_of_parts_add_up_to_the_gradient_of_the_whole():
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     for gradient in gradients[1:]:
         assert torch.allclose(gradient, gradients[0], rtol=1e-9, atol=1e-14)
-
-
-def test_start_of_an_image_depends_on_seed_plus_index_alone():
-    options = dict(num_classes=7, labels="random")
-    z1, y = starts([3, 4, 5], (1, 2, 2), seed=10, **options)
-    z2, y2 = starts([5], (1, 2, 2), seed=10, **options)
-    z3, y3 = starts([0], (1, 2, 2), seed=15, **options)
-    assert torch.equal(z1[2], z2[0]) and torch.equal(z2, z3) and y[2] == y2[0] == y3[0]
-    balanced = starts(range(16), (1, 2, 2), seed=10, num_classes=7)
-    assert balanced[1].tolist() == [i % 7 for i in range(16)]
-    assert torch.equal(balanced[0][5], z2[0])
 
 
 # ---- refusals ---------------------------------------------------------------------------------

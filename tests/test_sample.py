@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from soak import Child
 
 import runtime
+import sample
+from fid import METRICS, PROTOCOLS, Reference
 from runtime import UserError
 
 
@@ -77,18 +80,29 @@ def test_a_killed_command_loses_nothing(trained, sampled):
     assert files(killed) == files(sampled)
 
 
-def test_image_i_depends_on_seed_plus_i(trained, sampled):
-    """And on its label: balanced ones are those of i, so ten classes later they are the same."""
-    shifted = sampled.with_name("shifted")
-    call("sample", *options(trained, shifted), "--seed", 10)
-    assert (shifted / "000003.png").read_bytes() == (sampled / "000013.png").read_bytes()
-    for name, seed in (("random", 0), ("random shifted", 3)):
-        call("sample", *options(trained, sampled.with_name(name)), "--labels", "random", "--seed",
-             seed)
-    first, second = (np.load(sampled.with_name(f"{name}.npz"))["arr_0"]
-                     for name in ("random", "random shifted"))
-    # in other batches, whose rounding may move a value to the next
-    assert np.abs(first[3:].astype(int) - second[:-3]).max() <= 1
+def test_images_of_another_seed_are_others(trained, sampled):
+    """Image i of seed 1 was image i + 1 of seed 0, noise and random label alike."""
+    def images(name, *extra):
+        call("sample", *options(trained, sampled.with_name(name)), *extra)
+        return {image.tobytes() for image in np.load(sampled.with_name(f"{name}.npz"))["arr_0"]}
+
+    seeds = [images(f"{labels} {seed}", "--labels", labels, "--seed", seed)
+             for labels in ("balanced", "random") for seed in (0, 1)]
+    assert not seeds[0] & seeds[1] and not seeds[2] & seeds[3]
+
+
+def test_a_folder_of_images_from_another_rule_of_noise_is_refused(trained, tmp_path):
+    """Half of the images would be of seed + i, as they were once made, the rest of the hash."""
+    call("sample", *options(trained, tmp_path / "old"))
+    (tmp_path / "old" / "000020.png").unlink()
+    marker = tmp_path / "old" / "samples.json"
+    stored = json.loads(marker.read_text())
+    del stored["noise"]
+    marker.write_text(json.dumps(stored))
+    before = files(tmp_path / "old")
+    with pytest.raises(UserError, match="--sample-dir must be new.*noise None there.*another"):
+        call("sample", *options(trained, tmp_path / "old"))
+    assert files(tmp_path / "old") == before
 
 
 def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path):
@@ -171,6 +185,21 @@ def test_metrics_of_sampling_are_those_of_the_files(trained, digits, tmp_path, c
     done = run_script("sample.py", *options(trained, tmp_path / "two"), *evaluate,
                       "--no-save-images", processes=2)
     assert json.loads(done.stdout)["fid"] == pytest.approx(expected, rel=1e-9), done.stderr
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_setting_replaces_a_metric(protocol, capfd, monkeypatch):
+    """The option --precision, tf32, once stood where ADM's precision belongs."""
+    metrics = {"protocol": protocol, "num_samples": 5, "fid": 2.5} | (
+        {"sfid": 3.5, "inception_score": 4.5, "precision": 0.5, "recall": 0.25}
+        if protocol == "adm" else {})
+    assert metrics.keys() <= {"protocol", "num_samples", *METRICS}
+    args = sample.parse_args(["--ckpt", "x.pt", "--fid-ref", "ref.npz", "--protocol", protocol])
+    reference = Reference("ref", (), scores=False, count=5)
+    sample.report(args, {"vae": "none"}, SimpleNamespace(reference=reference), metrics)
+    said = result(capfd)
+    assert {key: said[key] for key in metrics} == metrics
+    assert len(said) == len(metrics) + 8 and said["sampling_precision"] == "tf32"
 
 
 def sample_all(trained, folder):

@@ -223,6 +223,11 @@ def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_p
     measured = evaluations(tmp_path / "with")
     assert [record["step"] for record in measured] == [2, 4]
     assert measured[0]["protocol"] == "pixels" and measured[0]["num_samples"] == 60
+    assert measured[0]["labels"] == "balanced" and measured[0]["seed"] == 0
+    line, = (line for line in (tmp_path / "with/log.txt").read_text().splitlines()
+             if "step 2  " in line)
+    assert "num_samples 60" in line and "labels balanced" in line and "seed 0" in line
+    assert "Frechet distance of pixels" in line and "fid" not in line.lower()
     assert "60 samples where the reference suggests 200" in (tmp_path / "with/log.txt").read_text()
     call("sample", "--ckpt", tmp_path / "with" / "checkpoints" / "0000004.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)

@@ -75,6 +75,24 @@ def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
     assert difference.abs().max() <= 1  # at an edge of truncation
 
 
+@pytest.mark.parametrize("size, parts", [(16, [4, 3]), (32, [2, 2, 2, 1]), (64, [1] * 7)])
+def test_a_pass_holds_fewer_images_where_they_are_larger(folder, size, parts, monkeypatch):
+    """32 images of 512 px at once took 8 GiB for one activation of the decoder."""
+    monkeypatch.setattr(vae, "PIXELS", 2 * 32**2)
+    space, seen = vae.load(str(folder), chunk=4), []
+    for module in (space.model.encoder, space.model.decoder):
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    latent = space.encode(images(7, size))[:, 0]
+    assert space.decode(latent).shape == (7, 3, size, size) and seen == parts * 2
+
+
+def test_a_pass_of_32_images_of_256_pixels_is_one_of_8_of_512(space):
+    full = vae.Latents("", space.model, device="cpu")
+    for size, count in ((128, 32), (256, 32), (512, 8), (1024, 2), (4096, 1)):
+        batch = torch.empty(40, 0, 1, 1)
+        assert len(full._parts(batch, torch.Size([size, size]))[0]) == count
+
+
 def test_decoding_undoes_the_scale_and_truncates(space):
     latent = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

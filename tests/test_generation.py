@@ -1,0 +1,70 @@
+"""The noise and the label from which image i of a seed is made."""
+
+import hashlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from generation import starts
+
+SHAPE = (4, 8, 8)
+
+
+def test_the_start_of_an_image_depends_on_seed_and_index_alone():
+    z1, y = starts([3, 4, 5], SHAPE, seed=10, num_classes=7, labels="random")
+    z2, y2 = starts([5], SHAPE, seed=10, num_classes=7, labels="random")
+    assert torch.equal(z1[2], z2[0]) and y[2] == y2[0]
+    assert z1.shape == (3, *SHAPE) and z1.dtype == torch.float32 and y.dtype == torch.int64
+
+
+def test_labels_do_not_change_the_noise():
+    balanced, y = starts(range(16), SHAPE, seed=10, num_classes=7)
+    random, _ = starts(range(16), SHAPE, seed=10, num_classes=7, labels="random")
+    assert torch.equal(balanced, random) and y.tolist() == [i % 7 for i in range(16)]
+
+
+def test_the_noise_is_the_same_on_every_machine_and_in_every_version():
+    """And is the one of the first version that hashed; a label is the hash modulo the classes."""
+    words = np.frombuffer(hashlib.sha256(b"7 123 noise").digest(), "<u4")
+    expected = np.random.RandomState(words).standard_normal(SHAPE)
+    z1, y = starts([123], SHAPE, seed=7, num_classes=1000, labels="random")
+    assert np.array_equal(z1[0].numpy(), expected.astype(np.float32))
+    known = [0.0742964819, 0.8961713314, -0.0156908184, 0.4693634808]
+    assert z1.flatten()[:4].tolist() == pytest.approx(known, rel=1e-6) and y.tolist() == [503]
+
+
+def test_images_of_three_seeds_are_independent_standard_normals():
+    """3 seeds x 1,000 images x 256 numbers. Image i of one seed was image i + 1 of the one before.
+
+    False alarm: 4e-8 for the 15 moments and correlations of whole seeds, six standard errors each;
+    2e-7 for the largest of 4.5 million correlations of two images.
+    """
+    seeds = [starts(range(1000), SHAPE, seed=seed, num_classes=1000)[0].flatten(1).double()
+             for seed in range(3)]
+    images = torch.cat(seeds)
+    assert len(torch.unique(images, dim=0)) == 3000
+    error = 1 / math.sqrt(256_000)
+    for noise in seeds:
+        assert noise.mean().abs() < 6 * error
+        assert (noise.var() - 1).abs() < 6 * math.sqrt(2) * error
+        assert (noise[1:] * noise[:-1]).mean().abs() < 6.01 * error
+    for one, two in itertools.combinations(seeds, 2):
+        assert (one * two).mean().abs() < 6 * error
+        assert (one[1:] * two[:-1]).mean().abs() < 6.01 * error
+    correlations = torch.corrcoef(images).fill_diagonal_(0)
+    assert correlations.abs().max() < 0.45
+
+
+def test_random_labels_of_three_seeds_are_uniform_and_independent():
+    """False alarm: 3e-6 for chi-squared with 9 degrees of freedom beyond 45 in one of three, 1e-7
+    for two seeds' agreement, six standard errors from a tenth."""
+    seeds = [starts(range(1000), (1, 1, 1), seed=seed, num_classes=10, labels="random")[1]
+             for seed in range(3)]
+    for y in seeds:
+        assert ((torch.bincount(y, minlength=10) - 100) ** 2 / 100).sum() < 45
+    for one, two in itertools.combinations(seeds, 2):
+        for agree in (one == two, one[1:] == two[:-1]):
+            assert abs(agree.double().mean() - 0.1) < 6 * math.sqrt(0.09 / 999)
