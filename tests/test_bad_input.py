@@ -184,13 +184,15 @@ def test_train_refuses_a_run_of_other_options(trained, digits, tmp_path, monkeyp
 
 
 def test_train_refuses_a_batch_that_does_not_divide(digits, tmp_path):
-    """Two processes, of which one says it."""
+    """Two processes without torchrun, which would end the one that waits: each says it once."""
     options = replaced(tiny(digits, tmp_path / "run"), {"--global-batch-size": 15})
     pair = [Child("train", *options, output=tmp_path / "out", **place) for place in ranks(2)]
     codes = [child.wait()[0] for child in pair]
     said = (tmp_path / "out").read_text()
     assert codes == [2, 2] and not (tmp_path / "run").exists()
-    assert len(said.splitlines()) == 1 and "2 process(es)" in said and "got 15" in said
+    first, second = said.splitlines()
+    assert "2 process(es)" in first and "got 15" in first
+    assert second == first.replace("error: ", "error: rank 1: ")
 
 
 SAMPLE = [
