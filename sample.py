@@ -238,11 +238,13 @@ def write(path, image):
 
 
 def read(path):
-    """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn."""
+    """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn or damaged."""
     try:
         with Image.open(runtime.regular(path)) as image:
+            image.verify()  # compares checksums, which decoding does not; it leaves no image
+        with Image.open(path) as image:
             return np.array(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
                         f"file and repeat the command") from error
 

@@ -13,6 +13,7 @@ import features
 import fid
 import latents
 import runtime
+import sample
 from runtime import UserError
 
 WORLD = runtime.World(0, 1, torch.device("cpu"), "fp32")
@@ -125,6 +126,16 @@ def test_an_array_that_a_flipped_bit_hides_is_missed(reference):
     last_but_one = content.rindex(b"PK\1\2", 0, content.rindex(b"PK\1\2"))
     with flipped(reference, last_but_one + 33, 0), pytest.raises(UserError, match="the list"):
         features.verify("--ref", reference, WORLD)
+
+
+def test_no_flipped_bit_of_a_sampled_image_is_used(tmp_path):
+    """Every bit of one: PIL decodes without comparing checksums, or raises errors of its own."""
+    path, image = tmp_path / "000000.png", np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    sample.write(path, image)
+    for position in range(path.stat().st_size):
+        for bit in range(8):
+            with flipped(path, position, bit), contextlib.suppress(UserError):
+                assert np.array_equal(sample.read(path), image), f"byte {position}, bit {bit}"
 
 
 def test_training_names_damaged_labels_and_latents_it_did_not_compare(shards, tmp_path, monkeypatch,
