@@ -56,7 +56,12 @@ class Saver:
         """Start to write this state. Raises as ``check`` does."""
         self.check(wait=True)
         self.path = self.folder / f"{state['step']:07d}.pt"
-        self.job = self.thread.submit(save, self.path, copied(state), keep_last=self.keep_last)
+        self.job = self.thread.submit(self._write, self.path, copied(state))
+
+    def _write(self, path, state):
+        if self.lock:  # again: to copy a large state takes seconds
+            self.lock.check()
+        save(path, state, keep_last=self.keep_last)
 
     def check(self, *, wait=False):
         """Raises UserError if the last one could not be written, as far as is known, RunError if
