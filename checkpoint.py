@@ -61,6 +61,8 @@ class Saver:
 
     def _write(self, path, state):
         self.before()
+        if self.lock:  # again: to copy a large state takes seconds
+            self.lock.check()
         save(path, state, keep_last=self.keep_last)
 
     def check(self, *, wait=False):
