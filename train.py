@@ -13,6 +13,7 @@ Repeating a command continues its run. The defaults are the paper's DiT-B/4 reci
 
 import argparse
 import copy
+import logging
 import signal
 import time
 import warnings
@@ -308,6 +309,9 @@ class Passes:
         Where that fails on any process, all go on with plain passes and the log says why; with
         --compile on the command line it is a UserError.
         """
+        # DistributedDataParallel marks itself for the profiler, of which Dynamo warns
+        logging.getLogger("torch._dynamo.variables.ctx_manager").addFilter(
+            lambda record: "Profiler" not in str(record.msg))
         reason, before = None, (self.forward, self.flow)
         try:
             self.forward, self.flow = torch.compile(self.forward), copy.copy(self.flow)
