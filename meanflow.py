@@ -1,16 +1,27 @@
 """The method: MeanFlow (Geng et al., arXiv 2505.13447) as one loss and one sampler.
 
-Data x and noise eps are joined by z = (1-t) x + t eps, whose velocity is v = eps - x; t = 1 is
-noise. The network learns the average velocity between two times r <= t,
+The network learns the average velocity between two times r <= t,
 
-    u(z, r, t) = 1 / (t-r) * integral of v(z_s, s) ds from r to t            (Eq. 3)
+    u(z, r, t) = 1 / (t-r) * integral of v(z_s, s) ds from r to t                         (Eq. 3)
 
-from the identity u = v - (t-r) du/dt (Eq. 6), where du/dt is the derivative along the path, a
-Jacobian-vector product with tangent (v, 0, 1) for (z, r, t) (Eq. 8). One evaluation then turns
-noise into data: z0 = z1 - u(z1, 0, 1).
+from the identity u = v - (t-r) du/dt (Eq. 6). t = 1 is noise, t = 0 is data. A training step, for
+data x with labels y:
 
-This module knows no network: ``net`` is any callable (z, r, t, y) -> u. The semantics, down to
-which rows have r = t and which lose their label, are those of the official ImageNet code.
+    r, t = two logit-normal times, sorted; then r = t in all but a share ``ratio`` of the rows
+    eps  = standard normal noise
+    z    = (1-t) x + t eps                                    a point on the path
+    v    = eps - x                                            its velocity
+    v_g  = omega v + (1-omega-kappa) u(z, t, t, null) + kappa u(z, t, t, y)              (Eq. 20)
+    y    = null, and v_g = v, where the label is dropped
+    u    = net(z, r, t, y)
+    du/dt = Jacobian-vector product of net with tangent (v_g, 0, 1) for (z, r, t)         (Eq. 8)
+    error = |u - stopgrad(v_g - (t-r) du/dt)|^2                                      (Eq. 10, 19)
+    loss = mean of error / stopgrad(error + c)^p                                         (Eq. 22)
+
+A sample takes one evaluation: z0 = z1 - u(z1, 0, 1, y) (Eq. 12).
+
+``net`` is any callable (z, r, t, y) -> u, and x has any shape (B, ...). Which rows have r = t and
+which lose their label is as in the official ImageNet code (Gsunshine/meanflow).
 """
 
 import math
@@ -31,7 +42,7 @@ class Draws:
 
     r: torch.Tensor  # (B,) in [0, 1], never above t
     t: torch.Tensor  # (B,) in [0, 1], 1 is noise
-    eps: torch.Tensor  # (B, C, H, W) standard normal
+    eps: torch.Tensor  # (B, ...) standard normal
     dropped: torch.Tensor  # (B,) bool, rows whose label is replaced by the null label
     equal: int  # count of leading rows with r = t
 
@@ -97,7 +108,7 @@ class MeanFlow:
     # ---- randomness: all of it is here -------------------------------------------------------
 
     def draw(self, shape, *, device=None, generator=None):
-        """Draws for a batch of this shape (B, C, H, W), float32, on device."""
+        """Draws for a batch of this shape (B, ...), float32, on device."""
         r, t, equal = self.draw_times(shape[0], device=device, generator=generator)
         dropped = self.draw_dropped(shape[0], device=device, generator=generator)
         eps = torch.randn(shape, device=device, generator=generator)
@@ -131,51 +142,39 @@ class MeanFlow:
     # ---- the loss: a function of weights, data and draws -------------------------------------
 
     def loss(self, net, x, y, draws, *, forward=None):
-        """Loss of the data x (B, C, H, W) with labels y (B,) under these draws.
+        """Loss of the data x (B, ...) with labels y (B,) under these draws.
 
         net is the bare network: it serves the passes without gradient, which work neither through
         DistributedDataParallel nor with fused attention. ``forward`` (default: net) carries the
         gradient and may be the wrapped or compiled network.
         """
-        t = draws.t[:, None, None, None]
+        t = per_row(draws.t, x)
         z = (1 - t) * x + t * draws.eps
         v = draws.eps - x
         y_input = torch.where(draws.dropped, self.num_classes, y)
         forward = net if forward is None else forward  # a compiled module has no truth value
         u = forward(z, draws.r, draws.t, y_input).to(z.dtype)
         target = self.target(net, z, v, y, draws, u.detach())
-        error = (u - target).square().sum(dim=(1, 2, 3))
-        velocity_error = (u.detach() - v).square().sum(dim=(1, 2, 3))
+        error = (u - target).square().flatten(1).sum(1)
+        velocity_error = (u.detach() - v).square().flatten(1).sum(1)
         return Loss((self.weight(error) * error).mean(), error.detach(), velocity_error)
-
-    def compile(self, **options):
-        """Compile the passes without gradient; the options are those of torch.compile.
-
-        Forward mode must stand inside the compiled function: a compiled network under
-        ``torch.func.jvp`` breaks the graph (pytorch#187284). The forward with gradient is the
-        caller's to compile and to give to ``loss``.
-        """
-        options = {"dynamic": False, **options}  # two or three shapes, each for the whole training
-        self.velocity = torch.compile(self.velocity, **options)
-        self.time_derivative = torch.compile(self.time_derivative, **options)
 
     @torch.no_grad()
     def target(self, net, z, v, y, draws, u):
-        """The regression target v_g - (t-r) du/dt (Eq. 10, 19), (B, C, H, W), without gradient.
+        """The regression target v_g - (t-r) du/dt (Eq. 10, 19), (B, ...), without gradient.
 
         y are the labels before the drop, u is the network's output after it.
         """
         v_g = self.guided_velocity(net, z, v, y, draws, u)
-        v_g = torch.where(draws.dropped[:, None, None, None], v, v_g)  # null label: plain velocity
+        v_g = torch.where(per_row(draws.dropped, v), v, v_g)  # null label: plain velocity
         if draws.equal == len(y):
             return v_g
-        # Only rows with r < t need the derivative: they are the tail, one static slice. A copy,
-        # because a view as the primal of a dual tensor fails inside torch.compile.
+        # Only rows with r < t need the derivative: they are the tail, one static slice
         y = torch.where(draws.dropped, self.num_classes, y)
-        tail = [a[draws.equal:].clone() for a in (z, draws.r, draws.t, y, v_g)]
+        tail = [a[draws.equal:] for a in (z, draws.r, draws.t, y, v_g)]
         z, r, t, _, tangent = tail
         du_dt = self.time_derivative(net, *tail)
-        interval = (t - r)[:, None, None, None]
+        interval = per_row(t - r, z)
         return torch.cat([v_g[:draws.equal], tangent - interval * du_dt])
 
     def guided_velocity(self, net, z, v, y, draws, u):
@@ -198,7 +197,7 @@ class MeanFlow:
             v_g = v_g + self.kappa * torch.cat([equal, tail])
         start, end = self.cfg_interval
         inside = (draws.t >= start) & (draws.t <= end)
-        return torch.where(inside[:, None, None, None], v_g, v)
+        return torch.where(per_row(inside, v), v_g, v)
 
     def velocity(self, net, z, t, y):
         """u(z, t, t, y): the network's own instantaneous velocity."""
@@ -215,6 +214,55 @@ class MeanFlow:
     def weight(self, error):
         """The adaptive weight 1 / (error + c)^p, without gradient (Eq. 22)."""
         return (error.detach() + self.c) ** -self.p
+
+    def compile(self, **options):
+        """Compile the passes without gradient; the options are those of torch.compile.
+
+        Forward mode must stand inside the compiled function: a compiled network under
+        ``torch.func.jvp`` breaks the graph (pytorch#187284). The forward with gradient is the
+        caller's to compile and to give to ``loss``.
+        """
+        options = {"dynamic": False, **options}  # two or three shapes, each for the whole training
+        self.velocity = torch.compile(self.velocity, **options)
+        derivative = torch.compile(self.time_derivative, **options)
+        # On copies of the rows: a view as the primal of a dual tensor fails in a compiled function
+        self.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
+
+
+def per_row(a, x):
+    """a (B,) as (B, 1, ..., 1): one number for each row of x (B, ...)."""
+    return a.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@torch.no_grad()
+def sample(net, z1, y, *, steps=1):
+    """Data from noise z1 (B, ...) and labels y (B,): z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).
+
+    steps: a count of equal steps, or the times themselves, decreasing from 1 (noise) to 0 (data).
+    Raises ValueError for a count below 1 or times that do not decrease within [0, 1].
+    """
+    times = schedule(steps)
+    z = z1
+    for t, r in zip(times[:-1], times[1:], strict=True):
+        u = net(z, z.new_full((len(z),), r), z.new_full((len(z),), t), y)
+        z = z - (t - r) * u.to(z.dtype)
+    return z
+
+
+def schedule(steps):
+    """A count of steps, or times -> the list of times, decreasing. Raises ValueError."""
+    if isinstance(steps, int):
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return [1 - i / steps for i in range(steps)] + [0.0]
+    times = [float(t) for t in steps]
+    within = all(0 <= t <= 1 for t in times)
+    if len(times) < 2 or not within or any(t <= r for t, r in zip(times, times[1:])):
+        raise ValueError(f"steps must be decreasing times in [0, 1] such as 1 0.5 0, got {times}")
+    return times
+
+
+# ---- what PyTorch's forward mode needs ----------------------------------------------------------
 
 
 def load_forward_mode():
@@ -245,31 +293,3 @@ class ConstantWeights(TorchFunctionMode):
         if tangent is None:
             return y
         return forward_ad.make_dual(y, function(tangent, weight, None, *args, **kwargs))
-
-
-@torch.no_grad()
-def sample(net, z1, y, *, steps=1):
-    """Data from noise z1 (B, C, H, W) and labels y (B,): z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).
-
-    steps: a count of equal steps, or the times themselves, decreasing from 1 (noise) to 0 (data).
-    Raises ValueError for a count below 1 or times that do not decrease within [0, 1].
-    """
-    times = schedule(steps)
-    z = z1
-    for t, r in zip(times[:-1], times[1:], strict=True):
-        u = net(z, z.new_full((len(z),), r), z.new_full((len(z),), t), y)
-        z = z - (t - r) * u.to(z.dtype)
-    return z
-
-
-def schedule(steps):
-    """A count of steps, or times -> the list of times, decreasing. Raises ValueError."""
-    if isinstance(steps, int):
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        return [1 - i / steps for i in range(steps)] + [0.0]
-    times = [float(t) for t in steps]
-    within = all(0 <= t <= 1 for t in times)
-    if len(times) < 2 or not within or any(t <= r for t, r in zip(times, times[1:])):
-        raise ValueError(f"steps must be decreasing times in [0, 1] such as 1 0.5 0, got {times}")
-    return times

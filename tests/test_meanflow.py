@@ -103,6 +103,26 @@ def test_fast_step_equals_the_naive_one(settings):
         assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2,), (3, 5), (1, 2, 2, 2)])
+def test_data_may_have_any_shape(shape):
+    """A batch of images, and the same numbers in another shape, give the same errors."""
+    def net(z, r, t, y):
+        flat = z.flatten(1)
+        return (flat.sin() * (1 + t - r * y)[:, None] + flat.mean(1, keepdim=True)).reshape(z.shape)
+
+    flow = MeanFlow(num_classes=3, cfg=2.0, kappa=0.5, cfg_interval=(0.2, 0.9), label_drop=0.5)
+    draws = flow.draw((8, *shape), generator=torch.Generator().manual_seed(0))
+    x, y = torch.randn(8, *shape), torch.arange(8) % 3
+    size = math.prod(shape)
+    given = flow.loss(net, x, y, draws)
+    image = replace(draws, eps=draws.eps.reshape(8, size, 1, 1))
+    as_image = flow.loss(net, x.reshape(8, size, 1, 1), y, image)
+    assert torch.allclose(given.error, as_image.error, rtol=1e-6)
+    assert torch.allclose(given.velocity_error, as_image.velocity_error, rtol=1e-6)
+    z0 = sample(net, draws.eps, y, steps=2)
+    assert torch.allclose(z0.flatten(1), sample(net, image.eps, y, steps=2).flatten(1), rtol=1e-6)
+
+
 # ---- closed forms ----------------------------------------------------------------------------
 
 
