@@ -790,7 +790,7 @@ class Log:
             with self._writing():
                 for file in (self.text, self.metrics, self.board.file):
                     os.fsync(file.fileno())
-                _to_disk(self.folder)  # their names
+                _names_to_disk(self.folder)
 
     def has(self, step, name):
         """Whether a value of this name was recorded for this step."""

@@ -60,6 +60,21 @@ def test_a_folder_need_not_be_synced_and_a_file_must_be(of_folder, fault, tmp_pa
     assert (tmp_path / "file").exists() == of_folder
 
 
+def test_the_log_comes_to_disk_where_folders_cannot_be_synced(tmp_path, monkeypatch):
+    """Every checkpoint failed there: the log is on disk before it."""
+    original = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with runtime.Log(tmp_path, active=True) as log:
+        log.record(1, error=0.5)
+        log.to_disk()
+
+
 def test_a_folder_is_locked_by_a_file_that_says_who_holds_it(tmp_path, monkeypatch):
     """Its text is quoted in the refusal; a killed process leaves the file, which is no lock."""
     monkeypatch.setattr(runtime, "READERS_S", 0)
