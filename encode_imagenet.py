@@ -6,7 +6,7 @@
 One process needs no torchrun. Killed at any moment, the same command goes on where it stopped and
 ends with the same bytes, whatever the number of processes: the unit of work is one shard, whose
 batches do not depend on who encodes it. It compares what is there with its checksums and encodes
-damaged shards again. The format is described in latents.py.
+damaged shards again. The format is described in dataset/latents.py.
 """
 
 import functools
@@ -27,11 +27,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
-import latents
-import runtime
-import vae
-from runtime import UserError
+from dataset.images import ImageFolder
+from dataset.latents import (
+    CROP,
+    DTYPES,
+    FORMAT_VERSION,
+    UNFINISHED,
+    ShardFiles,
+    checksum,
+    map_array,
+    sealed,
+    write_shard,
+)
+from dataset.loader import map_ahead, prefetch, read_images, stack_images
+from dataset.vae import load_vae
+from engine.distributed import one_thread, run_main, start_processes
+from engine.files import LOCK, check_folder, lock_folder, write_json
+from engine.log import describe_environment
+from engine.options import Parser, UserError, int_range
 
 # what two runs into one folder must share, and the option that sets it
 IDENTITY = {
@@ -42,13 +55,13 @@ IDENTITY = {
 
 
 def parse_args(argv=None):
-    parser = runtime.Parser("Encode a folder of images into shards of latents for training.")
+    parser = Parser("Encode a folder of images into shards of latents for training.")
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", type=Path, required=True,
                        help="folder with one folder of images per class, such as ImageNet's train")
     group.add_argument("--out-path", type=Path, required=True,
                        help="folder for the shards: new, empty, or of the same command before")
-    group.add_argument("--image-size", type=runtime.whole(1), default=256,
+    group.add_argument("--image-size", type=int_range(1), default=256,
                        help="side of the centre crop in pixels")
     group.add_argument("--flip", action="store_true",
                        help="store the latents of the mirror images too: twice the disk and time")
@@ -59,17 +72,17 @@ def parse_args(argv=None):
     group.add_argument("--vae", default="ema",
                        help="ema or mse (one encoder), a folder with an AutoencoderKL, or none: "
                             "pixels")
-    group.add_argument("--dtype", choices=list(latents.DTYPES), default="float16",
+    group.add_argument("--dtype", choices=list(DTYPES), default="float16",
                        help="numbers on disk; float16 halves the disk and rounds by 2^-11")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                        help="of the VAE on a GPU; tf32 and bf16 are faster and coarser")
     group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=runtime.whole(1), default=32,
+    group.add_argument("--batch-size", type=int_range(1), default=32,
                        help="images per batch of a process; above 256 px they go through the VAE "
                             "in several passes")
-    group.add_argument("--shard-size", type=runtime.whole(1), default=8192,
+    group.add_argument("--shard-size", type=int_range(1), default=8192,
                        help="images per shard: what a killed process loses at most")
-    group.add_argument("--num-workers", type=runtime.whole(0, 1024), default=8,
+    group.add_argument("--num-workers", type=int_range(0, 1024), default=8,
                        help="processes that read images, for each that encodes")
     args = parser.parse_args(argv)
     if args.data_path.resolve() in (args.out_path.resolve(), *args.out_path.resolve().parents):
@@ -80,12 +93,12 @@ def parse_args(argv=None):
 
 def main(args):
     # A process without work waits for another's shard, which may take hours on a CPU
-    with runtime.start(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
+    with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
         read_record(args.out_path)  # refuses another folder before anything heavy
-        runtime.check_folder("--out-path", args.out_path)
-        images = data.ImageFolder(args.data_path, args.image_size, world)
+        check_folder("--out-path", args.out_path)
+        images = ImageFolder(args.data_path, args.image_size, world)
         try:
-            space = vae.load(args.vae, world.device, precision=args.precision,
+            space = load_vae(args.vae, world.device, precision=args.precision,
                              chunk=args.batch_size)
             config = configuration(args, images, space)
         except (ValueError, OSError) as error:
@@ -109,7 +122,7 @@ def main(args):
 def configuration(args, images, space):
     """What encoding.json, and later dataset.json, say of this encoding. Raises ValueError."""
     return {
-        "format_version": latents.FORMAT_VERSION, "crop": latents.CROP,
+        "format_version": FORMAT_VERSION, "crop": CROP,
         "image_size": args.image_size, "latent_shape": list(space.latent_shape(args.image_size)),
         "vae": args.vae, "scale": float(space.scale), "encoder": space.fingerprint(),
         "precision": args.precision, "dtype": args.dtype, "flip": args.flip,
@@ -128,11 +141,11 @@ def read_record(out):
     rule = f"--out-path must be new, empty or of the same command before, got {out}"
     if not out.is_dir():
         raise UserError(f"{rule}, which is a file; choose a folder")
-    records = [out / name for name in ("dataset.json", latents.UNFINISHED)
+    records = [out / name for name in ("dataset.json", UNFINISHED)
                if (out / name).exists()]
     if not records:
         foreign = next((path.name for path in out.iterdir()
-                        if not is_temporary(path) and path.name != runtime.LOCK), None)
+                        if not is_temporary(path) and path.name != LOCK), None)
         if foreign is not None:
             raise UserError(f"{rule} with {foreign} in it; choose another folder")
         return None
@@ -171,7 +184,7 @@ def shown(config, key):
 
 
 def is_temporary(path):
-    """Whether a file is one that runtime.whole_file left behind when this script was killed."""
+    """Whether a file is one that atomic_file left behind when this script was killed."""
     return (path.name.startswith((".shard-", ".encoding.", ".dataset."))
             and path.name.endswith(".tmp"))
 
@@ -217,7 +230,7 @@ def read_sums(out, config):
     record = read_record(out) or {}
     sums = dict(record.get("crc32", {}))
     for shard in shards_of(config):
-        sums |= read_beside(latents.ShardFiles(out, shard).sums, dict, int)
+        sums |= read_beside(ShardFiles(out, shard).sums, dict, int)
     return sums
 
 
@@ -226,16 +239,16 @@ def pending(args, config):
     that lack some. Raises UserError for a complete shard that is damaged or foreign."""
     todo, row = [], (2, *config["latent_shape"])
     for shard in shards_of(config):
-        files = latents.ShardFiles(args.out_path, shard)
+        files = ShardFiles(args.out_path, shard)
         arrays = [files.moments, files.flip][:1 + args.flip]
         whole = all(path.exists() for path in (*arrays, files.labels))
         if not whole or (files.skipped.exists() and not args.skip_bad_images):
             todo.append(shard)
             continue
         count = len(rows_of(config, shard)) - len(read_skipped(files))
-        latents.map_array(files.labels, "int64", (count,))
+        map_array(files.labels, "int64", (count,))
         for path in arrays:
-            latents.map_array(path, args.dtype, (count, *row))
+            map_array(path, args.dtype, (count, *row))
     return todo
 
 
@@ -269,12 +282,12 @@ def open_folder(args, config, world, stack):
     """Hold the folder until the stack is left, and compare what is complete with its checksums;
     the shards to encode."""
     def hold():
-        stack.enter_context(runtime.alone("--out-path", args.out_path))
+        stack.enter_context(lock_folder("--out-path", args.out_path))
         return examine(args, config)  # again: another command may have been waited for
 
     todo, sums, plan = world.on_main(hold)
     if world.main:
-        for line in (*runtime.describe(world), plan):
+        for line in (*describe_environment(world), plan):
             print(line, file=sys.stderr)
     damaged = find_damaged(args, config, todo, sums, world)
     todo = sorted({*todo, *(shard for shard, _ in damaged)})
@@ -291,14 +304,14 @@ def find_damaged(args, config, todo, sums, world):
     process reads its share of them."""
     complete = [shard for shard in shards_of(config) if shard not in todo]
     paths = [(shard, path) for shard in complete
-             for path in latents.ShardFiles(args.out_path, shard).arrays(args.flip)
+             for path in ShardFiles(args.out_path, shard).arrays(args.flip)
              if path.name in sums]
     if not paths:
         return []
     found = []
     with world.progress(len(paths), desc="verify", unit="file") as bar:
         for shard, path in paths[world.rank::world.size]:
-            if latents.checksum(path) != sums[path.name]:
+            if checksum(path) != sums[path.name]:
                 found.append((shard, path))
             bar.update(min(world.size, len(paths) - bar.n))
     return list(itertools.chain(*world.gather(found)))
@@ -307,11 +320,11 @@ def find_damaged(args, config, todo, sums, world):
 def claim(out, config, todo):
     """Rank 0 marks the folder as ours, and clears away what a killed run left half done."""
     if not (out / "dataset.json").exists():
-        latents.write_json(out / latents.UNFINISHED, config)
+        write_json(out / UNFINISHED, config)
     for path in filter(is_temporary, list(out.iterdir())):
         path.unlink()
     for shard in todo:  # incomplete first, so that no mixture of two runs can pass for a shard
-        files = latents.ShardFiles(out, shard)
+        files = ShardFiles(out, shard)
         for path in (files.moments, files.flip, files.labels, files.skipped, files.sums):
             path.unlink(missing_ok=True)
 
@@ -319,7 +332,7 @@ def claim(out, config, todo):
 def finish(args, config, world):
     """Write dataset.json, on rank 0. Raises UserError if images or shards are missing."""
     todo = pending(args, config)
-    files = [latents.ShardFiles(args.out_path, shard) for shard in shards_of(config)]
+    files = [ShardFiles(args.out_path, shard) for shard in shards_of(config)]
     skipped = [read_skipped(of_shard) for of_shard in files]
     names = list(itertools.chain(*skipped))
     if names and not args.skip_bad_images:
@@ -337,11 +350,11 @@ def finish(args, config, world):
     if world.main:
         counts = [len(rows_of(config, shard)) - len(skipped[shard]) for shard in range(len(files))]
         known = read_sums(args.out_path, config)  # of all, unless an earlier version wrote them
-        sums = {path.name: known[path.name] if path.name in known else latents.checksum(path)
+        sums = {path.name: known[path.name] if path.name in known else checksum(path)
                 for of_shard in files for path in of_shard.arrays(args.flip)}
-        latents.write_json(args.out_path / "dataset.json", latents.sealed({
+        write_json(args.out_path / "dataset.json", sealed({
             **config, "count": sum(counts), "shards": counts, "skipped": names, "crc32": sums}))
-        for path in (args.out_path / latents.UNFINISHED, *(of_shard.sums for of_shard in files)):
+        for path in (args.out_path / UNFINISHED, *(of_shard.sums for of_shard in files)):
             path.unlink(missing_ok=True)
         print(args.out_path)
 
@@ -354,16 +367,16 @@ def encode(args, images, space, config, todo, world):
     mine = todo[world.rank::world.size]
     parts = {shard: split(rows_of(config, shard), args.batch_size) for shard in mine}
     batches = list(itertools.chain(*parts.values()))
-    found = data.read_images(images.image, batches, workers=min(args.num_workers, len(batches)))
-    readable = data.beside(sort_out(images, *batch) for batch in found)
+    found = read_images(images.image, batches, workers=min(args.num_workers, len(batches)))
+    readable = prefetch(sort_out(images, *batch) for batch in found)
     left, own = count_images(config, todo), count_images(config, mine)
     with world.progress(config["images"], initial=config["images"] - left, desc="encode",
                         unit="image") as bar:
         work = functools.partial(encode_batch, args, space, config, world.device)
-        stream = watched(data.ahead(work, readable, threads=1, depth=4), bar, left / max(1, own))
+        stream = watched(map_ahead(work, readable, threads=1, depth=4), bar, left / max(1, own))
         for shard in mine:
-            latents.write_shard(
-                latents.ShardFiles(args.out_path, shard),
+            write_shard(
+                ShardFiles(args.out_path, shard),
                 itertools.islice(stream, len(parts[shard])),
                 latent_shape=config["latent_shape"], dtype=args.dtype, flip=args.flip)
 
@@ -383,7 +396,7 @@ def sort_out(images, rows, found):
         else:
             pixels.append(image)
             kept.append(row)
-    pixels = data.stacked(pixels) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    pixels = stack_images(pixels) if kept else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     return pixels, images.labels[kept], faults
 
 
@@ -391,7 +404,7 @@ def encode_batch(args, space, config, device, batch):
     """What sort_out returns -> labels, moments, those of the mirror images or None, faults."""
     pixels, labels, faults = batch
     try:
-        with runtime.one_thread():
+        with one_thread():
             pixels = pixels.to(device, non_blocking=True)
             moments = to_disk(args, space, config, pixels)
             mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
@@ -403,7 +416,7 @@ def encode_batch(args, space, config, device, batch):
 
 def to_disk(args, space, config, pixels):
     """uint8 (n, 3, H, W) -> moments (n, 2, C, h, w) of --dtype on the CPU. Raises UserError."""
-    dtype = latents.DTYPES[args.dtype]
+    dtype = DTYPES[args.dtype]
     if not len(pixels):
         return torch.empty(0, 2, *config["latent_shape"], dtype=dtype)
     moments = space.encode(pixels).to(dtype)
@@ -428,4 +441,4 @@ def watched(batches, bar, scale):
 
 
 if __name__ == "__main__":
-    runtime.run(main, parse_args)
+    run_main(main, parse_args)

@@ -7,41 +7,38 @@
 
 prints one JSON line on stdout: protocol, num_samples, fid and, with adm, sfid, inception_score,
 precision and recall as far as the reference has what they need. --make-ref writes a reference in
-ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. fid.py describes the protocols.
+ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. metrics/inception.py describes the protocols.
 """
 
 import dataclasses
 import json
 import signal
 import sys
-import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import numpy as np
-import torch
-from PIL import Image
 
-import data
-import fid
-import runtime
-from features import Extractor, NpzImages, dimension, verify
-from runtime import UserError, whole
+from dataset.images import SUFFIXES, FolderImages, NpzImages, verify_npz
+from engine.distributed import run_main, start_processes
+from engine.files import atomic_file, make_folder
+from engine.options import Parser, UserError, int_range
+from metrics.inception import PROTOCOLS, Extractor, dimension
+from metrics.reference import Reference, evaluate, metric_names, notes
+from metrics.statistics import Statistics
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 KEPT = 10000  # images at most in a reference's arr_0, as in ADM's
 
 
 def parse_args(argv=None):
-    parser = runtime.Parser("Evaluate images against a reference, or make a reference of them.")
+    parser = Parser("Evaluate images against a reference, or make a reference of them.")
     images = parser.add_argument_group("images")
     images.add_argument("--samples", type=Path, required=True,
                         help="a folder of RGB files, with its subfolders, or an .npz with arr_0")
-    images.add_argument("--image-size", type=whole(1), metavar="S",
+    images.add_argument("--image-size", type=int_range(1), metavar="S",
                         help="convert files to RGB and centre-crop them to S x S, as train.py does "
                              "(default: they must be RGB and of one size already)")
     result = parser.add_argument_group("result")
@@ -49,14 +46,14 @@ def parse_args(argv=None):
                         help="reference: an .npz with mu and sigma, or a folder of images")
     result.add_argument("--make-ref", type=Path, metavar="OUT.npz",
                         help="write the samples' statistics as a new reference instead")
-    result.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
+    result.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                         help="pytorch-fid: FID; adm: FID, sFID, Inception Score, precision and "
                              "recall; pixels: Frechet distance of tiny images, without a network")
     run = parser.add_argument_group("run")
     run.add_argument("--inception", type=Path, metavar="FILE",
                      help="pytorch-fid's weights (default: in the torch hub cache, or downloaded)")
-    run.add_argument("--batch-size", type=whole(1), default=64, help="images per batch")
-    run.add_argument("--num-workers", type=whole(0), default=4,
+    run.add_argument("--batch-size", type=int_range(1), default=64, help="images per batch")
+    run.add_argument("--num-workers", type=int_range(0), default=4,
                      help="processes that read image files, per process; 0 = read in it")
     args = parser.parse_args(argv)
     if (args.ref is None) == (args.make_ref is None):
@@ -67,7 +64,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    with runtime.start() as world:
+    with start_processes() as world:
         samples = open_images("--samples", args.samples, args)
         dimension(args.protocol, samples.image_size)  # refuses what is too large
         reference, other = None, None
@@ -80,9 +77,9 @@ def main(args):
                                 f"{samples.image_size}, got {other.image_size} in {args.ref}; "
                                 f"crop either with --image-size")
         else:
-            reference = fid.Reference.load(args.ref, args.protocol, samples.image_size,
+            reference = Reference.load(args.ref, args.protocol, samples.image_size,
                                            option="--ref")
-            verify("--ref", args.ref, world)
+            verify_npz("--ref", args.ref, world)
         for images in (samples, other):
             if images is not None:
                 images.check(world)
@@ -92,7 +89,7 @@ def main(args):
         else:
             if other is not None:
                 adm = args.protocol == "adm"
-                reference = fid.Reference.of(
+                reference = Reference.of(
                     measure(args, other, extractor, spatial=adm, points=adm), other.name)
             result = compare(args, samples, reference, extractor)
         if world.main:
@@ -104,7 +101,7 @@ def check_new(path):
     if path.suffix != ".npz" or path.exists():
         raise UserError(f"--make-ref must be a new file that ends in .npz, got {path}; choose "
                         f"another name, or remove it first")
-    runtime.make_folder("--make-ref", path.parent)
+    make_folder("--make-ref", path.parent)
 
 
 # ---- images --------------------------------------------------------------------------------
@@ -123,72 +120,6 @@ def open_images(option, path, args):
     return images
 
 
-class FolderImages:
-    """The image files of a folder and its subfolders, in the order of their paths.
-
-    They are taken as they are, and so must be RGB and of one size; or, with a crop, converted and
-    centre-cropped. Raises UserError naming option.
-    """
-
-    def __init__(self, path, crop, workers, *, option):
-        self.name, self.crop, self.workers, self.option = str(path), crop, workers, option
-        self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        self.image_size = (crop, crop) if crop else None
-        if self.paths and not crop:
-            self.image_size = tuple(self.read(self.paths[0]).shape[1:])
-
-    def __len__(self):
-        return len(self.paths)
-
-    def read(self, path, *, header=False):
-        """A file as uint8 (3, H, W); with header alone, only its mode and size are checked."""
-        try:
-            with warnings.catch_warnings(), Image.open(runtime.regular(path)) as image:
-                warnings.simplefilter("ignore")  # odd EXIF data, of no consequence here
-                if not self.crop:
-                    self._check_header(path, image)
-                if header:
-                    return None
-                if self.crop:
-                    image = data.center_crop(image.convert("RGB"), self.crop)
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        except UserError:
-            raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.option} must hold readable images, got {path} ({error}); "
-                            f"repair or remove the file") from error
-
-    def _check_header(self, path, image):
-        if image.mode != "RGB":
-            raise UserError(f"{self.option} must hold RGB images, got {path} of mode {image.mode}; "
-                            f"convert it, or have all converted and cropped by --image-size")
-        if self.image_size not in (None, (image.height, image.width)):
-            raise UserError(f"{self.option} must hold images of one size, got {path} of "
-                            f"{image.width} x {image.height} after {self.image_size[1]} x "
-                            f"{self.image_size[0]}; remove it, or have all cropped by --image-size")
-
-    def check(self, world):
-        """Read every header before anything heavy, each process its share, in agreement."""
-        def faulty(path):
-            try:
-                return self.read(path, header=True) is not None
-            except UserError:
-                return True
-
-        flags = torch.zeros(len(self), dtype=torch.int32, device=world.device)
-        with ThreadPoolExecutor(16) as pool:
-            mine = list(pool.map(faulty, self.paths[world.rank::world.size]))
-        flags[world.rank::world.size] = torch.tensor(mine, dtype=torch.int32, device=world.device)
-        for number in world.total(flags).nonzero()[:1]:
-            self.read(self.paths[number], header=True)  # raises on every process; rank 0 says it
-
-    def batches(self, size, world):
-        """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""
-        firsts = range(0, len(self), size)[world.rank::world.size]
-        share = [self.paths[first:first + size] for first in firsts]
-        found = data.read_images(self.read, share, workers=min(self.workers, len(share)))
-        batches = (data.stacked(images) for _, images in found)
-        yield from zip(firsts, data.beside(batches) if self.workers else batches)
 
 
 # ---- measuring -----------------------------------------------------------------------------
@@ -197,7 +128,7 @@ class FolderImages:
 def measure(args, images, extractor, **wants):
     """fid.Statistics of all images. All processes take part."""
     world = extractor.world
-    statistics = fid.Statistics(extractor, len(images), images.image_size, **wants)
+    statistics = Statistics(extractor, len(images), images.image_size, **wants)
     with world.progress(len(images), desc=Path(images.name).name, unit="image") as bar:
         for first, batch in images.batches(args.batch_size, world):
             statistics.add(batch, first)
@@ -208,9 +139,9 @@ def measure(args, images, extractor, **wants):
 def compare(args, samples, reference, extractor):
     """The result on rank 0, also as a table on stderr; None elsewhere."""
     if extractor.world.main:
-        for line in fid.notes(reference, args.protocol, len(samples)):
+        for line in notes(reference, args.protocol, len(samples)):
             print(line, file=sys.stderr, flush=True)
-    result = fid.evaluate(measure(args, samples, extractor, **reference.wants), reference)
+    result = evaluate(measure(args, samples, extractor, **reference.wants), reference)
     if result is None:
         return None
     result |= {"num_reference": reference.count, "samples": samples.name, "ref": reference.name}
@@ -218,7 +149,7 @@ def compare(args, samples, reference, extractor):
         result["num_reference_images"] = len(reference.points)
     print(f"{args.protocol}: {len(samples)} samples of {samples.name} against {reference.name}",
           file=sys.stderr)
-    for key, name in fid.names(args.protocol).items():
+    for key, name in metric_names(args.protocol).items():
         if key in result:
             print(f"  {name:<28}{result[key]:>12.4f}", file=sys.stderr)
     sys.stderr.flush()
@@ -229,7 +160,7 @@ def make_reference(args, images, extractor):
     """Write --make-ref, in ADM's layout, and return what was done."""
     world = extractor.world
     statistics = measure(args, images, extractor, spatial=args.protocol != "pixels")
-    reference = fid.Reference.of(statistics, str(args.make_ref))
+    reference = Reference.of(statistics, str(args.make_ref))
     if world.main:
         arrays = dict(zip(("mu", "sigma"), reference.pool))
         if reference.spatial is not None:
@@ -247,7 +178,7 @@ def write_reference(path, arrays, images, alone):
     if isinstance(images, FolderImages):  # read no more files than needed
         images.paths, kept = [images.paths[i] for i in kept], np.arange(len(kept))
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), *images.image_size, 3)}
-    with (runtime.whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
+    with (atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
           alone.progress(len(kept), desc=path.name, unit="image") as bar):
         for key, array in arrays.items():
             with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
@@ -261,4 +192,4 @@ def write_reference(path, arrays, images, alone):
 
 
 if __name__ == "__main__":
-    runtime.run(main, parse_args)
+    run_main(main, parse_args)

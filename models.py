@@ -197,3 +197,12 @@ DiT_models = {
     for size, (depth, width, heads) in SIZES.items()
     for patch in (2, 4, 8)
 }
+
+
+def build(config):
+    """The network, freshly initialised, that a config describes. Raises ValueError."""
+    if config["model"] not in DiT_models:
+        raise ValueError(f"--model must be one of {', '.join(DiT_models)}, got {config['model']}")
+    channels, height, _ = config["latent_shape"]
+    return DiT_models[config["model"]](
+        input_size=height, in_channels=channels, num_classes=config["num_classes"])

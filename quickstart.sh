@@ -21,7 +21,7 @@ show() {  # print a command, then run it
     "$@"
 }
 
-show python benchmarks/digits.py write data/digits
+show python examples/digits.py write data/digits
 show $torchrun train.py --data-path data/digits --vae none --image-size 8 --model DiT-T/4 \
     --cfg 1 --label-drop 0 --ratio 0.5 --p-mean 0.1 --p-std 1.2 --global-batch-size 256 --lr 4e-3 \
     --ema-decay 0.997 --max-steps 1950 --num-workers 0 --no-compile --log-every 150 \
@@ -34,7 +34,7 @@ show python evaluate_fid.py --samples $run/1-step.npz --ref data/digits --image-
     --protocol pixels --num-workers 0
 for steps in 1 2; do
     printf '\nQuality in %s step(s): ' $steps
-    python benchmarks/digits.py judge $run/$steps-step.npz
+    python examples/digits.py judge $run/$steps-step.npz
 done
 printf 'Pictures: %s (one step), %s (two), %s (while training)\n' \
     $run/1-step.png $run/2-step.png $run/samples/

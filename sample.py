@@ -28,36 +28,48 @@ import numpy as np
 import torch
 from PIL import Image
 
-import checkpoint
-import fid
-import runtime
-import vae
-from generation import NOISE, Evaluation, Generator
-from runtime import UserError, whole
+from dataset.images import save_grid
+from dataset.vae import load_vae
+from engine.checkpoint import differences, load_network, verify_checkpoint
+from engine.distributed import one_thread, run_main, start_processes
+from engine.files import (
+    LOCK,
+    atomic_file,
+    check_folder,
+    lock_folder,
+    regular_file,
+    remove_temporary_files,
+    write_json,
+)
+from engine.options import Parser, UserError, int_range, utf8_path
+from meanflow import sample
+from metrics.inception import PROTOCOLS
+from metrics.reference import Evaluation, notes
 
 MARKER = "samples.json"  # in the sample folder: whose images these are
 
 
 def parse_args(argv=None):
-    parser = runtime.Parser("Sample images from a checkpoint. Repeat a command to continue it.")
-    parser.add_argument("--ckpt", type=runtime.utf8_path, required=True,
+    parser = Parser("Sample images from a checkpoint. Repeat a command to continue it.")
+    parser.add_argument("--ckpt", type=utf8_path, required=True,
                         help="checkpoint that train.py wrote; its EMA weights sample")
-    parser.add_argument("--num-fid-samples", type=whole(1), default=50000, help="count of images")
-    parser.add_argument("--num-sampling-steps", type=whole(1, 10000), default=1,
+    parser.add_argument("--num-fid-samples", type=int_range(1), default=50000,
+                        help="count of images")
+    parser.add_argument("--num-sampling-steps", type=int_range(1, 10000), default=1,
                         help="network evaluations per image, at equal steps of time")
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"),
                         help="new folder for the PNG files")
     parser.add_argument("--save-images", action=argparse.BooleanOptionalAction, default=True,
                         help="write them; without, only the metrics of --fid-ref are left")
-    parser.add_argument("--per-proc-batch-size", type=whole(1), default=25,
+    parser.add_argument("--per-proc-batch-size", type=int_range(1), default=25,
                         help="images per batch, on which the rounding depends")
-    parser.add_argument("--seed", type=whole(0), default=0,
+    parser.add_argument("--seed", type=int_range(0), default=0,
                         help="fixes the images; no two seeds share one")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
                         help="label of image i: i modulo the classes, or drawn at random")
     parser.add_argument("--fid-ref", type=Path, metavar="REF.npz",
                         help="reference statistics: evaluate the images as they are made")
-    parser.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                         help="how to evaluate; evaluate_fid.py --help says more")
     parser.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
                                       "checkpoint's)")
@@ -73,18 +85,18 @@ def parse_args(argv=None):
 
 def main(args):
     # A process whose images are done waits for the others', which may take hours on a CPU
-    with runtime.start(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
-        world.on_main(lambda: checkpoint.verify(args.ckpt))
-        net, config = checkpoint.load_network(args.ckpt)
+    with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
+        world.on_main(lambda: verify_checkpoint(args.ckpt))
+        net, config = load_network(args.ckpt)
         wanted = settings(args, net, config)
         if args.save_images:
-            check_folder(args, wanted)
+            check_sample_dir(args, wanted)
         evaluation = statistics = None
         if args.fid_ref:
             evaluation = Evaluation(args.fid_ref, args.protocol, config, world)
             statistics = evaluation.statistics(args.num_fid_samples)
         try:
-            space = vae.load(args.vae or config["vae"], world.device, precision=args.precision)
+            space = load_vae(args.vae or config["vae"], world.device, precision=args.precision)
         except (ValueError, OSError) as error:
             raise UserError(error) from error
         if args.save_images:
@@ -107,7 +119,7 @@ def report(args, wanted, evaluation, result):
     if result is None:
         print(args.sample_dir)
         return
-    for line in fid.notes(evaluation.reference, args.protocol, args.num_fid_samples):
+    for line in notes(evaluation.reference, args.protocol, args.num_fid_samples):
         print(line, file=sys.stderr)
     about = {"num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
              "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels,
@@ -135,7 +147,7 @@ def settings(args, net, config):
             "weights": hashlib.sha256(weights).hexdigest()}
 
 
-def check_folder(args, wanted):
+def check_sample_dir(args, wanted):
     """Raise UserError unless the sample folder is new or, by samples.json, this command's own.
 
     One that a killed command left without an image may become another's.
@@ -143,16 +155,16 @@ def check_folder(args, wanted):
     folder = args.sample_dir
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another")
-    runtime.check_folder("--sample-dir", folder)
+    check_folder("--sample-dir", folder)
     found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
                                beside(args, ".npz"), beside(args, ".png"))
-             if path.exists() and path.name != runtime.LOCK
+             if path.exists() and path.name != LOCK
              and not (path.name.startswith(".") and path.suffix == ".tmp")]
     if not found:
         return
     try:
         stored = json.loads((folder / MARKER).read_text())
-        fault = checkpoint.differences(stored, wanted)
+        fault = differences(stored, wanted)
         begun = found != [folder / MARKER] or stored.keys() != wanted.keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         fault, begun = f"{found[0]} is none of this command's files", True
@@ -164,11 +176,10 @@ def check_folder(args, wanted):
 def open_folder(args, wanted, world, stack):
     """Make the sample folder, which all processes have checked, hold it, and say whose it is."""
     def hold():
-        stack.enter_context(runtime.alone("--sample-dir", args.sample_dir))
-        check_folder(args, wanted)  # again: another command may have been waited for
-        runtime.sweep(args.sample_dir)
-        with runtime.whole_file(args.sample_dir / MARKER) as temporary:
-            temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+        stack.enter_context(lock_folder("--sample-dir", args.sample_dir))
+        check_sample_dir(args, wanted)  # again: another command may have been waited for
+        remove_temporary_files(args.sample_dir)
+        write_json(args.sample_dir / MARKER, wanted)
 
     world.barrier()
     world.on_main(hold)
@@ -179,7 +190,7 @@ def draw(args, generator, statistics):
     world, writer = generator.world, Writer(args.sample_dir)
     bar = world.progress(args.num_fid_samples, desc="sampling", unit="image")
     for rows in generator.batches(args.num_fid_samples, args.per_proc_batch_size):
-        world.place = f"image {rows.start}"
+        world.position = f"image {rows.start}"
         paths = [png(args.sample_dir, i) for i in rows]
         stored = args.save_images and all(path.exists() for path in paths)
         if stored and statistics:
@@ -233,14 +244,14 @@ class Writer:
 
 def write(path, image):
     """One image (H, W, 3) as a PNG file."""
-    with runtime.whole_file(path, durable=False) as temporary:
+    with atomic_file(path, durable=False) as temporary:
         Image.fromarray(image).save(temporary, "PNG")
 
 
 def read(path):
     """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn or damaged."""
     try:
-        with Image.open(runtime.regular(path)) as image:
+        with Image.open(regular_file(path)) as image:
             image.verify()  # compares checksums, which decoding does not; it leaves no image
         with Image.open(path) as image:
             return np.array(image)
@@ -254,7 +265,7 @@ def write_npz(path, paths, world):
     shape = (len(paths), *read(paths[0]).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     bar = world.progress(len(paths), desc=path.name, unit="image")
-    with (runtime.whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
+    with (atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as file,
           ThreadPoolExecutor(min(16, os.cpu_count())) as pool):
         np.lib.format.write_array_header_1_0(file, header)
@@ -265,5 +276,69 @@ def write_npz(path, paths, world):
     bar.close()
 
 
+NOISE = "sha256(seed, i)"  # the rule of starts, of which samples.json tells
+
+
+def starts(indices, shape, *, seed, num_classes, labels="balanced"):
+    """Noise z1 (B, C, H, W) and labels y (B,) of the images with these indices, on the CPU.
+
+    Both are functions of a hash of (seed, index), so an image depends neither on the batch it is
+    in nor on the number of processes, and no two seeds share one. labels: "balanced" is index
+    modulo num_classes, "random" is uniform; the noise is the same for either.
+    """
+    z1, y = [], []
+    for i in indices:
+        z1.append(torch.from_numpy(_generator(seed, i).standard_normal(shape)).float())
+        y.append(i if labels == "balanced" else int.from_bytes(_digest(seed, i, "label"), "little"))
+    return torch.stack(z1), torch.tensor([number % num_classes for number in y])
+
+
+def _generator(seed, i):
+    """The generator of an image's noise, seeded with all 256 bits of a hash.
+
+    PyTorch's CPU generator keeps 32 bits of a seed: of 100,000 images two would share theirs.
+    NumPy guarantees that this one's numbers never change.
+    """
+    return np.random.RandomState(np.frombuffer(_digest(seed, i, "noise"), "<u4"))
+
+
+def _digest(seed, i, purpose):
+    return hashlib.sha256(f"{seed} {i} {purpose}".encode()).digest()
+
+
+class Generator:
+    """Image i of a network, for any i, by ``images(rows)``.
+
+    net: (z, r, t, y) -> u; space: what decodes; config: the run's, for shapes, classes and sizes;
+    labels: as in starts; steps: as in meanflow.sample.
+    """
+
+    def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1):
+        self.net, self.space, self.config, self.world = net, space, config, world
+        self.seed, self.labels, self.steps = seed, labels, steps
+
+    @torch.no_grad()
+    def images(self, rows):
+        """uint8 (B, 3, H, W), on the world's device, of the images with these numbers."""
+        z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
+                       num_classes=self.config["num_classes"])
+        with one_thread():
+            with self.world.autocast():
+                x = sample(self.net, z1.to(self.world.device), y.to(self.world.device),
+                           steps=self.steps)
+            return self.space.decode(x)
+
+    def batches(self, count, batch_size):
+        """This process's batches of the images 0 .. count - 1, as ranges: whole ones, dealt out in
+        turn, so that their content does not depend on the number of processes."""
+        firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
+        return [range(first, min(first + batch_size, count)) for first in firsts]
+
+    def picture(self, path):
+        """Eight rows of images, in as many columns as there are classes, but ten at most."""
+        columns = min(self.config["num_classes"], 10)
+        save_grid(path, self.images(range(8 * columns)), columns)
+
+
 if __name__ == "__main__":
-    runtime.run(main, parse_args)
+    run_main(main, parse_args)

@@ -26,16 +26,26 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import data
-import faults
-import fid
-import runtime
-import vae
-from generation import Evaluation, Generator
+from dataset.images import ImageFolder
+from dataset.latents import LatentShards
+from dataset.loader import Batches, load_batches
+from dataset.vae import load_vae, posterior_sample
+from engine.checkpoint import (
+    Saver,
+    check_config,
+    newest_checkpoint,
+    restore_checkpoint,
+)
+from engine.distributed import counted_generator, run_main, start_processes
+from engine.faults import Guard, Signals, propagate_nonfinite
+from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
+from engine.log import Log, describe_environment
+from engine.options import Parser, UserError, float_range, int_range, utf8_path
 from meanflow import MeanFlow
-from models import DiT_models
-from runtime import UserError, real, whole
+from metrics.inception import PROTOCOLS
+from metrics.reference import Evaluation, metric_names, notes
+from models import DiT_models, build
+from sample import Generator
 
 # Options that may change when a run is continued; all others make it another run
 FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
@@ -46,7 +56,7 @@ EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 
 
 def parse_args(argv=None):
-    parser = runtime.Parser("Train a DiT with MeanFlow. Repeating a command continues its run.")
+    parser = Parser("Train a DiT with MeanFlow. Repeating a command continues its run.")
     add_data_options(parser.add_argument_group("data"))
     add_method_options(parser.add_argument_group("method (arXiv 2505.13447)"))
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
@@ -69,37 +79,37 @@ def add_data_options(group):
                        help="folder with one folder of images per class; with --encoded-data, of "
                             "latents that encode_imagenet.py wrote")
     group.add_argument("--encoded-data", action="store_true", help="train on encoded latents")
-    group.add_argument("--image-size", type=whole(1), default=256,
+    group.add_argument("--image-size", type=int_range(1), default=256,
                        help="side of the centre crop, in pixels")
     group.add_argument("--vae", default="ema",
                        help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a "
                             "local AutoencoderKL; none: train on pixels")
     group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
-    group.add_argument("--num-workers", type=whole(0, 1024), default=4,
+    group.add_argument("--num-workers", type=int_range(0, 1024), default=4,
                        help="reading processes per process; 0 = none")
 
 
 def add_method_options(group):
-    group.add_argument("--ratio", type=real(0, 1), default=0.25,
+    group.add_argument("--ratio", type=float_range(0, 1), default=0.25,
                        help="share of rows with r < t; 0 is plain flow matching")
-    group.add_argument("--p-mean", type=real(-1e9), default=-0.4,
+    group.add_argument("--p-mean", type=float_range(-1e9), default=-0.4,
                        help="mean of the logit-normal times")
-    group.add_argument("--p-std", type=real(0, above=True), default=1.0,
+    group.add_argument("--p-std", type=float_range(0, above=True), default=1.0,
                        help="standard deviation of the logit-normal times")
     group.add_argument("--time-sampler", default="logit_normal",
                        choices=("logit_normal", "uniform"), help="distribution of the times")
-    group.add_argument("--cfg", type=real(0), default=3.0,
+    group.add_argument("--cfg", type=float_range(0), default=3.0,
                        help="effective guidance scale omega' = omega / (1 - kappa); 1 = none")
-    group.add_argument("--kappa", type=real(0), default=0.0,
+    group.add_argument("--kappa", type=float_range(0), default=0.0,
                        help="weight of the network's own labelled velocity, below 1")
-    group.add_argument("--cfg-interval", type=real(0, 1), nargs=2, default=(0.0, 1.0),
+    group.add_argument("--cfg-interval", type=float_range(0, 1), nargs=2, default=(0.0, 1.0),
                        metavar=("FROM", "TO"),
                        help="times t in which guidance acts, both ends included")
-    group.add_argument("--label-drop", type=real(0, 1), default=0.1,
+    group.add_argument("--label-drop", type=float_range(0, 1), default=0.1,
                        help="probability of the null label")
-    group.add_argument("--p", type=real(0), default=1.0,
+    group.add_argument("--p", type=float_range(0), default=1.0,
                        help="power of the adaptive weight; 0 = plain L2")
-    group.add_argument("--c", type=real(0, above=True), default=0.01,
+    group.add_argument("--c", type=float_range(0, above=True), default=0.01,
                        help="constant of the adaptive weight")
 
 
@@ -107,47 +117,50 @@ def add_optimisation_options(group):
     group.add_argument("--model", default="DiT-B/4", choices=DiT_models,
                        metavar="DiT-{T,S,B,M,L,XL}/{2,4,8}", help="size and patch size")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=whole(1), default=80, help="passes over the data")
-    length.add_argument("--max-steps", type=whole(1), help="optimiser steps, in place of --epochs")
-    group.add_argument("--global-batch-size", type=whole(1), default=256,
+    length.add_argument("--epochs", type=int_range(1), default=80, help="passes over the data")
+    length.add_argument("--max-steps", type=int_range(1),
+                        help="optimiser steps, in place of --epochs")
+    group.add_argument("--global-batch-size", type=int_range(1), default=256,
                        help="images per optimiser step, over all processes")
-    group.add_argument("--grad-accum-steps", type=whole(1), default=1,
+    group.add_argument("--grad-accum-steps", type=int_range(1), default=1,
                        help="parts in which a process works through its share of the batch, to "
                             "save memory")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute activations in the backward pass: less memory, more time")
-    group.add_argument("--lr", type=real(0, above=True), default=1e-4,
+    group.add_argument("--lr", type=float_range(0, above=True), default=1e-4,
                        help="rate of AdamW, constant")
-    group.add_argument("--ema-decay", type=real(0, 1), default=0.9999,
+    group.add_argument("--ema-decay", type=float_range(0, 1), default=0.9999,
                        help="decay per step of the averaged weights, which sampling uses")
     group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
                        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                        help="torch.compile the passes of a step (default: where there is a GPU, "
                             "and not where that fails)")
-    group.add_argument("--seed", type=whole(0), default=0,
+    group.add_argument("--seed", type=int_range(0), default=0,
                        help="fixes weights, data order and all noise")
 
 
 def add_run_options(group):
-    group.add_argument("--run-dir", type=runtime.utf8_path,
+    group.add_argument("--run-dir", type=utf8_path,
                        help="where everything goes (default: results/<model>-cfg<scale>)")
-    group.add_argument("--ckpt-every", type=whole(1), default=5000,
+    group.add_argument("--ckpt-every", type=int_range(1), default=5000,
                        help="steps between checkpoints")
-    group.add_argument("--keep-last", type=whole(0), default=3, help="checkpoints kept; 0 = all")
-    group.add_argument("--skip-nonfinite", type=whole(0), default=0,
+    group.add_argument("--keep-last", type=int_range(0), default=3,
+                       help="checkpoints kept; 0 = all")
+    group.add_argument("--skip-nonfinite", type=int_range(0), default=0,
                        help="steps in a row whose gradient may be infinite or NaN and is left out")
-    group.add_argument("--log-every", type=whole(1), default=100, help="steps between log lines")
-    group.add_argument("--sample-every", type=whole(0), default=5000,
+    group.add_argument("--log-every", type=int_range(1), default=100,
+                       help="steps between log lines")
+    group.add_argument("--sample-every", type=int_range(0), default=5000,
                        help="steps between pictures of one-step samples; 0 = none")
-    group.add_argument("--eval-every", type=whole(0), default=0,
+    group.add_argument("--eval-every", type=int_range(0), default=0,
                        help="steps between evaluations of one-step samples, each of which follows "
                             "a checkpoint; 0 = none")
     group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
                        help="reference statistics for --eval-every")
-    group.add_argument("--eval-samples", type=whole(2), default=10000,
+    group.add_argument("--eval-samples", type=int_range(2), default=10000,
                        help="images per evaluation; 50000 are customary and slow")
-    group.add_argument("--protocol", choices=fid.PROTOCOLS, default="pytorch-fid",
+    group.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                        help="how to evaluate; evaluate_fid.py --help says more")
 
 
@@ -159,29 +172,29 @@ def method(args, num_classes):
 
 
 def main(args):
-    with runtime.start(args.precision) as world, ExitStack() as stack:
+    with start_processes(args.precision) as world, ExitStack() as stack:
         dataset, space = open_data(args, world)
         config = describe(args, dataset, space)
-        batches = data.Batches(len(dataset), args.global_batch_size, seed=args.seed,
+        batches = Batches(len(dataset), args.global_batch_size, seed=args.seed,
                                flip=args.flip, world=world)
         total = args.max_steps or args.epochs * batches.steps_per_epoch
         evaluation = (Evaluation(args.fid_ref, args.protocol, config, world)
                       if args.eval_every else None)
         folder, lock = args.run_dir, open_run(args, config, world, stack)
-        step, net, ema, optimizer = build(args, config, folder, world)
-        log = stack.enter_context(runtime.Log(folder, active=world.main, step=step))
+        step, net, ema, optimizer = build_state(args, config, folder, world)
+        log = stack.enter_context(Log(folder, active=world.main, step=step))
         lines = introduction(args, world, net, dataset, step, total)
         if evaluation:
-            lines += fid.notes(evaluation.reference, args.protocol, args.eval_samples)
+            lines += notes(evaluation.reference, args.protocol, args.eval_samples)
         for line in lines:
             log.say(line)
 
         passes = Passes(args, config, world, net, space)
         batches.start, batches.stop = step, max(step, total)
         params, average = list(net.parameters()), averaging(ema, net, args.ema_decay)
-        guard = faults.Guard(world, args.skip_nonfinite)
-        signals = stack.enter_context(faults.Signals(world))
-        saver = world.saver = stack.enter_context(checkpoint.Saver(
+        guard = Guard(world, args.skip_nonfinite)
+        signals = stack.enter_context(Signals(world))
+        saver = world.saver = stack.enter_context(Saver(
             folder / "checkpoints", args.keep_last, lock=lock, before=log.to_disk))
         stack.callback(signals.steps_end)  # before the saver's end, also after an error
         generator = Generator(ema, space, config, world, seed=args.seed)
@@ -192,8 +205,9 @@ def main(args):
             evaluate(args, evaluation, generator, log, step)
         bar = world.progress(total, initial=step)
 
-        for images, y in data.load(dataset, batches, workers=args.num_workers, device=world.device):
-            world.place = f"step {step + 1}"
+        for images, y in load_batches(dataset, batches, workers=args.num_workers,
+                                      device=world.device):
+            world.position = f"step {step + 1}"
             if step == batches.start:
                 passes.warm_up(images, y, step, log)
                 clock = Clock(step)
@@ -202,7 +216,7 @@ def main(args):
             # Update of weights and averages, unless the gradient is not finite
             step += 1
             norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            optimizer.found_inf = average.found_inf = guard.admit(step, values[0], norm)
+            optimizer.found_inf = average.found_inf = guard.should_skip(step, values[0], norm)
             optimizer.step()
             optimizer.zero_grad()
             average.step()
@@ -239,7 +253,7 @@ def main(args):
         if asked:
             log.say(f"{asked}: saved step {step}; repeat the command to go on")
         if world.main:
-            print(saver.path or checkpoint.newest(folder / "checkpoints"))
+            print(saver.path or newest_checkpoint(folder / "checkpoints"))
 
 
 class Passes:
@@ -272,7 +286,7 @@ class Passes:
             with self.forward.no_sync() if alone else nullcontext():
                 with self.world.autocast():
                     out = self.flow.loss(self.net, x, y[i::parts], draws, forward=self.forward)
-                (faults.telling(out.loss) / parts).backward()
+                (propagate_nonfinite(out.loss) / parts).backward()
             values += torch.stack([out.loss.detach(), out.error.mean(),
                                    out.velocity_error.mean()]) / parts
         return values
@@ -282,12 +296,12 @@ class Passes:
         batch, so that a run does not depend on how it is divided."""
         args, device = self.args, images.device
         shape = (args.global_batch_size, *self.config["latent_shape"])
-        noise = torch.randn(shape, device=device, generator=runtime.generator(
+        noise = torch.randn(shape, device=device, generator=counted_generator(
             args.seed, step, "posterior", device=device))[part::count]
         with torch.no_grad():
             moments = images if args.encoded_data else self.space.encode(images)
-            x = vae.posterior_sample(moments, noise, self.config["scale"])
-        generator = runtime.generator(args.seed, step, "method", device=device)
+            x = posterior_sample(moments, noise, self.config["scale"])
+        generator = counted_generator(args.seed, step, "method", device=device)
         return x, self.flow.draw(shape, device=device, generator=generator).part(part, count)
 
     def warm_up(self, images, y, step, log):
@@ -369,12 +383,12 @@ def open_data(args, world):
 
     Latents without pictures and evaluation need no VAE; the space is None then.
     """
-    dataset = (data.LatentShards(args.data_path) if args.encoded_data
-               else data.ImageFolder(args.data_path, args.image_size, world))
+    dataset = (LatentShards(args.data_path) if args.encoded_data
+               else ImageFolder(args.data_path, args.image_size, world))
     space = None
     if not args.encoded_data or args.sample_every or args.eval_every:
         try:
-            space = vae.load(args.vae, world.device, precision=args.precision)
+            space = load_vae(args.vae, world.device, precision=args.precision)
             space.latent_shape(args.image_size)
         except (ValueError, OSError) as error:
             raise UserError(error) from error
@@ -408,38 +422,38 @@ def open_run(args, config, world, stack):
                         f"{args.global_batch_size}; choose a multiple of {parts}")
     try:
         with torch.device("meta"):
-            checkpoint.network(config)
+            build(config)
     except (ValueError, RuntimeError) as error:  # the latter for a size beyond all numbers
         remedy = "" if isinstance(error, ValueError) else "; choose a smaller one"
         raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
                         f"{error}{remedy}") from error
-    checkpoint.check_config(args.run_dir, config, FREE)
+    check_config(args.run_dir, config, FREE)
     lock = None
 
     def hold():
         nonlocal lock
-        lock = stack.enter_context(runtime.alone("--run-dir", args.run_dir))
+        lock = stack.enter_context(lock_folder("--run-dir", args.run_dir))
         # Again: while this process waited, another run may have become the folder's
-        path = checkpoint.check_config(args.run_dir, config, FREE)
+        path = check_config(args.run_dir, config, FREE)
         for folder in ("checkpoints", "samples"):
-            runtime.make_folder("--run-dir", args.run_dir / folder)
-            runtime.sweep(args.run_dir / folder)
-        checkpoint.write_config(path, config)
+            make_folder("--run-dir", args.run_dir / folder)
+            remove_temporary_files(args.run_dir / folder)
+        write_json(path, config)
 
     world.on_main(hold)
     return lock
 
 
-def build(args, config, folder, world):
+def build_state(args, config, folder, world):
     """(step, network, EMA, optimiser), from the newest checkpoint or fresh."""
     torch.manual_seed(args.seed)  # the same initial weights on every process
-    net = checkpoint.network(config).to(world.device)
+    net = build(config).to(world.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.checkpoint_activations = args.checkpoint_activations
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0, fused=True)
-    path = world.on_main(lambda: checkpoint.newest(folder / "checkpoints"))
-    step = 0 if path is None else checkpoint.restore(
+    path = world.on_main(lambda: newest_checkpoint(folder / "checkpoints"))
+    step = 0 if path is None else restore_checkpoint(
         path, net, ema, optimizer, config=config, free=FREE)
     return step, net, ema, optimizer
 
@@ -460,7 +474,7 @@ def averaging(ema, net, decay):
 def introduction(args, world, net, dataset, step, total):
     """The first lines of the log."""
     parameters = sum(p.numel() for p in net.parameters())
-    return runtime.describe(world) + [
+    return describe_environment(world) + [
         f"{args.model}, {parameters:,} parameters; {len(dataset):,} images of "
         f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
         f"steps {step} to {total}, into {args.run_dir}",
@@ -474,7 +488,7 @@ def evaluate(args, evaluation, generator, log, step):
         about = {"labels": generator.labels, "seed": generator.seed}
         assert metrics.keys().isdisjoint(about)
         metrics |= about
-        names = fid.names(metrics["protocol"])
+        names = metric_names(metrics["protocol"])
         log.say(f"step {step}  " + "  ".join(
             f"{names.get(key, key)} " + (f"{value:.4f}" if isinstance(value, float) else f"{value}")
             for key, value in metrics.items()))
@@ -494,4 +508,4 @@ def record(log, step, total, sums, skipped, rate, every):
 
 
 if __name__ == "__main__":
-    runtime.run(main, parse_args)
+    run_main(main, parse_args)

@@ -22,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import checkpoint  # noqa: E402
-import runtime  # noqa: E402
+from engine.checkpoint import load_network  # noqa: E402
+from engine.distributed import run_main  # noqa: E402
+from engine.options import Parser, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models  # noqa: E402
 
@@ -34,11 +35,11 @@ PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1,
 
 
 def parse_args(argv=None):
-    parser = runtime.Parser(__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--ckpt", type=Path,
                         help="checkpoint to take the network from (default: DiT-S/4, 32 x 32 x 4, "
                              "all weights random)")
-    parser.add_argument("--batch-size", type=runtime.whole(4), default=8, help="rows of the step")
+    parser.add_argument("--batch-size", type=int_range(4), default=8, help="rows of the step")
     return parser.parse_args(argv)
 
 
@@ -66,7 +67,7 @@ def main(args):
 def network(path):
     """(network in train mode, shape of its data, number of classes)."""
     if path:
-        net, config = checkpoint.load_network(path)
+        net, config = load_network(path)
         return net.train().requires_grad_(), config["latent_shape"], config["num_classes"]
     net = DiT_models["DiT-S/4"]()
     for name, weight in net.named_parameters():
@@ -120,4 +121,4 @@ def to_tf32(a):
 
 
 if __name__ == "__main__":
-    runtime.run(main, parse_args)
+    run_main(main, parse_args)

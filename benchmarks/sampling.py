@@ -19,11 +19,12 @@ import torch
 
 sys.path[0] = str(Path(__file__).parent.parent)
 
-import checkpoint  # noqa: E402
-import runtime  # noqa: E402
 import sample  # noqa: E402
-import vae  # noqa: E402
-from generation import Generator  # noqa: E402
+from dataset.vae import load_vae  # noqa: E402
+from engine.distributed import start_processes  # noqa: E402
+from engine.log import describe_environment  # noqa: E402
+from models import build  # noqa: E402
+from sample import Generator  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -40,11 +41,11 @@ def parse_args(argv=None):
 
 
 def main(args):
-    with runtime.start(args.precision) as world, tempfile.TemporaryDirectory() as folder:
-        space = vae.load(args.vae, world.device, precision=args.precision)
+    with start_processes(args.precision) as world, tempfile.TemporaryDirectory() as folder:
+        space = load_vae(args.vae, world.device, precision=args.precision)
         config = {"model": args.model, "latent_shape": space.latent_shape(args.image_size),
                   "num_classes": 1000, "image_size": args.image_size}
-        net = checkpoint.network(config).to(world.device).eval().requires_grad_(False)
+        net = build(config).to(world.device).eval().requires_grad_(False)
         torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)  # else every image is noise
         generator = Generator(net, space, config, world)
         count = args.batches * args.batch_size
@@ -56,7 +57,7 @@ def main(args):
                 work(generator, count, args.batch_size)
                 rates[name].append(count / (time.perf_counter() - began))
         medians = {name: statistics.median(values) for name, values in rates.items()}
-        for line in runtime.describe(world)[1:]:
+        for line in describe_environment(world)[1:]:
             print(line)
         print(f"{args.model}, {args.image_size} px, VAE {args.vae}, batches of {args.batch_size}")
         for name, median in medians.items():

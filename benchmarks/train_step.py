@@ -8,6 +8,7 @@ does meets all of them; the table gives medians. A step is forward and backward,
 It runs on the first GPU if there is one; CUDA_VISIBLE_DEVICES= measures the CPU.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -25,7 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import runtime  # noqa: E402
+from engine.distributed import run_main, start_processes  # noqa: E402
+from engine.log import describe_environment  # noqa: E402
+from engine.options import Parser, float_range, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models  # noqa: E402
 
@@ -45,19 +48,19 @@ class Variant:
 
 
 def parse_args(argv=None):
-    parser = runtime.Parser(__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=DiT_models, default="DiT-S/4", metavar="NAME",
                         help="network, such as DiT-B/4")
-    parser.add_argument("--input-size", type=runtime.whole(1), default=32,
+    parser.add_argument("--input-size", type=int_range(1), default=32,
                         help="side of the input with 4 channels; 32 is a 256-pixel latent")
-    parser.add_argument("--batch-size", type=runtime.whole(4), default=16, help="rows of a step")
+    parser.add_argument("--batch-size", type=int_range(4), default=16, help="rows of a step")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                         help="arithmetic of the network, as in train.py")
-    parser.add_argument("--compile", action=runtime.argparse.BooleanOptionalAction, default=True,
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="measure the compiled variants too")
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="recompute the blocks in the backward pass, in every variant")
-    parser.add_argument("--seconds", type=runtime.real(0), default=100.0,
+    parser.add_argument("--seconds", type=float_range(0), default=100.0,
                         help="time for repetitions; three are made even so")
     args = parser.parse_args(argv)
     patch = int(args.model.split("/")[1])
@@ -262,7 +265,7 @@ def table(variants, batch, ceiling):
 
 
 def main(args):
-    with runtime.start(args.precision) as world:
+    with start_processes(args.precision) as world:
         torch.manual_seed(0)
         net = DiT_models[args.model](input_size=args.input_size, num_classes=NUM_CLASSES)
         for parameter in net.parameters():
@@ -274,7 +277,7 @@ def main(args):
         variants = build_variants(net, x, y, compile=args.compile)
         measure(variants, net, world, args.seconds)
         ceiling = product_ceiling(world)
-        print(*runtime.describe(world), sep="\n")
+        print(*describe_environment(world), sep="\n")
         print(f"{args.model}, input {args.input_size}, batch {args.batch_size}, medians of "
               f"{len(variants[0].seconds)} interleaved repetitions; time, FLOPs and memory are "
               f"ratios to flow matching of the same mode; product ceiling "
@@ -283,4 +286,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.run(main, parse_args)
+    run_main(main, parse_args)

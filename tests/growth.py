@@ -79,7 +79,7 @@ def watch(folder, data, steps, points, *, processes=1):
 
 def options(folder, data, steps, every):
     """Options of train.py for the smallest model, with everything on that recurs."""
-    import digits  # of benchmarks/, which soak has put on the path
+    import digits  # of examples/, which soak has put on the path
 
     source = digits.load_digits()
     source.images = source.images[:200]

@@ -23,12 +23,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
-import runtime  # noqa: E402
+from engine.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
+from engine.distributed import run_main  # noqa: E402
 
 EVERY = 3  # steps between checkpoints
 # by the time that a killed run's successor is killed it is at most so many steps further
@@ -47,7 +47,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    import digits  # of benchmarks/
+    import digits  # of examples/
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
@@ -117,7 +117,7 @@ def work(script, words, output, limit, environment):
     sys.argv = [f"{script}.py", *words]
     torch.set_num_threads(1)
     module = importlib.import_module(script)
-    runtime.run(module.main, module.parse_args)
+    run_main(module.main, module.parse_args)
 
 
 def ranks(count):
@@ -175,7 +175,7 @@ def kill_and_finish(data, folder, *, kills, seed):
         in_writing += bool(list((broken / "checkpoints").glob(".*.tmp")))
         saved = check(broken, saved)
     finish(data, broken, steps)
-    ends = [checkpoint.load(run / "checkpoints" / f"{steps:07d}.pt") for run in (whole, broken)]
+    ends = [load_checkpoint(run / "checkpoints" / f"{steps:07d}.pt") for run in (whole, broken)]
     assert not differences(*ends), differences(*ends)
     assert not list((broken / "checkpoints").glob(".*")), "half a file was left behind"
     lines = (broken / "metrics.jsonl").read_text().splitlines()
@@ -194,11 +194,11 @@ def finish(data, run, steps):
 
 def check(run, saved):
     """The step of a killed run's newest checkpoint, which must load if there ever was one."""
-    found = checkpoint.files(run / "checkpoints")
+    found = list_checkpoints(run / "checkpoints")
     assert found or not saved, "the checkpoints are gone"
     if not found:
         return 0
-    step = checkpoint.load(found[0])["step"]
+    step = load_checkpoint(found[0])["step"]
     assert step == int(found[0].stem) and step >= saved
     return step
 

@@ -17,9 +17,10 @@ from conftest import call, tiny
 from PIL import Image
 from soak import Child, ranks
 
-import checkpoint
-import fid
-import runtime
+from engine.checkpoint import newest_checkpoint
+from engine.distributed import World, run_main
+from engine.log import Log
+from metrics.reference import Reference
 
 
 def snapshot(folder):
@@ -33,7 +34,7 @@ def refusal(script, options, monkeypatch, capfd):
     module = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, options)])
     with pytest.raises(SystemExit) as exit:
-        runtime.run(module.main, module.parse_args)
+        run_main(module.main, module.parse_args)
     out, err = capfd.readouterr()
     assert exit.value.code == 2 and out == ""
     lines = err.strip().splitlines()
@@ -164,8 +165,8 @@ def test_train_refuses(changes, line, place, monkeypatch, capfd):
     before = snapshot(place)
     options = replaced(tiny("digits", "run"), changes)
     if "--data-path" in changes and "readable" in line:  # met while training
-        monkeypatch.setattr(runtime.Log, "say", lambda self, line: None)
-        monkeypatch.setattr(runtime.World, "progress", lambda self, *a, **k: open(os.devnull))
+        monkeypatch.setattr(Log, "say", lambda self, line: None)
+        monkeypatch.setattr(World, "progress", lambda self, *a, **k: open(os.devnull))
     assert re.search(line, refusal("train", options, monkeypatch, capfd))
     after = snapshot(place)
     if "readable" not in line:
@@ -444,7 +445,7 @@ def test_paths_that_are_too_long_are_refused(script, option, place, trained, mon
     if (script, option) == ("train", "--fid-ref"):
         changes |= {"--eval-every": 1, "--protocol": "pixels"}
     if option == "--inception":
-        monkeypatch.setattr(fid.Reference, "load", lambda *_, **__: None)  # another protocol's
+        monkeypatch.setattr(Reference, "load", lambda *_, **__: None)  # another protocol's
     before = snapshot(place)
     line = refusal(script, replaced(commands(trained)[script], changes), monkeypatch, capfd)
     assert LONG in line and snapshot(place) == before
@@ -475,7 +476,7 @@ def test_results_are_printed_whatever_their_names(monkeypatch):
     """sample.py and encode_imagenet.py ended with a traceback after all work was done."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
     monkeypatch.setattr(sys, "stdout", out)
-    runtime.run(lambda args: print(BYTES), lambda: None)
+    run_main(lambda args: print(BYTES), lambda: None)
     assert out.buffer.getvalue() == os.fsencode(BYTES) + b"\n"
 
 
@@ -483,6 +484,6 @@ def test_names_with_blanks_and_other_alphabets_work(place, digits):
     run, out = place / "mein Lauf ☃" / "日本", place / "Bilder ü" / "a b"
     shutil.copytree(digits, place / "Ziffern é")
     call("train", *tiny("Ziffern é", run), "--max-steps", 2)
-    call("sample", "--ckpt", checkpoint.newest(run / "checkpoints"), "--sample-dir", out,
+    call("sample", "--ckpt", newest_checkpoint(run / "checkpoints"), "--sample-dir", out,
          "--num-fid-samples", 4)
     assert len(list(out.glob("*.png"))) == 4 and (out.parent / "a b.npz").exists()

@@ -9,17 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import runtime
-from models import DiT_models
-from runtime import UserError
+from engine.checkpoint import (
+    KEYS,
+    Saver,
+    check_config,
+    list_checkpoints,
+    load_checkpoint,
+    load_network,
+    newest_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from engine.files import lock_folder, write_json
+from engine.options import RunError, UserError
+from models import DiT_models, build
 
 CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "image_size": 8,
           "vae": "none", "lr": 0.1}
 
 
 def state(step):
-    net = checkpoint.network(CONFIG)
+    net = build(CONFIG)
     return {"step": step, "model": net.state_dict(), "ema": net.state_dict(), "opt": {},
             "config": CONFIG}
 
@@ -27,18 +37,18 @@ def state(step):
 @pytest.fixture
 def folder(tmp_path):
     for step in (2, 10, 9):
-        checkpoint.save(tmp_path / f"{step:07d}.pt", state(step))
+        save_checkpoint(tmp_path / f"{step:07d}.pt", state(step))
     return tmp_path
 
 
 def test_the_newest_is_the_one_with_the_highest_step(folder):
-    assert checkpoint.load(checkpoint.newest(folder))["step"] == 10
+    assert load_checkpoint(newest_checkpoint(folder))["step"] == 10
 
 
 def test_a_torn_newest_file_is_reported_and_the_one_before_it_used(folder, capsys):
     path = folder / "0000010.pt"
     path.write_bytes(path.read_bytes()[:5000])
-    assert checkpoint.newest(folder) == folder / "0000009.pt"
+    assert newest_checkpoint(folder) == folder / "0000009.pt"
     assert "0000010.pt" in capsys.readouterr().err
 
 
@@ -53,69 +63,69 @@ def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(folder, ca
     """torch.load compares no checksum: a flipped bit in an average made FID 180.13 of 120.77."""
     path = folder / "0000010.pt"
     flip(path, path.read_bytes().index(state(10)["ema"]["pos_embed"].numpy().tobytes()) + 100, 6)
-    assert checkpoint.load(path)["step"] == 10  # nothing to see so far
-    assert checkpoint.newest(folder) == folder / "0000009.pt"
+    assert load_checkpoint(path)["step"] == 10  # nothing to see so far
+    assert newest_checkpoint(folder) == folder / "0000009.pt"
     assert "0000010.pt (damaged: " in capsys.readouterr().err
 
 
 def test_a_folder_without_a_readable_checkpoint_is_refused(folder):
     """To begin anew would replace them, and they may be unreadable for an hour only."""
-    for path in checkpoint.files(folder):
+    for path in list_checkpoints(folder):
         path.write_bytes(b"unreadable")
     with pytest.raises(UserError, match="--run-dir must hold a checkpoint that can be read, got"):
-        checkpoint.newest(folder)
+        newest_checkpoint(folder)
 
 
 def test_files_of_other_names_are_neither_taken_nor_removed(folder):
     """0000010-best.pt once was the newest, and gone after the next save."""
     for name in ("0000010-best.pt", "0000011 (copy).pt", "best.pt", "9.pt.bak"):
         (folder / name).write_text("mine")
-    checkpoint.save(folder / "10000000.pt", state(10**7), keep_last=1)
-    assert checkpoint.newest(folder).name == "10000000.pt"  # though "1" sorts before "9"
+    save_checkpoint(folder / "10000000.pt", state(10**7), keep_last=1)
+    assert newest_checkpoint(folder).name == "10000000.pt"  # though "1" sorts before "9"
     assert len(list(folder.iterdir())) == 5
 
 
 def test_an_empty_folder_has_no_newest(tmp_path):
-    assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "none") is None
+    assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "none") is None
 
 
 def test_only_the_last_are_kept(folder):
-    checkpoint.save(folder / "0000011.pt", state(11), keep_last=2)
-    assert [path.stem for path in checkpoint.files(folder)] == ["0000011", "0000010"]
+    save_checkpoint(folder / "0000011.pt", state(11), keep_last=2)
+    assert [path.stem for path in list_checkpoints(folder)] == ["0000011", "0000010"]
 
 
 def test_a_torn_file_of_a_later_step_is_none_of_those_kept(folder):
     """It was kept in place of the only good one, after a run that went on from an older one."""
     (folder / "0000020.pt").write_bytes(b"torn")
-    checkpoint.save(folder / "0000011.pt", state(11), keep_last=1)
-    assert checkpoint.newest(folder).stem == "0000011"
+    save_checkpoint(folder / "0000011.pt", state(11), keep_last=1)
+    assert newest_checkpoint(folder).stem == "0000011"
 
 
 def test_what_is_being_written_when_a_run_fails_is_written_to_its_end(tmp_path, monkeypatch):
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *words, **more: (
+    save = save_checkpoint
+    monkeypatch.setattr("engine.checkpoint.save_checkpoint", lambda *words, **more: (
         time.sleep(0.5), save(*words, **more)))
-    with pytest.raises(KeyError), checkpoint.Saver(tmp_path, keep_last=0) as saver:
+    with pytest.raises(KeyError), Saver(tmp_path, keep_last=0) as saver:
         saver.save(state(1))
         raise KeyError
-    assert checkpoint.load(tmp_path / "0000001.pt")["step"] == 1
+    assert load_checkpoint(tmp_path / "0000001.pt")["step"] == 1
 
 
 def test_what_is_written_is_the_state_of_its_step(tmp_path, monkeypatch):
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *words, **more: (
+    save = save_checkpoint
+    monkeypatch.setattr("engine.checkpoint.save_checkpoint", lambda *words, **more: (
         time.sleep(0.2), save(*words, **more)))
     weight = torch.ones(3)
-    with checkpoint.Saver(tmp_path, keep_last=0) as saver:
+    with Saver(tmp_path, keep_last=0) as saver:
         saver.save({**state(1), "opt": {"state": {0: [weight]}}})
         weight.zero_()  # training goes on
         saver.close()
-    assert torch.equal(checkpoint.load(tmp_path / "0000001.pt")["opt"]["state"][0][0],
+    assert torch.equal(load_checkpoint(tmp_path / "0000001.pt")["opt"]["state"][0][0],
                        torch.ones(3))
 
 
 def test_a_checkpoint_that_could_not_be_written_is_known_before_the_next(tmp_path):
-    with checkpoint.Saver(tmp_path / "missing", keep_last=0) as saver:
+    with Saver(tmp_path / "missing", keep_last=0) as saver:
         saver.save(state(1))
         wait([saver.job])
         with pytest.raises(UserError, match="cannot write .*0000001.pt"):
@@ -124,7 +134,7 @@ def test_a_checkpoint_that_could_not_be_written_is_known_before_the_next(tmp_pat
 
 def trainable(step=5):
     """(network, average, optimiser, state of a checkpoint), after one update."""
-    net, ema = checkpoint.network(CONFIG), checkpoint.network(CONFIG)
+    net, ema = build(CONFIG), build(CONFIG)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
@@ -138,10 +148,10 @@ def test_a_checkpoint_of_other_options_is_not_continued(tmp_path):
     """One that a run whose folder was removed wrote into the folder of the next."""
     net, ema, optimizer, stored = trainable()
     path = tmp_path / "0000005.pt"
-    checkpoint.save(path, {**stored, "config": {**CONFIG, "lr": 0.2}})
+    save_checkpoint(path, {**stored, "config": {**CONFIG, "lr": 0.2}})
     with pytest.raises(UserError, match="--run-dir .*0000005.pt .lr 0.2 there, 0.1 here"):
-        checkpoint.restore(path, net, ema, optimizer, config=CONFIG, free=())
-    assert checkpoint.restore(path, net, ema, optimizer, config=CONFIG, free=("lr",)) == 5
+        restore_checkpoint(path, net, ema, optimizer, config=CONFIG, free=())
+    assert restore_checkpoint(path, net, ema, optimizer, config=CONFIG, free=("lr",)) == 5
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="a file of Linux")
@@ -149,24 +159,24 @@ def test_nothing_that_was_read_keeps_its_file(tmp_path):
     """The optimiser's state was a part of the file, which took its disk until the run's end."""
     net, ema, optimizer, stored = trainable()
     path = tmp_path / "0000005.pt"
-    checkpoint.save(path, stored)
-    checkpoint.restore(path, net, ema, optimizer, config=CONFIG, free=())
-    kept = checkpoint.load_network(path), checkpoint.newest(tmp_path)
+    save_checkpoint(path, stored)
+    restore_checkpoint(path, net, ema, optimizer, config=CONFIG, free=())
+    kept = load_network(path), newest_checkpoint(tmp_path)
     assert str(path) not in Path("/proc/self/maps").read_text(), kept
     moments = {i: state["exp_avg"] for i, state in optimizer.state_dict()["state"].items()}
     assert all(torch.equal(stored["opt"]["state"][i]["exp_avg"], m) for i, m in moments.items())
 
 
 def test_nothing_is_saved_into_a_folder_that_is_no_longer_the_runs(tmp_path):
-    with (runtime.alone("--run-dir", tmp_path / "run") as lock,
-          checkpoint.Saver(tmp_path / "run", 0, lock=lock) as saver):
+    with (lock_folder("--run-dir", tmp_path / "run") as lock,
+          Saver(tmp_path / "run", 0, lock=lock) as saver):
         saver.save(state(1))
         saver.check(wait=True)
         shutil.rmtree(tmp_path / "run")
         (tmp_path / "run").mkdir()
-        with pytest.raises(runtime.RunError, match="--run-dir .*run, which was removed"):
+        with pytest.raises(RunError, match="--run-dir .*run, which was removed"):
             saver.save(state(2))
-        with pytest.raises(runtime.RunError, match="--run-dir .*run, which was removed"):
+        with pytest.raises(RunError, match="--run-dir .*run, which was removed"):
             saver.close()
     assert not list((tmp_path / "run").iterdir())
 
@@ -174,8 +184,8 @@ def test_nothing_is_saved_into_a_folder_that_is_no_longer_the_runs(tmp_path):
 def test_the_network_is_rebuilt_from_the_file_alone(folder):
     stored = state(3)
     stored["ema"] = {key: torch.full_like(p, 0.5) for key, p in stored["ema"].items()}
-    checkpoint.save(folder / "0000003.pt", stored)
-    net, config = checkpoint.load_network(folder / "0000003.pt")
+    save_checkpoint(folder / "0000003.pt", stored)
+    net, config = load_network(folder / "0000003.pt")
     assert config == CONFIG and not net.training
     assert all((p == 0.5).all() and not p.requires_grad for p in net.parameters())
 
@@ -189,7 +199,7 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(folder, tmp_path,
     foreign = tmp_path / "foreign.pt"
     torch.save({"state_dict": {}}, foreign)
     hostile = tmp_path / "hostile.pt"
-    torch.save({key: Hostile() for key in checkpoint.KEYS}, hostile)
+    torch.save({key: Hostile() for key in KEYS}, hostile)
     plain = tmp_path / "plain.pt"
     plain.write_bytes(pickle.dumps(Hostile()))
     text = tmp_path / "text.pt"
@@ -198,7 +208,7 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(folder, tmp_path,
     torn.write_bytes((folder / "0000010.pt").read_bytes()[:-100])
     for path in (foreign, hostile, plain, text, torn, tmp_path / "missing.pt", tmp_path):
         with pytest.raises(UserError, match="--ckpt must .*got .*; give a checkpoint") as error:
-            checkpoint.load(path)
+            load_checkpoint(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert "ran code" not in capsys.readouterr().out
 
@@ -206,32 +216,32 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(folder, tmp_path,
 def test_weights_that_do_not_fit_the_config_are_refused(folder):
     stored = state(4)
     for change in ({"model": "DiT-S/4"}, {"model": "DiT-Q/4"}, {"latent_shape": None}):
-        checkpoint.save(folder / "bad.pt", {**stored, "config": {**CONFIG, **change}})
+        save_checkpoint(folder / "bad.pt", {**stored, "config": {**CONFIG, **change}})
         with pytest.raises(UserError, match="--ckpt must hold weights that fit"):
-            checkpoint.load_network(folder / "bad.pt")
+            load_network(folder / "bad.pt")
 
 
 def test_a_run_of_other_options_is_refused_by_name(tmp_path):
-    checkpoint.write_config(checkpoint.check_config(tmp_path, CONFIG, ()), CONFIG)
+    write_json(check_config(tmp_path, CONFIG, ()), CONFIG)
     # Without a checkpoint there is nothing to spoil: it may have failed for these very options
-    checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
+    check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
     with pytest.raises(UserError, match="new None there, 1 here"):  # another program's config.json
-        checkpoint.check_config(tmp_path, {**CONFIG, "new": 1}, ())
+        check_config(tmp_path, {**CONFIG, "new": 1}, ())
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "0000001.pt").touch()
-    checkpoint.check_config(tmp_path, CONFIG, ())
-    checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ("lr",))
+    check_config(tmp_path, CONFIG, ())
+    check_config(tmp_path, {**CONFIG, "lr": 0.2}, ("lr",))
     with pytest.raises(UserError) as error:  # an ImageNet of classes is no line
-        checkpoint.check_config(tmp_path, {**CONFIG, "classes": ["n01440764"] * 1000}, ())
+        check_config(tmp_path, {**CONFIG, "classes": ["n01440764"] * 1000}, ())
     assert len(str(error.value)) < 500
     with pytest.raises(UserError, match="lr 0.1 there, 0.2 here"):
-        checkpoint.check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
+        check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="readable config.json"):
-        checkpoint.check_config(tmp_path, CONFIG, ())
+        check_config(tmp_path, CONFIG, ())
 
 
 def test_an_unknown_model_lists_the_names():
     with pytest.raises(ValueError, match="DiT-B/4"):
-        checkpoint.network({**CONFIG, "model": "DiT-H/2"})
-    assert isinstance(checkpoint.network(CONFIG), type(DiT_models["DiT-T/4"](input_size=8)))
+        build({**CONFIG, "model": "DiT-H/2"})
+    assert isinstance(build(CONFIG), type(DiT_models["DiT-T/4"](input_size=8)))

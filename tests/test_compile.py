@@ -10,9 +10,9 @@ from conftest import ROOT, call, run_script, tiny
 from torch._dynamo.backends.common import aot_autograd
 
 import train
+from engine.options import UserError
 from meanflow import MeanFlow
 from models import DiT
-from runtime import UserError
 
 
 def weights(folder, step):
@@ -86,7 +86,8 @@ def test_without_a_c_compiler_the_error_is_one_line(digits, tmp_path):
 # A run of eight blocks of 0.6 MiB, two to a bucket, whose compiler counts what it is given
 COUNTED = """
 import os, sys
-import torch, models, runtime, train
+import torch, models, train
+from engine.distributed import run_main
 from torch._dynamo.backends.registry import lookup_backend
 
 rank, fails = os.environ["RANK"], sys.argv.pop(1)
@@ -114,7 +115,7 @@ def warm_up(*known):
 
 original, torch.compile = torch.compile, compile
 original_warm_up, train.Passes.warm_up = train.Passes.warm_up, warm_up
-runtime.run(train.main, train.parse_args)
+run_main(train.main, train.parse_args)
 """
 
 

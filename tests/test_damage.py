@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import call, tiny
 
-import checkpoint
-import features
-import fid
-import latents
-import runtime
 import sample
-from runtime import UserError
+from dataset.images import NpzImages, verify_npz
+from dataset.latents import LatentShards, ShardFiles
+from engine.checkpoint import load_checkpoint, verify_checkpoint
+from engine.distributed import World
+from engine.options import UserError
+from metrics.reference import Reference
 
-WORLD = runtime.World(0, 1, torch.device("cpu"), "fp32")
+WORLD = World(0, 1, torch.device("cpu"), "fp32")
 
 @pytest.fixture(scope="module")
 def shards(digits, tmp_path_factory):
@@ -40,13 +40,13 @@ def reference(tmp_path_factory):
 
 def read_checkpoint(path):
     """What sampling and training take from a checkpoint."""
-    checkpoint.verify(path)
-    return plain(checkpoint.load(path))
+    verify_checkpoint(path)
+    return plain(load_checkpoint(path))
 
 
 def read_shards(folder):
     """What training takes from a data set."""
-    found = latents.LatentShards(folder)
+    found = LatentShards(folder)
     found.verify()
     rows = torch.arange(len(found))
     return [plain(found[rows, torch.full_like(rows, mirror, dtype=torch.bool)])
@@ -55,9 +55,9 @@ def read_shards(folder):
 
 def read_reference(path):
     """What evaluation takes from a reference, and from the images in it."""
-    found = fid.Reference.load(path, "pixels", (8, 8), option="--ref")
-    features.verify("--ref", path, WORLD)
-    images = features.NpzImages(path, option="--samples")
+    found = Reference.load(path, "pixels", (8, 8), option="--ref")
+    verify_npz("--ref", path, WORLD)
+    images = NpzImages(path, option="--samples")
     images.check(WORLD)
     return plain([*found.pool, *(batch for _, batch in images.batches(7, WORLD))]), found.count
 
@@ -88,7 +88,7 @@ def flipped(path, position, bit):
 @pytest.fixture
 def subjects(trained, shards, reference):
     """(file, reader, what it reads, flips, share of them in the last bytes, how many these are)."""
-    info, first = shards / "dataset.json", latents.ShardFiles(shards, 1)
+    info, first = shards / "dataset.json", ShardFiles(shards, 1)
     return [(trained, read_checkpoint, trained, 60, 0.5, 5000),
             (reference, read_reference, reference, 60, 0.5, 1000),
             (info, read_shards, shards, 20, 0, 1),
@@ -125,7 +125,7 @@ def test_an_array_that_a_flipped_bit_hides_is_missed(reference):
     content = reference.read_bytes()
     last_but_one = content.rindex(b"PK\1\2", 0, content.rindex(b"PK\1\2"))
     with flipped(reference, last_but_one + 33, 0), pytest.raises(UserError, match="the list"):
-        features.verify("--ref", reference, WORLD)
+        verify_npz("--ref", reference, WORLD)
 
 
 def test_no_flipped_bit_of_a_sampled_image_is_used(tmp_path):
@@ -141,11 +141,11 @@ def test_no_flipped_bit_of_a_sampled_image_is_used(tmp_path):
 def test_training_names_damaged_labels_and_latents_it_did_not_compare(shards, tmp_path, monkeypatch,
                                                                      capfd):
     options = [*tiny(shards, tmp_path / "run"), "--encoded-data", "--max-steps", 1]
-    labels = latents.ShardFiles(shards, 1).labels
+    labels = ShardFiles(shards, 1).labels
     with flipped(labels, labels.stat().st_size - 8, 0), pytest.raises(UserError, match=labels.name):
         call("train", *options)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(latents, "VERIFIED", 0)
+    monkeypatch.setattr("dataset.latents.VERIFIED", 0)
     call("train", *options)
     line = "GB of latents were not: repeat the encode_imagenet.py command"
     assert capfd.readouterr().err.count(line) == 1

@@ -18,10 +18,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.datasets.folder import pil_loader
 
-import data
-import latents
-import vae
-from runtime import UserError
+from dataset.images import ImageFolder, center_crop, read_image
+from dataset.latents import DTYPES, LatentShards, ShardFiles, write_shard
+from dataset.loader import Batches, load_batches, read_images
+from dataset.vae import Pixels
+from engine.files import write_json
+from engine.options import UserError
 
 ALONE = SimpleNamespace(rank=0, size=1)
 CPU = torch.device("cpu")
@@ -55,7 +57,7 @@ def test_the_crop_is_adms(width, height, size, halvings, resized, left, top):
         expected = expected.resize(shape, Image.Resampling.BOX)
     expected = np.array(expected.resize(resized, Image.Resampling.BICUBIC))
     expected = expected[top:top + size, left:left + size]
-    assert np.array_equal(np.array(data.center_crop(image, size)), expected)
+    assert np.array_equal(np.array(center_crop(image, size)), expected)
 
 
 def test_halving_takes_means_of_two_by_two_pixels():
@@ -63,7 +65,7 @@ def test_halving_takes_means_of_two_by_two_pixels():
     pixels = means.repeat(2, 0).repeat(2, 1)
     pixels[::2] += 8
     pixels[1::2] -= 8  # the mean of each four stays
-    assert np.array_equal(np.array(data.center_crop(Image.fromarray(pixels), 4)), means)
+    assert np.array_equal(np.array(center_crop(Image.fromarray(pixels), 4)), means)
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -95,14 +97,14 @@ def test_odd_files_become_the_rgb_that_torchvision_reads(tmp_path):
     assert len(files) == 10
     for file in files:
         expected = np.array(pil_loader(str(file)))  # (32, 32, 3): the crop leaves it alone
-        found = data.read_image(file, 32)
+        found = read_image(file, 32)
         assert found.dtype == torch.uint8 and found.shape == (3, 32, 32)
         assert np.array_equal(found.permute(1, 2, 0).numpy(), expected), file.name
 
 
 def test_an_exif_rotation_is_not_applied(tmp_path):
     save_odd_files(tmp_path)
-    found = data.read_image(tmp_path / "rotated.jpg", 32).permute(1, 2, 0).numpy().astype(int)
+    found = read_image(tmp_path / "rotated.jpg", 32).permute(1, 2, 0).numpy().astype(int)
     upright = np.array(PHOTO.crop((0, 0, 32, 32))).astype(int)
     assert np.abs(found - upright).mean() < np.abs(found - np.rot90(upright)).mean() / 2
 
@@ -130,17 +132,17 @@ def test_an_unreadable_image_is_named(tmp_path, how, name):
     save_odd_files(tmp_path)
     spoil(tmp_path / name, how)
     with refused("--data-path", str(tmp_path / name), "repair the file"):
-        data.read_image(tmp_path / name, 32)
+        read_image(tmp_path / name, 32)
 
 
 def test_an_image_folder_serves_images_mirrors_and_labels(tmp_path):
-    folder = data.ImageFolder(save_folder(tmp_path / "images"), 32)
+    folder = ImageFolder(save_folder(tmp_path / "images"), 32)
     assert folder.classes == ["a", "b"] and len(folder) == 10
     assert folder.labels.tolist() == [0] * 5 + [1] * 5
     assert folder.name(7) == "b/2.png"
     images, labels = folder[torch.tensor([7, 0, 7]), torch.tensor([False, False, True])]
     assert images.shape == (3, 3, 32, 32) and labels.tolist() == [1, 0, 1]
-    expected = np.array(data.center_crop(Image.open(tmp_path / "images/b/2.png"), 32))
+    expected = np.array(center_crop(Image.open(tmp_path / "images/b/2.png"), 32))
     assert np.array_equal(images[0].permute(1, 2, 0).numpy(), expected)
     assert torch.equal(images[2], images[0].flip(2))
 
@@ -151,32 +153,32 @@ def test_one_process_lists_the_folder_for_all(tmp_path):
     first = SimpleNamespace(main=True, agree=lambda value: said.append(value) or value)
     other = SimpleNamespace(main=False, agree=lambda value: said[-1])
     path = save_folder(tmp_path / "images")
-    expected = data.ImageFolder(path, 32, first)
+    expected = ImageFolder(path, 32, first)
     for file in path.glob("*/*"):
         file.unlink()  # a second listing would find nothing
-    found = data.ImageFolder(path, 32, other)
+    found = ImageFolder(path, 32, other)
     assert found.fingerprint() == expected.fingerprint() and found.classes == ["a", "b"]
     assert torch.equal(found.labels, expected.labels)
     for world in (first, other):
         with refused("--data-path must be a folder", str(path)):
-            data.ImageFolder(path, 32, world)
+            ImageFolder(path, 32, world)
 
 
 def test_its_fingerprint_tells_lists_of_files_apart(tmp_path):
     save_folder(tmp_path / "images")
-    before = data.ImageFolder(tmp_path / "images", 32).fingerprint()
-    assert data.ImageFolder(f"{tmp_path}/images/", 16).fingerprint() == before
+    before = ImageFolder(tmp_path / "images", 32).fingerprint()
+    assert ImageFolder(f"{tmp_path}/images/", 16).fingerprint() == before
     (tmp_path / "images/a/4.png").rename(tmp_path / "images/b/5.png")
-    assert data.ImageFolder(tmp_path / "images", 32).fingerprint() != before
+    assert ImageFolder(tmp_path / "images", 32).fingerprint() != before
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_worker_hands_on_the_unreadable_image(tmp_path, workers):
-    folder = data.ImageFolder(save_folder(tmp_path / "images"), 32)
+    folder = ImageFolder(save_folder(tmp_path / "images"), 32)
     spoil(tmp_path / "images/a/0.png", "truncated")
-    order = data.Batches(10, 10, seed=0, start=0, stop=1, flip=False, world=ALONE)
+    order = Batches(10, 10, seed=0, start=0, stop=1, flip=False, world=ALONE)
     with refused("a/0.png"):
-        list(data.load(folder, order, workers=workers, device=CPU))
+        list(load_batches(folder, order, workers=workers, device=CPU))
 
 
 def test_readers_need_no_shared_memory(tmp_path):
@@ -199,9 +201,11 @@ def test_readers_end_with_a_process_that_is_killed(tmp_path):
     save_folder(tmp_path / "images", per_class=20)
     script = tmp_path / "killed.py"
     script.write_text(
-        "import multiprocessing, os, sys, time, data\n"
-        "images = data.ImageFolder(sys.argv[1], 256)\n"
-        "served = data.read_images(images.image, [range(40)] * 9, workers=2)\n"
+        "import multiprocessing, os, sys, time\n"
+        "from dataset.images import ImageFolder\n"
+        "from dataset.loader import read_images\n"
+        "images = ImageFolder(sys.argv[1], 256)\n"
+        "served = read_images(images.image, [range(40)] * 9, workers=2)\n"
         "next(served)\n"
         "time.sleep(2)  # the readers fill the pipe\n"
         "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
@@ -221,10 +225,10 @@ def test_readers_end_with_a_process_that_is_killed(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_readers_serve_batches_of_any_length_in_order(tmp_path, workers):
-    images = data.ImageFolder(save_folder(tmp_path / "images"), 32)
+    images = ImageFolder(save_folder(tmp_path / "images"), 32)
     spoil(tmp_path / "images/a/3.png", "truncated")
     batches = [[0], list(range(10)), [9, 8, 7], [3, 1]]
-    served = list(data.read_images(images.image, batches, workers=workers))
+    served = list(read_images(images.image, batches, workers=workers))
     assert [batch for batch, _ in served] == batches
     for batch, found in served:
         for row, image in zip(batch, found, strict=True):
@@ -237,17 +241,17 @@ def test_readers_serve_batches_of_any_length_in_order(tmp_path, workers):
 def test_folders_that_hold_no_images_are_refused(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with refused("--data-path must be a folder", str(path)):
-            data.ImageFolder(path, 32)
+            ImageFolder(path, 32)
     (tmp_path / "a").mkdir()
     with refused("--data-path must be a folder", str(tmp_path), "a"):
-        data.ImageFolder(tmp_path, 32)
+        ImageFolder(tmp_path, 32)
 
 
 # ---- the order -------------------------------------------------------------------------------
 
 
 def order(**changes):
-    return data.Batches(**{"count": 103, "global_batch": 20, "seed": 1, "start": 0, "stop": 10,
+    return Batches(**{"count": 103, "global_batch": 20, "seed": 1, "start": 0, "stop": 10,
                            "flip": True, "world": ALONE, **changes})
 
 
@@ -301,14 +305,14 @@ def stored(mirrored=False, dtype=torch.float16):
 def save_shards(path, dtype="float16"):
     """A data set of 11 latents in shards of 6, 0 and 5; image i has label i % 3."""
     path.mkdir(parents=True)
-    kind, starts = latents.DTYPES[dtype], np.cumsum([0, *COUNTS])
+    kind, starts = DTYPES[dtype], np.cumsum([0, *COUNTS])
     for index, (start, stop) in enumerate(zip(starts, starts[1:])):
         parts = [(torch.arange(a, b) % 3, stored(dtype=kind)[a:b], stored(True, kind)[a:b], [])
                  for a, b in ((start, start + 2), (start + 2, stop)) if stop > start]
         parts = parts or [(torch.arange(0), stored(dtype=kind)[:0], stored(dtype=kind)[:0], [])]
-        latents.write_shard(latents.ShardFiles(path, index), parts, latent_shape=SHAPE,
+        write_shard(ShardFiles(path, index), parts, latent_shape=SHAPE,
                             dtype=dtype, flip=True)
-    latents.write_json(path / "dataset.json", {**INFO, "dtype": dtype})
+    write_json(path / "dataset.json", {**INFO, "dtype": dtype})
     return path
 
 
@@ -318,7 +322,7 @@ def shards(tmp_path):
 
 
 def test_shards_are_plain_npy_files(shards):
-    files = latents.ShardFiles(shards, 0)
+    files = ShardFiles(shards, 0)
     assert files.moments.name == "shard-00000.npy"
     assert np.array_equal(np.load(files.moments, allow_pickle=False), stored()[:6].numpy())
     assert np.array_equal(np.load(files.flip, allow_pickle=False), stored(True)[:6].numpy())
@@ -328,13 +332,13 @@ def test_shards_are_plain_npy_files(shards):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_shards_serve_any_rows_and_their_mirrors(tmp_path, dtype):
-    found = data.LatentShards(save_shards(tmp_path / "shards", dtype))
+    found = LatentShards(save_shards(tmp_path / "shards", dtype))
     assert len(found) == 11 and found.classes == ["a", "b", "c"] and found.flip
     assert (found.image_size, found.latent_shape, found.scale) == (64, SHAPE, 0.18215)
     rows = torch.tensor([10, 0, 6, 5, 5, 10])
     mirrored = torch.tensor([True, False, True, False, True, False])
     moments, labels = found[rows, mirrored]
-    kind = latents.DTYPES[dtype]
+    kind = DTYPES[dtype]
     assert moments.dtype == kind and moments.shape == (6, 2, *SHAPE)
     expected = torch.where(mirrored[:, None, None, None, None], stored(True, kind)[rows],
                            stored(dtype=kind)[rows])
@@ -343,9 +347,9 @@ def test_shards_serve_any_rows_and_their_mirrors(tmp_path, dtype):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_serves_shards_in_order(shards, workers):
-    found = data.LatentShards(shards)
+    found = LatentShards(shards)
     batches = order(count=11, global_batch=4, stop=5)
-    served = list(data.load(found, batches, workers=workers, device=CPU))
+    served = list(load_batches(found, batches, workers=workers, device=CPU))
     assert len(served) == 5
     for (moments, labels), (rows, mirrored) in zip(served, batches, strict=True):
         assert torch.equal(moments, found[rows, mirrored][0])
@@ -354,28 +358,28 @@ def test_the_loader_serves_shards_in_order(shards, workers):
 
 def test_a_process_that_is_not_forked_gets_the_images(digits):
     """As on Python 3.14, which no longer forks by default."""
-    images = data.ImageFolder(digits, 8)
+    images = ImageFolder(digits, 8)
     batch = torch.arange(4), torch.zeros(4, dtype=torch.bool)
     expected, _ = images[batch]
     assert torch.equal(pickle.loads(pickle.dumps(images))[batch][0], expected)
 
 
 def test_a_process_that_is_not_forked_opens_the_shards_itself(shards):
-    message = pickle.dumps(data.LatentShards(shards))
+    message = pickle.dumps(LatentShards(shards))
     assert len(message) < 1000
-    assert torch.equal(pickle.loads(message).labels, data.LatentShards(shards).labels)
+    assert torch.equal(pickle.loads(message).labels, LatentShards(shards).labels)
 
 
 def test_serving_batches_leaves_the_files_alone(shards):
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
-    moments, _ = data.LatentShards(shards)[torch.arange(11), torch.zeros(11, dtype=torch.bool)]
+    moments, _ = LatentShards(shards)[torch.arange(11), torch.zeros(11, dtype=torch.bool)]
     moments.zero_()
     assert before == {path.name: path.read_bytes() for path in shards.iterdir()}
 
 
 def damage(shards, how):
     """Damage a data set; returns a word that the message must hold."""
-    files = latents.ShardFiles(shards, 2)
+    files = ShardFiles(shards, 2)
     whole = files.moments.read_bytes()
     if how == "missing":
         files.moments.unlink()
@@ -420,7 +424,7 @@ def damage(shards, how):
 def test_a_damaged_or_foreign_shard_is_refused_by_name(shards, how):
     name = damage(shards, how)
     with refused(name, "must hold", "got"):
-        data.LatentShards(shards)
+        LatentShards(shards)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -433,51 +437,51 @@ def test_a_dataset_json_with_a_wrong_field_is_refused(shards, field, value):
     info = {**INFO, field: value} if field else []
     (shards / "dataset.json").write_text(json.dumps(info))
     with refused("dataset.json must be as encode_imagenet.py writes it", "encode again"):
-        data.LatentShards(shards)
+        LatentShards(shards)
 
 
 @pytest.mark.parametrize("field", sorted(INFO))
 def test_a_dataset_json_without_a_field_is_refused(shards, field):
-    latents.write_json(shards / "dataset.json", {k: v for k, v in INFO.items() if k != field})
+    write_json(shards / "dataset.json", {k: v for k, v in INFO.items() if k != field})
     with refused("dataset.json", field, "encode again"):
-        data.LatentShards(shards)
+        LatentShards(shards)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100000, "\xff", '{"count": NaN}'])
 def test_a_dataset_json_that_is_none_is_refused(shards, text):
     (shards / "dataset.json").write_bytes(text.encode("latin-1"))
     with refused("dataset.json must be as encode_imagenet.py writes it"):
-        data.LatentShards(shards)
+        LatentShards(shards)
 
 
 def test_shards_and_images_are_not_mistaken_for_each_other(shards, tmp_path):
     with refused("holds latent shards", "--encoded-data"):
-        data.ImageFolder(shards, 64)
+        ImageFolder(shards, 64)
     with refused("without dataset.json", "leave out --encoded-data"):
-        data.LatentShards(save_folder(tmp_path / "images"))
+        LatentShards(save_folder(tmp_path / "images"))
 
 
 def test_an_unfinished_encoding_is_refused(shards):
     (shards / "dataset.json").rename(shards / "encoding.json")
     with refused("cut short", "repeat the encode_imagenet.py command"):
-        data.LatentShards(shards)
+        LatentShards(shards)
 
 
 def test_options_that_do_not_suit_the_shards_are_refused(shards):
     def space(scale=0.18215, shape=SHAPE):
         return SimpleNamespace(name="mse", scale=scale, latent_shape=lambda size: shape)
 
-    found = data.LatentShards(shards)
+    found = LatentShards(shards)
     found.check(space=space(), image_size=64, flip=True)
     with refused("--image-size", "64", "got 128"):
         found.check(space=space(), image_size=128, flip=False)
     with refused("--vae", "ema", "0.18215", "got mse", "0.13025"):
         found.check(space=space(0.13025), image_size=64, flip=False)
     with refused("--vae", "got none"):
-        found.check(space=vae.Pixels(), image_size=64, flip=False)
-    latents.write_json(shards / "dataset.json", {**INFO, "flip": False})
+        found.check(space=Pixels(), image_size=64, flip=False)
+    write_json(shards / "dataset.json", {**INFO, "flip": False})
     with refused("--flip"):
-        data.LatentShards(shards).check(space=space(), image_size=64, flip=True)
+        LatentShards(shards).check(space=space(), image_size=64, flip=True)
 
 
 def test_a_data_set_of_imagenets_length_starts_within_seconds(tmp_path):
@@ -486,7 +490,7 @@ def test_a_data_set_of_imagenets_length_starts_within_seconds(tmp_path):
     path = tmp_path / "long"
     path.mkdir()
     for index, count in enumerate(counts):
-        files = latents.ShardFiles(path, index)
+        files = ShardFiles(path, index)
         for file, dtype, row in ((files.moments, "float16", (2, 4, 32, 32)),
                                  (files.labels, "int64", ())):
             with open(file, "wb") as stream:
@@ -495,14 +499,14 @@ def test_a_data_set_of_imagenets_length_starts_within_seconds(tmp_path):
                     "descr": np.lib.format.dtype_to_descr(np.dtype(dtype))})
                 size = count * int(np.prod(row)) * np.dtype(dtype).itemsize
                 stream.truncate(stream.tell() + size)
-    latents.write_json(path / "dataset.json", {
+    write_json(path / "dataset.json", {
         **INFO, "classes": [f"{i:04d}" for i in range(1000)], "image_size": 256,
         "latent_shape": [4, 32, 32], "flip": False, "shards": counts, "count": 1281167})
     try:
         start = time.monotonic()
-        found = data.LatentShards(path)
+        found = LatentShards(path)
         batches = order(count=len(found), global_batch=256, start=400_000, stop=400_002, flip=False)
-        served = list(data.load(found, batches, workers=1, device=CPU))
+        served = list(load_batches(found, batches, workers=1, device=CPU))
         assert time.monotonic() - start < 5
         assert len(found) == 1281167 and served[0][0].shape == (256, 2, 4, 32, 32)
     finally:

@@ -17,12 +17,13 @@ import torch
 from test_data import PHOTO, save_odd_files
 from test_vae import save_small_vae
 
-import data
 import encode_imagenet
-import latents
-import runtime
-import vae
-from runtime import UserError
+from dataset.images import ImageFolder
+from dataset.latents import LatentShards, ShardFiles, checksum
+from dataset.vae import Pixels, load_vae, posterior_sample
+from engine.distributed import run_main
+from engine.files import lock_folder, write_json
+from engine.options import UserError
 
 SCRIPT = Path(encode_imagenet.__file__)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -76,7 +77,7 @@ def whole(world):
 def spoilt(world, tmp_path):
     """The images with three of them unreadable, the whole of shard 2's first batch."""
     images = shutil.copytree(world / "images", tmp_path / "spoilt")
-    names = [data.ImageFolder(images, 32).name(row) for row in (14, 15, 16)]
+    names = [ImageFolder(images, 32).name(row) for row in (14, 15, 16)]
     for name in names:
         (images / name).write_bytes((images / name).read_bytes()[:30])
     return SimpleNamespace(images=images, names=names)
@@ -104,20 +105,20 @@ def test_the_folder_holds_what_the_contract_says(whole):
 
 def raw_and_stored(world, folder, mirror):
     """The same 26 moments, (26, 2, 4, 4, 4): of the VAE on raw images, and of the shards."""
-    images, shards = data.ImageFolder(world / "images", 32), data.LatentShards(folder)
+    images, shards = ImageFolder(world / "images", 32), LatentShards(folder)
     rows = torch.randperm(26, generator=torch.Generator().manual_seed(0))
     mirrored = torch.full((26,), mirror)
     pixels, labels = images[rows, mirrored]
     stored, stored_labels = shards[rows, mirrored]
     assert torch.equal(labels, stored_labels)
-    return vae.load(str(world / "vae")).encode(pixels), stored
+    return load_vae(str(world / "vae")).encode(pixels), stored
 
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_raw_images_and_float32_shards_give_the_same_latents(world, tmp_path, mirror):
     encode(world, tmp_path / "out", "--dtype", "float32", "--flip")
     noise = torch.randn(26, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    raw, stored = (vae.posterior_sample(moments, noise, 0.18215)
+    raw, stored = (posterior_sample(moments, noise, 0.18215)
                    for moments in raw_and_stored(world, tmp_path / "out", mirror))
     assert (raw - stored).abs().max() < 1e-5
 
@@ -138,10 +139,10 @@ def test_mirror_moments_add_files_and_change_none(world, whole, tmp_path):
 
 def test_pixels_can_be_stored_too(world, tmp_path):
     encode(world, tmp_path / "out", "--vae", "none", "--dtype", "float32")
-    shards, images = (data.LatentShards(tmp_path / "out"), data.ImageFolder(world / "images", 32))
+    shards, images = (LatentShards(tmp_path / "out"), ImageFolder(world / "images", 32))
     rows, straight = torch.arange(26), torch.zeros(26, dtype=torch.bool)
     assert shards.latent_shape == (3, 32, 32) and shards.scale == 1
-    pixels = vae.Pixels().decode(shards[rows, straight][0][:, 0])
+    pixels = Pixels().decode(shards[rows, straight][0][:, 0])
     assert torch.equal(pixels, images[rows, straight][0])
 
 
@@ -189,11 +190,11 @@ def test_whatever_a_kill_leaves_is_completed_to_the_same_bytes(world, whole, tmp
     info = json.loads((out / "dataset.json").read_text())
     for key in ("count", "shards", "skipped", "crc32"):
         del info[key]
-    latents.write_json(out / "encoding.json", info)
+    write_json(out / "encoding.json", info)
     if state != "all but the end":
         (out / "dataset.json").unlink()
     for index in {"no shard": range(4), "labels only": [2], "gaps": [0, 3]}.get(state, []):
-        files = latents.ShardFiles(out, index)
+        files = ShardFiles(out, index)
         files.moments.rename(out / f".{files.moments.name}.1234.tmp")
         if state != "labels only":
             files.flip.unlink()
@@ -217,7 +218,7 @@ def test_a_finished_folder_is_left_as_it_is(world, whole, capsys):
 @pytest.mark.parametrize("batch", ["1", "26"])
 def test_another_batch_size_changes_the_rounding_only(world, whole, tmp_path, batch):
     encode(world, tmp_path / "out", "--flip", "--batch-size", batch, "--num-workers", "2")
-    ours, theirs = data.LatentShards(tmp_path / "out"), data.LatentShards(whole)
+    ours, theirs = LatentShards(tmp_path / "out"), LatentShards(whole)
     rows, straight = torch.arange(26), torch.zeros(26, dtype=torch.bool)
     torch.testing.assert_close(ours[rows, straight][0], theirs[rows, straight][0])
 
@@ -229,8 +230,8 @@ def test_checksums_are_those_of_the_numbers(whole):
     sums = json.loads((whole / "dataset.json").read_text())["crc32"]
     assert sums.keys() == {"dataset.json", *(path.name for path in whole.glob("*.npy"))}
     for path in whole.glob("*.npy"):
-        assert sums[path.name] == zlib.crc32(np.load(path)) == latents.checksum(path)
-    assert data.LatentShards(whole).verify() is None
+        assert sums[path.name] == zlib.crc32(np.load(path)) == checksum(path)
+    assert LatentShards(whole).verify() is None
 
 
 @pytest.mark.parametrize("name", ["moments", "labels", "flip"])
@@ -246,12 +247,12 @@ def test_a_shard_with_a_flipped_bit_is_encoded_again(world, whole, tmp_path, nam
             patch.setattr(encode_imagenet, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
             encode(world, out, "--flip")
         (out / ".lock").write_text("process 1")  # as SIGKILL leaves it
-    path = getattr(latents.ShardFiles(out, 1), name)
+    path = getattr(ShardFiles(out, 1), name)
     flip_bit(path, -8)
     untouched = (out / "shard-00002.npy").stat().st_mtime_ns
     if finished:
         with refused(path.name, "must be as it was written", "repeat the encode_imagenet.py"):
-            data.LatentShards(out).verify()
+            LatentShards(out).verify()
     capsys.readouterr()
     assert encode(world, out, "--flip") == read(whole)
     said = capsys.readouterr().err
@@ -274,22 +275,22 @@ def test_two_processes_find_what_is_damaged(world, whole, tmp_path):
 
 def test_a_large_set_is_verified_by_its_labels_alone(whole, tmp_path, monkeypatch):
     """All of ImageNet would take minutes at each start: the log says how to do it."""
-    monkeypatch.setattr(latents, "VERIFIED", 0)
+    monkeypatch.setattr("dataset.latents.VERIFIED", 0)
     out = shutil.copytree(whole, tmp_path / "out")
     flip_bit(out / "shard-00001.npy", -20)
-    note = data.LatentShards(out).verify()
+    note = LatentShards(out).verify()
     assert "latents were not: repeat the encode_imagenet.py" in note and "\n" not in note
     flip_bit(out / "shard-00001.labels.npy", -8)
     with refused("shard-00001.labels.npy"):
-        data.LatentShards(out).verify()
+        LatentShards(out).verify()
 
 
 def test_a_set_of_an_earlier_version_gets_checksums_from_a_repeated_command(world, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     info = json.loads((out / "dataset.json").read_text())
     del info["crc32"]
-    latents.write_json(out / "dataset.json", info)
-    assert "repeat the encode_imagenet.py command to add" in data.LatentShards(out).verify()
+    write_json(out / "dataset.json", info)
+    assert "repeat the encode_imagenet.py command to add" in LatentShards(out).verify()
     assert encode(world, out, "--flip") == read(whole)
 
 
@@ -298,14 +299,14 @@ def test_a_set_of_an_earlier_version_gets_checksums_from_a_repeated_command(worl
 def test_a_damaged_dataset_json_is_refused(whole, tmp_path, change):
     out = shutil.copytree(whole, tmp_path / "out")
     info = json.loads((out / "dataset.json").read_text())
-    latents.write_json(out / "dataset.json", info | change)
+    write_json(out / "dataset.json", info | change)
     with refused("dataset.json must be as encode_imagenet.py writes it", "encode again"):
-        data.LatentShards(out)
+        LatentShards(out)
 
 
 def test_one_command_encodes_into_a_folder_at_a_time(world, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "READERS_S", 0)
-    with (runtime.alone("--out-path", tmp_path / "out"),
+    monkeypatch.setattr("engine.files.READERS_S", 0)
+    with (lock_folder("--out-path", tmp_path / "out"),
           refused("--out-path must be of one run at a time", "process .* since")):
         encode(world, tmp_path / "out", "--flip")
     (tmp_path / "out" / ".lock").write_text("process 1")  # as SIGKILL leaves it
@@ -314,13 +315,13 @@ def test_one_command_encodes_into_a_folder_at_a_time(world, whole, tmp_path, mon
 
 def test_the_folder_is_examined_again_once_it_is_held(world, whole, tmp_path, monkeypatch):
     """What another command had encoded meanwhile was removed, or taken for this one's."""
-    alone = runtime.alone
+    alone = lock_folder
 
     def wait_for_another_command(option, folder):
         shutil.copytree(whole, folder)
         return alone(option, folder)
 
-    monkeypatch.setattr(runtime, "alone", wait_for_another_command)
+    monkeypatch.setattr("engine.files.lock_folder", wait_for_another_command)
     with refused("--out-path", "--dtype was float16 and is float32"):
         encode(world, tmp_path / "out", "--flip", "--dtype", "float32")
     shutil.rmtree(tmp_path / "out")
@@ -344,7 +345,7 @@ def test_bad_images_are_named_and_the_rest_is_encoded(world, spoilt, tmp_path, c
         assert f"--data-path must hold readable images, got {spoilt.images}/{name}" in met
     assert not (out / "dataset.json").exists() and len(list(out.glob("*[0-9].npy"))) == 4
     with refused("cut short"):
-        data.LatentShards(out)
+        LatentShards(out)
 
 
 def test_skipping_bad_images_records_them(world, whole, spoilt, tmp_path):
@@ -353,7 +354,7 @@ def test_skipping_bad_images_records_them(world, whole, spoilt, tmp_path):
     info = json.loads((out / "dataset.json").read_text())
     assert info["skipped"] == spoilt.names
     assert info["count"] == 23 and info["shards"] == [7, 7, 4, 5]
-    found, theirs = data.LatentShards(out), data.LatentShards(whole)
+    found, theirs = LatentShards(out), LatentShards(whole)
     kept = torch.tensor([row for row in range(26) if row not in (14, 15, 16)])
     straight = torch.zeros(23, dtype=torch.bool)
     moments, labels = found[torch.arange(23), straight]
@@ -435,7 +436,7 @@ def test_a_folder_of_something_else_is_refused_and_kept(world, tmp_path, name, t
 @pytest.mark.parametrize("how", ["truncated", "foreign", "labels truncated"])
 def test_a_damaged_shard_is_refused_and_kept(world, whole, tmp_path, how):
     out = shutil.copytree(whole, tmp_path / "out")
-    files = latents.ShardFiles(out, 1)
+    files = ShardFiles(out, 1)
     if how == "truncated":
         files.moments.write_bytes(files.moments.read_bytes()[:-5])
     elif how == "foreign":
@@ -451,7 +452,7 @@ def test_a_damaged_shard_is_refused_and_kept(world, whole, tmp_path, how):
 @pytest.mark.parametrize("name", ["moments", "labels", "flip"])
 def test_a_shard_of_which_a_file_was_removed_is_encoded_again(world, whole, tmp_path, name):
     out = shutil.copytree(whole, tmp_path / "out")
-    getattr(latents.ShardFiles(out, 1), name).unlink()
+    getattr(ShardFiles(out, 1), name).unlink()
     encode(world, out, "--flip")
     assert read(out) == read(whole)
 
@@ -506,6 +507,6 @@ def test_a_refusal_ends_the_script_with_one_line_and_exit_code_2(world, tmp_path
         return encode_imagenet.parse_args(options(world, tmp_path / "out", *change))
 
     with pytest.raises(SystemExit) as caught:
-        runtime.run(encode_imagenet.main, parse_args)
+        run_main(encode_imagenet.main, parse_args)
     said = capsys.readouterr()
     assert caught.value.code == 2 and len(said.err.splitlines()) == 1 and not said.out

@@ -12,9 +12,11 @@ from conftest import run_script
 from PIL import Image
 from pytorch_fid.fid_score import calculate_fid_given_paths
 from test_fid import pictures, write_weights
+from tqdm import tqdm
 
 import evaluate_fid
-import runtime
+from engine.distributed import World, run_main
+from metrics.distances import frechet_distance
 
 
 def save(images, folder):
@@ -55,7 +57,7 @@ def refusal(capfd, monkeypatch, *options):
     """The one line on stderr with which the script refuses, with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["evaluate_fid.py", *map(str, options), "--num-workers", "0"])
     with pytest.raises(SystemExit) as exit:
-        runtime.run(evaluate_fid.main, evaluate_fid.parse_args)
+        run_main(evaluate_fid.main, evaluate_fid.parse_args)
     out, err = capfd.readouterr()
     assert exit.value.code == 2 and out == "" and err.count("\n") == 1, err
     return err
@@ -142,8 +144,8 @@ def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capf
     """They printed "FID 1.3243", of three channels, and "frechet 0.364", of their mean."""
     images = pictures(30, 8, seed=7)
     np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    run_script("benchmarks/digits.py", "write", tmp_path / "digits")
-    judged = json.loads(run_script("benchmarks/digits.py", "judge", tmp_path / "a.npz").stdout)
+    run_script("examples/digits.py", "write", tmp_path / "digits")
+    judged = json.loads(run_script("examples/digits.py", "judge", tmp_path / "a.npz").stdout)
     result, err = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "digits",
                            "--image-size", 8, "--protocol", "pixels")
     assert judged["frechet_distance_of_pixels"] == round(result["fid"], 4) > 1
@@ -172,7 +174,7 @@ def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd)
                     "make_ref": str(tmp_path / "b.npz")}
     assert second["fid"] == pytest.approx(first["fid"], rel=1e-12)
     rows = [x.flatten(1).double().numpy() / 127.5 - 1 for x in (a, b)]
-    expected = evaluate_fid.fid.frechet_distance(*((x.mean(0), np.cov(x.T)) for x in rows))
+    expected = frechet_distance(*((x.mean(0), np.cov(x.T)) for x in rows))
     assert first["fid"] == pytest.approx(expected, rel=1e-10)
 
 
@@ -245,7 +247,7 @@ def test_an_image_torn_behind_its_header_is_refused_by_its_name(tmp_path, capfd,
     folder = save(torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), tmp_path / "a")
     path = folder / "000001.png"
     path.write_bytes(path.read_bytes()[:-1000])
-    monkeypatch.setattr(runtime.World, "progress", quiet)
+    monkeypatch.setattr(World, "progress", quiet)
     line = refusal(capfd, monkeypatch, "--samples", folder, "--protocol", "pixels",
                    "--make-ref", tmp_path / "ref.npz")
     assert "--samples must hold readable images, got" in line and "000001.png" in line
@@ -253,7 +255,7 @@ def test_an_image_torn_behind_its_header_is_refused_by_its_name(tmp_path, capfd,
 
 
 def quiet(world, total, **options):
-    return runtime.tqdm(total=total, disable=True)
+    return tqdm(total=total, disable=True)
 
 
 @pytest.mark.parametrize("options, message", [

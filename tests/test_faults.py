@@ -21,13 +21,16 @@ from conftest import ROOT, call, command, run_script
 from soak import Child, differences, ranks, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
-import data
-import faults
-import runtime
-from runtime import UserError
+from dataset.images import ImageFolder
+from dataset.loader import Batches, load_batches
+from engine.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from engine.distributed import World, run_main
+from engine.faults import ASKED, Guard, Signals, propagate_nonfinite
+from engine.files import lock_folder
+from engine.log import Log
+from engine.options import RunError, UserError
 
-WORLD = runtime.World(0, 1, torch.device("cpu"), "fp32")
+WORLD = World(0, 1, torch.device("cpu"), "fp32")
 
 
 def options(digits, folder, steps, *extra):
@@ -68,7 +71,7 @@ def workers(agent):
 
 
 def final(folder, step):
-    return checkpoint.load(folder / "checkpoints" / f"{step:07d}.pt")
+    return load_checkpoint(folder / "checkpoints" / f"{step:07d}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def test_resumed_run_of_many_processes_equals_uninterrupted_run(processes, extra
 def test_a_run_goes_on_with_another_number_of_processes(digits, tmp_path, uninterrupted):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[2], run)
-    for path in checkpoint.files(run / "checkpoints")[:-2]:
+    for path in list_checkpoints(run / "checkpoints")[:-2]:
         path.unlink()
     train(digits, run, 20)
     for key, value in final(uninterrupted[1], 20)["model"].items():
@@ -139,12 +142,12 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
     said = train(digits, run, 20)
     assert "passing over" in said and "0000020.pt (torn" in said and "steps 18 to 20" in said
     assert not differences(final(uninterrupted[1], 20), final(run, 20))
-    for path in checkpoint.files(run / "checkpoints"):
+    for path in list_checkpoints(run / "checkpoints"):
         os.truncate(path, 10**4)
     child, = begin(digits, run, 20)
     code, said = child.wait()
     assert code == 2 and "--run-dir must hold a checkpoint that can be read" in said
-    assert len(checkpoint.files(run / "checkpoints")) == 7
+    assert len(list_checkpoints(run / "checkpoints")) == 7
 
 
 # ---- signals -------------------------------------------------------------------------------
@@ -168,10 +171,11 @@ def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrup
 
 
 SLOW = """
-import time, checkpoint, runtime, train
-save = checkpoint.save
-checkpoint.save = lambda *words, **more: (time.sleep(3), save(*words, **more))
-runtime.run(train.main, train.parse_args)
+import time, train
+from engine import checkpoint, distributed
+save = checkpoint.save_checkpoint
+checkpoint.save_checkpoint = lambda *words, **more: (time.sleep(3), save(*words, **more))
+distributed.run_main(train.main, train.parse_args)
 """
 
 
@@ -187,7 +191,7 @@ def test_signals_do_not_cut_the_last_save_short(digits, tmp_path):
         time.sleep(0.5)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert len(checkpoint.files(tmp_path / "run" / "checkpoints")) == 1, err
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1, err
 
 
 @pytest.mark.slow
@@ -200,7 +204,7 @@ def test_a_second_interrupt_lets_the_checkpoint_be_finished(digits, tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(1.2)  # two within a second are one Ctrl-C
-    assert process.poll() is None and not checkpoint.files(run / "checkpoints")
+    assert process.poll() is None and not list_checkpoints(run / "checkpoints")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and final(run, 3)["step"] == 3, err
     before, last = err.strip().splitlines()[-2:]
@@ -229,7 +233,8 @@ def test_a_closed_terminal_saves_and_ends_the_run(digits, tmp_path):
     """To write to it is an error from then on; the run ends as it does after SIGTERM."""
     run, (ours, theirs) = tmp_path / "run", os.openpty()
     hold = f"import os, fcntl, termios; os.setsid(); fcntl.ioctl({theirs}, termios.TIOCSCTTY, 0)\n"
-    script = hold + "import runtime, train\nruntime.run(train.main, train.parse_args)"
+    script = hold + ("import train\nfrom engine.distributed import run_main\n"
+                     "run_main(train.main, train.parse_args)")
     process = subprocess.Popen(
         [sys.executable, "-c", script, *map(str, options(digits, run, 10**6))],
         cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, pass_fds=[theirs],
@@ -249,16 +254,18 @@ def test_a_hangup_that_is_ignored_stays_ignored():
     """nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with faults.Signals(WORLD):
+        with Signals(WORLD):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 STUCK = """
-import sys, time, faults, runtime
+import sys, time
+from engine import faults
+from engine.distributed import start_processes
 faults.GRACE_S = float(sys.argv[1])
-with runtime.start() as world, faults.Signals(world):
+with start_processes() as world, faults.Signals(world):
     print("ready", flush=True)
     time.sleep(600) if world.rank else world.barrier()  # rank 0 waits within PyTorch, in C++
 """
@@ -293,7 +300,7 @@ def test_a_signal_adds_no_record_to_the_metrics(digits, tmp_path, monkeypatch):
     steps = itertools.count(1)
     words = [*options(digits, tmp_path, 12), "--log-every", 4]
     with monkeypatch.context() as patch:
-        patch.setattr(faults.Signals, "stop", lambda self: next(steps) == 6 and "SIGTERM" or None)
+        patch.setattr(Signals, "stop", lambda self: next(steps) == 6 and "SIGTERM" or None)
         call("train", *words)
     assert "step 6/12  error" in (tmp_path / "log.txt").read_text()
     call("train", *words)
@@ -336,11 +343,11 @@ def test_torchrun_passes_a_signal_on(name, digits, tmp_path):
 
 
 def test_signals_have_their_usual_effect_after_a_run():
-    before = [signal.getsignal(number) for number in faults.ASKED]
-    with faults.Signals(WORLD) as signals:
+    before = [signal.getsignal(number) for number in ASKED]
+    with Signals(WORLD) as signals:
         assert signals.stop() is None
         assert signal.getsignal(signal.SIGTERM) == signals.hear
-    assert [signal.getsignal(number) for number in faults.ASKED] == before
+    assert [signal.getsignal(number) for number in ASKED] == before
 
 
 # ---- processes that die --------------------------------------------------------------------
@@ -358,18 +365,20 @@ def test_a_killed_rank_ends_the_job(digits, tmp_path):
     assert len(lines) == 1 and "Traceback" not in err.split(lines[0])[0], err
     assert re.search(r"rank [01]: lost the other processes at step \d+ \(.*Connection .*\); .* "
                      r"repeat the command", lines[0])
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")
 
 
 FAILING = """
-import sys, runtime
-runtime.PEERS_S = float(sys.argv[1])
+import sys
+from engine import distributed
+from engine.options import UserError
+distributed.PEERS_S = float(sys.argv[1])
 def main(args):
-    with runtime.start() as world:
+    with distributed.start_processes() as world:
         if str(world.rank) in sys.argv[2:]:
-            raise runtime.UserError("--option must be right, got wrong; mend it")
+            raise UserError("--option must be right, got wrong; mend it")
         world.barrier()
-runtime.run(main, lambda: None)
+distributed.run_main(main, lambda: None)
 """
 LINE = "--option must be right, got wrong; mend it"
 
@@ -399,11 +408,11 @@ def test_an_error_of_all_ranks_is_one_line_under_torchrun(tmp_path):
 
 
 def test_a_run_directory_is_of_one_run_at_a_time(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "READERS_S", 0.5)
-    with runtime.alone("--run-dir", tmp_path):
+    monkeypatch.setattr("engine.files.READERS_S", 0.5)
+    with lock_folder("--run-dir", tmp_path):
         child, = begin(digits, tmp_path, 20)
         with (pytest.raises(UserError, match="--run-dir must be of one run at a time"),
-              runtime.alone("--run-dir", tmp_path)):
+              lock_folder("--run-dir", tmp_path)):
             pass
         time.sleep(1)
         assert child.alive and not (tmp_path / "config.json").exists()
@@ -417,7 +426,7 @@ def test_a_run_whose_directory_was_made_again_ends(digits, tmp_path):
     child, = begin(digits, run, 10**6)
     wait_for_step(run, 4, lambda: child.alive)
     run.rename(tmp_path / "moved")
-    with runtime.alone("--run-dir", run):  # the newer
+    with lock_folder("--run-dir", run):  # the newer
         (run / "checkpoints").mkdir()
         code, said = child.wait()
     last = said.strip().splitlines()[-1]
@@ -430,13 +439,13 @@ def test_a_run_whose_directory_was_made_again_ends(digits, tmp_path):
 def test_the_options_are_compared_again_once_the_directory_is_held(digits, tmp_path, uninterrupted,
                                                                    monkeypatch):
     """A run of another rate that waited for the first to end went on from its checkpoint."""
-    run, alone = tmp_path / "run", runtime.alone
+    run, alone = tmp_path / "run", lock_folder
 
     def wait_for_another_run(option, folder):
         shutil.copytree(uninterrupted[1], run)
         return alone(option, folder)
 
-    monkeypatch.setattr(runtime, "alone", wait_for_another_run)
+    monkeypatch.setattr("engine.files.lock_folder", wait_for_another_run)
     with pytest.raises(UserError, match="--run-dir .*lr 0.001 there, 0.01 here"):
         call("train", *options(digits, run, 30, "--lr", 0.01))
     before = uninterrupted[1] / "config.json"
@@ -478,9 +487,9 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoints(name, value, digits, tm
     """The second makes an error that overflows, whose gradient is 0 and told nothing."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[1], run)
-    for path in checkpoint.files(run / "checkpoints")[:-1]:
+    for path in list_checkpoints(run / "checkpoints")[:-1]:
         path.unlink()
-    path, = checkpoint.files(run / "checkpoints")
+    path, = list_checkpoints(run / "checkpoints")
     state = torch.load(path, weights_only=True)
     for key, weight in state["model"].items():
         if key.endswith(name):
@@ -498,10 +507,12 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoints(name, value, digits, tm
 
 
 SPOILT = """
-import itertools, faults, runtime, train
-tell, losses = faults.telling, itertools.count(1)
-faults.telling = lambda loss: tell(loss * float("nan") if next(losses) in (3, 5) else loss)
-runtime.run(train.main, train.parse_args)
+import itertools, train
+from engine.distributed import run_main
+tell, losses = train.propagate_nonfinite, itertools.count(1)
+train.propagate_nonfinite = lambda loss: tell(
+    loss * float("nan") if next(losses) in (3, 5) else loss)
+run_main(train.main, train.parse_args)
 """
 
 
@@ -527,38 +538,38 @@ def test_steps_that_are_left_out_are_logged(digits, tmp_path):
 
 def test_the_rank_whose_loss_is_not_finite_is_named():
     world = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda own: [own, 1.0])
-    guard = faults.Guard(world, tolerance=0)
-    guard.admit(1, torch.tensor(0.5), torch.tensor(float("nan")))
-    with pytest.raises(runtime.RunError, match="step 1: .*loss on rank 1;"):
+    guard = Guard(world, tolerance=0)
+    guard.should_skip(1, torch.tensor(0.5), torch.tensor(float("nan")))
+    with pytest.raises(RunError, match="step 1: .*loss on rank 1;"):
         guard.check()
 
 
 def test_steps_that_are_not_finite_leave_weights_and_optimiser_alone():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    guard = faults.Guard(WORLD, tolerance=2)
+    guard = Guard(WORLD, tolerance=2)
     seen = []
     for step, value in enumerate([1.0, float("nan"), float("inf"), 1.0, float("nan")], 1):
         weight.grad = torch.full((3,), value)
         before = weight.detach().clone()
         norm = torch.nn.utils.get_total_norm([weight.grad])
-        optimizer.found_inf = guard.admit(step, norm, norm)
+        optimizer.found_inf = guard.should_skip(step, norm, norm)
         optimizer.step()
         seen.append(bool((weight != before).all()))
         assert torch.isfinite(weight).all()
     assert seen == [True, False, False, True, False]
     assert optimizer.state[weight]["step"].item() == 2 and guard.check() == 3
     for step in (6, 7, 8):
-        guard.admit(step, torch.tensor(1.0), torch.tensor(float("nan")))
-    with pytest.raises(runtime.RunError, match="step 7: .*though every rank's loss was finite"):
+        guard.should_skip(step, torch.tensor(1.0), torch.tensor(float("nan")))
+    with pytest.raises(RunError, match="step 7: .*though every rank's loss was finite"):
         guard.check()
-    assert guard.admit(9, torch.tensor(1.0), torch.tensor(1.0)) == 1  # nothing moves any more
+    assert guard.should_skip(9, torch.tensor(1.0), torch.tensor(1.0)) == 1  # nothing moves any more
 
 
 def test_a_loss_that_is_not_finite_tells_by_its_gradient():
     for value, finite in ((0.1, True), (3e38, True), (float("inf"), False), (float("nan"), False)):
         x = torch.tensor(value, requires_grad=True)
-        loss = faults.telling(x)
+        loss = propagate_nonfinite(x)
         loss.backward()
         assert bool(torch.isfinite(x.grad)) == finite
         assert not finite or (loss == x and x.grad == 1)
@@ -580,9 +591,9 @@ def test_a_full_disk_is_one_line_and_older_files_stay(digits, tmp_path, uninterr
 @pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
 def test_a_log_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
     (tmp_path / name).symlink_to("/dev/full")
-    monkeypatch.setattr(runtime.Path, "exists", lambda path: False)  # nothing to read there
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # nothing to read there
     with pytest.raises(UserError, match="cannot write .*; free space"):
-        log = runtime.Log(tmp_path, active=True)
+        log = Log(tmp_path, active=True)
         log.say("a line")
         log.record(1, error=1.0)
 
@@ -593,7 +604,7 @@ def test_a_full_disk_makes_tensorboard_print_no_traceback(tmp_path, capfd):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with (pytest.raises(UserError, match="cannot write .*; free space"),
-              runtime.Log(tmp_path, active=True) as log):
+              Log(tmp_path, active=True) as log):
             for step in range(200):
                 log.record(step, a=1.0)
     finally:
@@ -604,7 +615,7 @@ def test_a_full_disk_makes_tensorboard_print_no_traceback(tmp_path, capfd):
 
 def test_tensorboard_reads_the_event_files_of_a_resumed_run(tmp_path):
     for step, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0})):
-        with runtime.Log(tmp_path, active=True, step=step) as log:
+        with Log(tmp_path, active=True, step=step) as log:
             for at, value in values.items():
                 log.record(at, error=value, protocol="adm")
     events = EventAccumulator(str(tmp_path))
@@ -634,29 +645,29 @@ def raises(message):
             "device (28)"), "/dev/shm is too small .*--shm-size=.*--ipc=host")])
 def test_memory_that_does_not_suffice_is_one_line(work, line, capfd):
     with pytest.raises(SystemExit) as exit:
-        runtime.run(lambda args: work(), lambda: None)
+        run_main(lambda args: work(), lambda: None)
     err = capfd.readouterr().err
     assert exit.value.code == 2 and len(err.splitlines()) == 1 and re.search(line, err), err
 
 
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="size of tensor"):
-        runtime.run(lambda args: torch.ones(2) + torch.ones(3), lambda: None)
+        run_main(lambda args: torch.ones(2) + torch.ones(3), lambda: None)
 
 
 def test_readers_leave_the_end_to_the_training_process(digits, capfd):
     """A signal to the whole process group, as from a terminal, reaches the workers, too."""
-    images = data.ImageFolder(digits, 8)
-    batches = data.Batches(200, 10, seed=0, flip=False, world=WORLD, stop=10**6)
-    loaded = data.load(images, batches, workers=1, device=torch.device("cpu"))
+    images = ImageFolder(digits, 8)
+    batches = Batches(200, 10, seed=0, flip=False, world=WORLD, stop=10**6)
+    loaded = load_batches(images, batches, workers=1, device=torch.device("cpu"))
     next(loaded)
     reader, = [child for child in multiprocessing.active_children() if child.daemon]
-    for number in faults.ASKED:
+    for number in ASKED:
         os.kill(reader.pid, number)
     for _ in range(20):
         next(loaded)
     reader.kill()  # as a system without memory does
     with pytest.raises(SystemExit):
-        runtime.run(lambda args: list(loaded), lambda: None)
+        run_main(lambda args: list(loaded), lambda: None)
     err = capfd.readouterr().err  # Python's own threads may complain, too
     assert re.search("error: --num-workers must be .*, got one that ended .*; lower it", err), err

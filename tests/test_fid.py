@@ -13,17 +13,27 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from pytorch_fid.inception import FID_WEIGHTS_URL
 from torch import nn
 
-import checkpoint
-import data
 import evaluate_fid
-import features
-import fid
-import runtime
 import sample
-from features import CLASSES, POOL, SPATIAL, Extractor, Features, NpzImages
-from fid import Moments, Reference, Statistics, frechet_distance, precision_recall
+from dataset.images import NpzImages, read_image
+from engine.checkpoint import load_checkpoint
+from engine.distributed import World
+from engine.options import UserError
+from metrics.distances import frechet_distance, inception_score, precision_recall
+from metrics.inception import (
+    CLASSES,
+    POOL,
+    SPATIAL,
+    Extractor,
+    Features,
+    dimension,
+    inception_network,
+    resize_like_tensorflow,
+)
+from metrics.reference import Reference, notes
+from metrics.statistics import Moments, Statistics
 
-ALONE = runtime.World(0, 1, torch.device("cpu"), "fp32")
+ALONE = World(0, 1, torch.device("cpu"), "fp32")
 
 
 def pictures(count, size, seed):
@@ -45,7 +55,7 @@ def write_weights(home):
     the statistics of a few pictures, so that features and classes differ between pictures.
     """
     generator = torch.Generator().manual_seed(0)
-    net = features.inception_network().to_empty(device="cpu").train()
+    net = inception_network().to_empty(device="cpu").train()
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             weight = torch.randn(module.weight.shape, generator=generator)
@@ -135,7 +145,7 @@ def test_precision_and_recall_of_known_points():
 
 @pytest.mark.parametrize("held", [1, 50, 2**25])
 def test_precision_and_recall_are_those_of_a_search_in_any_chunks(held, monkeypatch):
-    monkeypatch.setattr(fid, "DISTANCES", held)
+    monkeypatch.setattr("metrics.distances.DISTANCES", held)
     generator = torch.Generator().manual_seed(7)
     samples = 100 + torch.randn(23, 4, generator=generator)  # far off, where digits are few
     reference = 100.5 + torch.randn(17, 4, generator=generator)
@@ -192,20 +202,20 @@ def images_of_classes(*classes):
     ((7, 3), 2)])
 def test_inception_score_of_certain_predictions_counts_the_classes(classes, expected):
     scores = measure(images_of_classes(*classes)).scores
-    assert fid.inception_score(scores) == pytest.approx(expected, rel=1e-9)
+    assert inception_score(scores) == pytest.approx(expected, rel=1e-9)
 
 
 def test_inception_score_splits_in_the_given_order_however_batches_come(monkeypatch):
-    monkeypatch.setattr(fid, "SPLIT", 3)
+    monkeypatch.setattr("metrics.statistics.SPLIT", 3)
     images = images_of_classes(0, 1, 2, 4, 4, 4, 9, 8)  # splits of 3, 1 and 2 classes
     in_order, shuffled = measure(images), measure(images, order=[4, 0, 6, 2])
-    assert fid.inception_score(in_order.scores) == pytest.approx((3 + 1 + 2) / 3, rel=1e-9)
-    assert fid.inception_score(shuffled.scores) == pytest.approx((3 + 1 + 2) / 3, rel=1e-9)
+    assert inception_score(in_order.scores) == pytest.approx((3 + 1 + 2) / 3, rel=1e-9)
+    assert inception_score(shuffled.scores) == pytest.approx((3 + 1 + 2) / 3, rel=1e-9)
     assert torch.equal(in_order.points, shuffled.points)
 
 
 def test_fewer_than_two_images_are_refused():
-    with pytest.raises(runtime.UserError, match="2 images or more, got 1"):
+    with pytest.raises(UserError, match="2 images or more, got 1"):
         Statistics(FakeExtractor(), 1, (2, 2))
 
 
@@ -214,11 +224,11 @@ def test_fewer_than_two_images_are_refused():
 
 def test_resize_puts_pixel_i_at_i_times_the_ratio_as_tensorflow_1_did():
     ramp = torch.tensor([0.0, 10.0]).expand(1, 3, 2, 2)
-    larger = features.resize_like_tensorflow(ramp, size=4)
+    larger = resize_like_tensorflow(ramp, size=4)
     assert larger[0, 0, 0].tolist() == [0, 5, 10, 10]
     assert torch.equal(larger[0, 0, 0], larger[0, 0, 3])
     ramp = torch.arange(4.0).expand(1, 3, 4, 4).transpose(2, 3)
-    assert features.resize_like_tensorflow(ramp, size=2)[0, 0, :, 1].tolist() == [0, 2]
+    assert resize_like_tensorflow(ramp, size=2)[0, 0, :, 1].tolist() == [0, 2]
 
 
 def test_spatial_features_are_seven_channels_in_tensorflows_order(weights):
@@ -249,9 +259,9 @@ def test_a_weight_file_of_another_network_is_refused_in_one_line(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 torn")
     for name in ("other.pth", "torn.pth"):
-        with pytest.raises(runtime.UserError, match=f"pytorch-fid's, got .*{name}.*again"):
+        with pytest.raises(UserError, match=f"pytorch-fid's, got .*{name}.*again"):
             Extractor("adm", ALONE, inception=tmp_path / name)
-    with pytest.raises(runtime.UserError, match="--inception must be a file"):
+    with pytest.raises(UserError, match="--inception must be a file"):
         Extractor("adm", ALONE, inception=tmp_path / "missing.pth")
 
 
@@ -284,7 +294,7 @@ PIXELS = {"mu": np.zeros(12), "sigma": np.eye(12)}  # of 2 x 2 images
     ({"mu": np.array([{}] * 12), "sigma": np.eye(12)}, "plain arrays")])
 def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "ref.npz", **arrays)
-    with pytest.raises(runtime.UserError, match=f"--fid-ref must .*{message}"):
+    with pytest.raises(UserError, match=f"--fid-ref must .*{message}"):
         Reference.load(tmp_path / "ref.npz", "pixels", (2, 2), option="--fid-ref")
 
 
@@ -293,7 +303,7 @@ def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):
 def test_a_reference_whose_sigma_is_no_covariance_is_refused(sigma, tmp_path):
     """With a covariance of -1 on the diagonal every image had the distance 0."""
     np.savez(tmp_path / "ref.npz", mu=np.zeros(12), sigma=sigma)
-    with pytest.raises(runtime.UserError, match="--ref must have a symmetric sigma.*again"):
+    with pytest.raises(UserError, match="--ref must have a symmetric sigma.*again"):
         Reference.load(tmp_path / "ref.npz", "pixels", (2, 2), option="--ref")
 
 
@@ -322,11 +332,11 @@ def fifo(tmp_path):
 
 @pytest.mark.parametrize("read", [
     lambda path: Reference.load(path, "pixels", (2, 2), option="--ref"),
-    lambda path: NpzImages(path, option="--samples"), lambda path: data.read_image(path, 8),
+    lambda path: NpzImages(path, option="--samples"), lambda path: read_image(path, 8),
     lambda path: evaluate_fid.FolderImages(path.parent, None, 0, option="--samples"),
-    sample.read, lambda path: checkpoint.load(path)])
+    sample.read, lambda path: load_checkpoint(path)])
 def test_a_fifo_is_refused_and_not_waited_for(read, fifo):
-    with pytest.raises(runtime.UserError, match="fifo.png .*(not a regular|no such) file"):
+    with pytest.raises(UserError, match="fifo.png .*(not a regular|no such) file"):
         read(fifo)
 
 
@@ -337,9 +347,9 @@ def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
         np.savez(path, **PIXELS)
         content = path.read_bytes()[:-40]
     path.write_bytes(content)
-    with pytest.raises(runtime.UserError, match="--ref must be a whole .npz file"):
+    with pytest.raises(UserError, match="--ref must be a whole .npz file"):
         Reference.load(path, "pixels", (2, 2), option="--ref")
-    with pytest.raises(runtime.UserError, match="--samples must be a whole .npz file"):
+    with pytest.raises(UserError, match="--samples must be a whole .npz file"):
         NpzImages(path, option="--samples")
 
 
@@ -347,7 +357,7 @@ def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
                                    np.zeros((3, 4, 4, 4), np.uint8)])
 def test_images_that_are_not_uint8_rgb_are_refused(array, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=array)
-    with pytest.raises(runtime.UserError, match="--samples must hold arr_0 of shape"):
+    with pytest.raises(UserError, match="--samples must hold arr_0 of shape"):
         NpzImages(tmp_path / "x.npz", option="--samples")
 
 
@@ -357,18 +367,18 @@ def test_notes_name_what_is_left_out_and_what_weakens_the_result(tmp_path):
              protocol=np.array("pytorch-fid"))
     reference = Reference.load(tmp_path / "ref.npz", "adm", (8, 8), option="--ref")
     assert reference.wants == {"spatial": False, "scores": True, "points": False}
-    sfid, shares, protocol, few = fid.notes(reference, "adm", 899)
+    sfid, shares, protocol, few = notes(reference, "adm", 899)
     assert "sfid is left out" in sfid and "mu_s" in sfid
     assert "precision and recall are left out" in shares and "arr_0" in shares
     assert "made with --protocol pytorch-fid, not adm" in protocol
     assert "899 samples where the reference suggests 900" in few and "raise" in few
-    assert len(fid.notes(reference, "adm", 900)) == 3
+    assert len(notes(reference, "adm", 900)) == 3
     reference = Reference("ref", reference.pool, scores=False)
-    assert "suggests 50000" in fid.notes(reference, "pytorch-fid", 49999)[0]
-    assert not fid.notes(reference, "pytorch-fid", 50000)
+    assert "suggests 50000" in notes(reference, "pytorch-fid", 49999)[0]
+    assert not notes(reference, "pytorch-fid", 50000)
 
 
 def test_pixels_are_for_tiny_images():
-    assert fid.dimension("pixels", (32, 32)) == 3072
-    with pytest.raises(runtime.UserError, match="--protocol pixels .* got 64 x 32"):
-        fid.dimension("pixels", (64, 32))
+    assert dimension("pixels", (32, 32)) == 3072
+    with pytest.raises(UserError, match="--protocol pixels .* got 64 x 32"):
+        dimension("pixels", (64, 32))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from generation import starts
+from sample import starts
 
 SHAPE = (4, 8, 8)
 

@@ -14,15 +14,16 @@ import torch
 from conftest import ROOT
 from soak import ranks
 
-import runtime
 import train
+from engine.distributed import World, _address_towards, _interface_of, _lost
 
 SCRIPT = """
-import sys, time, runtime
-runtime.BEAT_S, runtime.GONE_S = 1, 5
+import sys, time
+from engine import distributed
+distributed.BEAT_S, distributed.GONE_S = 1, 5
 def main(args):
-    with runtime.start() as world:
-        world.place = "the middle"
+    with distributed.start_processes() as world:
+        world.position = "the middle"
         print("met", flush=True)
         if sys.argv[1:] == ["wait"] and world.rank:
             world.barrier()
@@ -31,7 +32,7 @@ def main(args):
         world.barrier()
         print("left", flush=True)
         time.sleep(600 if sys.argv[1:] == ["wait"] else 0)
-runtime.run(main, lambda: None)
+distributed.run_main(main, lambda: None)
 """
 
 
@@ -139,18 +140,18 @@ def test_a_process_may_work_alone_for_longer_than_a_machine_may_be_silent(tmp_pa
 
 
 def test_the_interface_of_an_address_is_found(monkeypatch):
-    assert runtime._interface_of("127.0.0.1") == "lo" and runtime._interface_of("192.0.2.1") is None
-    assert runtime._address_towards("127.0.0.1") == "127.0.0.1"
-    assert runtime._address_towards("no such host") == "127.0.0.1"
+    assert _interface_of("127.0.0.1") == "lo" and _interface_of("192.0.2.1") is None
+    assert _address_towards("127.0.0.1") == "127.0.0.1"
+    assert _address_towards("no such host") == "127.0.0.1"
     if Path("/proc/net/if_inet6").exists() and Path("/proc/net/if_inet6").read_text():
-        assert runtime._interface_of("::1") in ("lo", None)
+        assert _interface_of("::1") in ("lo", None)
 
 
 def test_the_error_names_the_variable_where_machines_cannot_meet(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    world = runtime.World(0, 2, torch.device("cpu"), "fp32")
-    line = str(runtime._lost(RuntimeError("gloo: Connection refused"), world))
+    world = World(0, 2, torch.device("cpu"), "fp32")
+    line = str(_lost(RuntimeError("gloo: Connection refused"), world))
     assert "GLOO_SOCKET_IFNAME" in line and "not set" in line and "Connection refused" in line
 
 

@@ -17,12 +17,15 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-import runtime
+from engine.distributed import counted_generator, run_main
+from engine.files import atomic_file, lock_folder, make_folder
+from engine.log import Log
+from engine.options import RunError, UserError, float_range, int_range
 
 
 def test_generators_are_functions_of_their_counters():
     def numbers(*counters):
-        return torch.rand(4, generator=runtime.generator(*counters)).tolist()
+        return torch.rand(4, generator=counted_generator(*counters)).tolist()
 
     assert numbers(0, 7, "noise") == numbers(0, 7, "noise")
     different = [numbers(*c) for c in ((0, 7, "noise"), (1, 7, "noise"), (0, 8, "noise"),
@@ -33,11 +36,11 @@ def test_generators_are_functions_of_their_counters():
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), runtime.whole_file(path) as temporary:
+    with pytest.raises(KeyError), atomic_file(path) as temporary:
         temporary.write_text("half of the n")
         raise KeyError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with runtime.whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
@@ -54,8 +57,8 @@ def test_a_folder_need_not_be_synced_and_a_file_must_be(of_folder, fault, tmp_pa
 
     monkeypatch.setattr(os, "fsync", fsync)
     refused = not of_folder or fault == "EIO"
-    with (pytest.raises(runtime.UserError, match="cannot write") if refused
-          else contextlib.nullcontext()), runtime.whole_file(tmp_path / "file") as temporary:
+    with (pytest.raises(UserError, match="cannot write") if refused
+          else contextlib.nullcontext()), atomic_file(tmp_path / "file") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "file").exists() == of_folder
 
@@ -70,19 +73,19 @@ def test_the_log_comes_to_disk_where_folders_cannot_be_synced(tmp_path, monkeypa
         original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with runtime.Log(tmp_path, active=True) as log:
+    with Log(tmp_path, active=True) as log:
         log.record(1, error=0.5)
         log.to_disk()
 
 
 def test_a_folder_is_locked_by_a_file_that_says_who_holds_it(tmp_path, monkeypatch):
     """Its text is quoted in the refusal; a killed process leaves the file, which is no lock."""
-    monkeypatch.setattr(runtime, "READERS_S", 0)
+    monkeypatch.setattr("engine.files.READERS_S", 0)
     (tmp_path / ".lock").write_text("process 1 on a machine of long ago")
-    with runtime.alone("--run-dir", tmp_path):
+    with lock_folder("--run-dir", tmp_path):
         who = f"process {os.getpid()} on {socket.gethostname()} since 20"
-        with (pytest.raises(runtime.UserError, match=f"--run-dir must be of one run.*{who}.*; end"),
-              runtime.alone("--run-dir", tmp_path)):
+        with (pytest.raises(UserError, match=f"--run-dir must be of one run.*{who}.*; end"),
+              lock_folder("--run-dir", tmp_path)):
             pass
     assert not list(tmp_path.iterdir())
 
@@ -95,7 +98,7 @@ def test_the_lock_file_is_open_for_writing(tmp_path, monkeypatch):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with runtime.alone("--run-dir", tmp_path):
+    with lock_folder("--run-dir", tmp_path):
         pass
 
 
@@ -106,12 +109,12 @@ def test_a_file_system_without_locks_is_warned_of(fault, tmp_path, monkeypatch, 
         raise OSError(getattr(errno, fault), "no locks")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with runtime.alone("--run-dir", tmp_path) as lock:
+    with lock_folder("--run-dir", tmp_path) as lock:
         lock.check()
         err = capfd.readouterr().err
         assert len(err.splitlines()) == 1 and "warning" in err and "cannot be locked" in err
         (tmp_path / ".lock").write_text("process 1 on another machine")
-        with pytest.raises(runtime.RunError, match="--run-dir .* taken by process 1 on another"):
+        with pytest.raises(RunError, match="--run-dir .* taken by process 1 on another"):
             lock.check()
     assert (tmp_path / ".lock").read_text() == "process 1 on another machine"
 
@@ -121,43 +124,43 @@ def test_a_lock_that_fails_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with (pytest.raises(runtime.UserError, match="cannot write .*[.]lock: Input/output error"),
-          runtime.alone("--run-dir", tmp_path)):
+    with (pytest.raises(UserError, match="cannot write .*[.]lock: Input/output error"),
+          lock_folder("--run-dir", tmp_path)):
         pass
 
 
 def test_a_folder_that_was_made_again_is_no_longer_the_one_that_was_locked(tmp_path):
     folder = tmp_path / "run"
-    with runtime.alone("--run-dir", folder) as lock:
+    with lock_folder("--run-dir", folder) as lock:
         lock.check()
         shutil.rmtree(folder)
-        with pytest.raises(runtime.RunError, match="--run-dir .*run, which was removed or repl"):
+        with pytest.raises(RunError, match="--run-dir .*run, which was removed or repl"):
             lock.check()
         folder.mkdir()
         (folder / ".lock").write_text("process 1 on another machine")
-        with pytest.raises(runtime.RunError, match="--run-dir .*taken by process 1 on another ma"):
+        with pytest.raises(RunError, match="--run-dir .*taken by process 1 on another ma"):
             lock.check()
     assert (folder / ".lock").read_text() == "process 1 on another machine"  # not ours to remove
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(runtime.UserError, match="cannot write .*missing"), \
-            runtime.whole_file(tmp_path / "missing" / "file") as temporary:
+    with pytest.raises(UserError, match="cannot write .*missing"), \
+            atomic_file(tmp_path / "missing" / "file") as temporary:
         temporary.write_text("x")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(runtime.UserError, match="--run-dir must be a folder"):
-        runtime.make_folder("--run-dir", tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="--run-dir must be a folder"):
+        make_folder("--run-dir", tmp_path / "file" / "run")
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
     """They would stand twice in the file. Damaged lines, as a crash leaves, vanished with them."""
-    with runtime.Log(tmp_path, active=True) as log:
+    with Log(tmp_path, active=True) as log:
         for step in (1, 2, 3):
             log.record(step, error=float(step))
     path, damaged = tmp_path / "metrics.jsonl", [b'{"step": 1, "err\xffr": 1}', b'{"step": 4, "err']
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([lines[0], damaged[0], *lines[1:], damaged[1]]))
-    with runtime.Log(tmp_path, active=True, step=2) as log:
+    with Log(tmp_path, active=True, step=2) as log:
         log.record(3, error=30.0)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert records == [{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
@@ -169,13 +172,13 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
 
 def test_a_record_follows_one_that_lost_its_line_end(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "error": 1.0}')
-    with runtime.Log(tmp_path, active=True, step=1) as log:
+    with Log(tmp_path, active=True, step=1) as log:
         log.record(2, error=2.0)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2]
 
 
 def test_the_log_of_other_processes_is_silent(tmp_path, capfd):
-    with runtime.Log(tmp_path, active=False) as log:
+    with Log(tmp_path, active=False) as log:
         log.say("nothing")
         log.record(1, error=0.0)
     assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
@@ -186,8 +189,8 @@ def test_the_log_does_not_import_tensorflow(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "tensorflow.py").write_text("print('TensorFlow was imported')\n")
     script = tmp_path / "script.py"
-    script.write_text(f"import runtime\n"
-                      f"with runtime.Log({str(tmp_path / 'run')!r}, active=True) as log:\n"
+    script.write_text(f"from engine.log import Log\n"
+                      f"with Log({str(tmp_path / 'run')!r}, active=True) as log:\n"
                       f"    log.record(1, error=0.5)\n")
     done = run_script(script, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert done.returncode == 0 and "TensorFlow" not in done.stdout + done.stderr
@@ -195,17 +198,17 @@ def test_the_log_does_not_import_tensorflow(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "text"), [
-    (runtime.whole(1), "0"), (runtime.whole(1), "1.5"), (runtime.whole(1), "x"),
-    (runtime.whole(0), "-1"), (runtime.whole(0), "9" * 30), (runtime.real(0, 1), "nan"),
-    (runtime.real(0, 1), "1.1"), (runtime.real(0), "inf"), (runtime.real(0, above=True), "0")])
+    (int_range(1), "0"), (int_range(1), "1.5"), (int_range(1), "x"),
+    (int_range(0), "-1"), (int_range(0), "9" * 30), (float_range(0, 1), "nan"),
+    (float_range(0, 1), "1.1"), (float_range(0), "inf"), (float_range(0, above=True), "0")])
 def test_numbers_out_of_range_are_refused_with_the_range(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}'; give"):
         kind(text)
 
 
 def test_numbers_in_range_are_taken():
-    assert runtime.whole(1)("1") == 1 and runtime.real(0, 1)("1") == 1.0
-    assert runtime.real(0, above=True)("1e-9") == 1e-9
+    assert int_range(1)("1") == 1 and float_range(0, 1)("1") == 1.0
+    assert float_range(0, above=True)("1e-9") == 1e-9
 
 
 def test_two_processes_agree_average_and_leave_cleanly(tmp_path):
@@ -213,12 +216,12 @@ def test_two_processes_agree_average_and_leave_cleanly(tmp_path):
     in 25 (of training: "terminate called without an active exception") where Python cleaned up."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch, runtime\n"
+        "import torch\nfrom engine.distributed import run_main, start_processes\n"
         "def main(args):\n"
-        "    with runtime.start() as world:\n"
+        "    with start_processes() as world:\n"
         "        mean = world.mean(torch.tensor([world.rank + 1.0]))\n"
         "        print(f'{world.agree(world.rank + 7)}|{mean.item()}|{world.main}\\n', end='')\n"
-        "runtime.run(main, lambda: None)\n")
+        "run_main(main, lambda: None)\n")
     for _ in range(3):
         done = run_script(script, processes=2, PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
@@ -231,7 +234,7 @@ def test_an_interrupted_script_ends_in_one_line(capfd):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as exit:
-        runtime.run(main, lambda: None)
+        run_main(main, lambda: None)
     assert exit.value.code == 130 and capfd.readouterr().err.strip().endswith("error: interrupted")
 
 

@@ -12,10 +12,11 @@ from conftest import call, run_script
 from PIL import Image
 from soak import Child
 
-import runtime
 import sample
-from fid import METRICS, PROTOCOLS, Reference
-from runtime import UserError
+from engine.files import lock_folder
+from engine.options import UserError
+from metrics.inception import PROTOCOLS
+from metrics.reference import METRICS, Reference
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +118,8 @@ def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path
 
 def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path, monkeypatch):
     """Two commands mixed their images, and both exited with 0."""
-    monkeypatch.setattr(runtime, "READERS_S", 0)
-    with runtime.alone("--sample-dir", tmp_path / "new"):
+    monkeypatch.setattr("engine.files.READERS_S", 0)
+    with lock_folder("--sample-dir", tmp_path / "new"):
         with pytest.raises(UserError, match="--sample-dir must be of one run .*process .* since"):
             call("sample", *options(trained, tmp_path / "new"))
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
@@ -129,13 +130,13 @@ def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path,
 
 def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path, monkeypatch):
     """A command that waited for another's end took over its folder."""
-    alone = runtime.alone
+    alone = lock_folder
 
     def wait_for_another_command(option, folder):
         shutil.copytree(sampled, folder)
         return alone(option, folder)
 
-    monkeypatch.setattr(runtime, "alone", wait_for_another_command)
+    monkeypatch.setattr("engine.files.lock_folder", wait_for_another_command)
     with pytest.raises(UserError, match="--sample-dir must be new.*seed 0 there, 1 here"):
         call("sample", *options(trained, tmp_path / "new"), "--seed", 1)
     assert files(tmp_path / "new") == files(sampled)

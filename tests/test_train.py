@@ -11,13 +11,15 @@ from PIL import Image
 from test_data import save_folder
 from test_vae import save_small_vae
 
-import fid
 import models
-import runtime
 import train
-from features import Extractor, NpzImages
+from dataset.images import NpzImages
+from engine.distributed import World
+from metrics.inception import Extractor
+from metrics.reference import Reference
+from metrics.statistics import Statistics
 
-WORLD = runtime.World(0, 1, torch.device("cpu"), "fp32")
+WORLD = World(0, 1, torch.device("cpu"), "fp32")
 
 
 def weights(folder, name):
@@ -231,10 +233,10 @@ def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_p
     assert "60 samples where the reference suggests 200" in (tmp_path / "with/log.txt").read_text()
     call("sample", "--ckpt", tmp_path / "with" / "checkpoints" / "0000004.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
-    samples = fid.Statistics(Extractor("pixels", WORLD), 60, (8, 8))
+    samples = Statistics(Extractor("pixels", WORLD), 60, (8, 8))
     samples.add(next(NpzImages(tmp_path / "samples.npz", option="").batches(60, WORLD))[1], 0)
-    reference = fid.Reference.load(evaluate[3], "pixels", (8, 8), option="--ref")
-    assert measured[-1]["fid"] == pytest.approx(fid.evaluate(samples, reference)["fid"], rel=1e-9)
+    reference = Reference.load(evaluate[3], "pixels", (8, 8), option="--ref")
+    assert measured[-1]["fid"] == pytest.approx(evaluate(samples, reference)["fid"], rel=1e-9)
 
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(digits, tmp_path):

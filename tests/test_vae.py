@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import vae
+from dataset.vae import StableDiffusionVAE, load_vae, posterior_sample, to_uint8
 
 
 def save_small_vae(path, **changes):
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def space(folder):
-    return vae.load(str(folder), chunk=2)
+    return load_vae(str(folder), chunk=2)
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def test_weights_with_the_names_of_the_published_files_are_read(space, copy):
         state = {name.replace(now, then): value for name, value in state.items()}
     save_file(state, path, metadata={"format": "pt"})
     assert any("query" in name for name in state)
-    assert torch.equal(vae.load(str(copy), chunk=2).encode(images(2)), space.encode(images(2)))
+    assert torch.equal(load_vae(str(copy), chunk=2).encode(images(2)), space.encode(images(2)))
 
 
 def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
-    whole = vae.load(str(folder), chunk=100)
+    whole = load_vae(str(folder), chunk=100)
     x = images(5)
     torch.testing.assert_close(space.encode(x), whole.encode(x), rtol=1e-5, atol=1e-6)
     latent = space.encode(x)[:, 0]
@@ -78,8 +78,8 @@ def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
 @pytest.mark.parametrize("size, parts", [(16, [4, 3]), (32, [2, 2, 2, 1]), (64, [1] * 7)])
 def test_a_pass_holds_fewer_images_where_they_are_larger(folder, size, parts, monkeypatch):
     """32 images of 512 px at once took 8 GiB for one activation of the decoder."""
-    monkeypatch.setattr(vae, "PIXELS", 2 * 32**2)
-    space, seen = vae.load(str(folder), chunk=4), []
+    monkeypatch.setattr("dataset.vae.PIXELS", 2 * 32**2)
+    space, seen = load_vae(str(folder), chunk=4), []
     for module in (space.model.encoder, space.model.decoder):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     latent = space.encode(images(7, size))[:, 0]
@@ -87,7 +87,7 @@ def test_a_pass_holds_fewer_images_where_they_are_larger(folder, size, parts, mo
 
 
 def test_a_pass_of_32_images_of_256_pixels_is_one_of_8_of_512(space):
-    full = vae.Latents("", space.model, device="cpu")
+    full = StableDiffusionVAE("", space.model, device="cpu")
     for size, count in ((128, 32), (256, 32), (512, 8), (1024, 2), (4096, 1)):
         batch = torch.empty(40, 0, 1, 1)
         assert len(full._parts(batch, torch.Size([size, size]))[0]) == count
@@ -106,20 +106,20 @@ def test_decoding_undoes_the_scale_and_truncates(space):
 
 def test_uint8_is_clipped_and_truncated():
     x = torch.tensor([-9.0, -1, 0, 0.99 / 127.5, 1.01 / 127.5, 1, 9])
-    assert vae.to_uint8(x).tolist() == [0, 0, 128, 128, 129, 255, 255]
+    assert to_uint8(x).tolist() == [0, 0, 128, 128, 129, 255, 255]
 
 
 def test_posterior_sample_is_mean_plus_std_times_noise_scaled():
     moments = torch.tensor([2.0, 3.0]).reshape(1, 2, 1, 1, 1).half()
-    x = vae.posterior_sample(moments, torch.full((1, 1, 1, 1), 0.5), 0.1)
+    x = posterior_sample(moments, torch.full((1, 1, 1, 1), 0.5), 0.1)
     assert x.dtype == torch.float32
     torch.testing.assert_close(x, torch.full((1, 1, 1, 1), 0.35))
 
 
 def test_pixels_come_back_as_they_were():
-    space, x = vae.load("none"), images(2)
+    space, x = load_vae("none"), images(2)
     moments = space.encode(x)
-    sample = vae.posterior_sample(moments, torch.randn(x.shape), space.scale)
+    sample = posterior_sample(moments, torch.randn(x.shape), space.scale)
     assert sample.min() >= -1 and sample.max() <= 1
     assert torch.equal(space.decode(sample), x)
 
@@ -128,7 +128,7 @@ def test_scale_channels_and_factor_come_from_the_config(tmp_path):
     folder = save_small_vae(
         tmp_path, scaling_factor=0.5, latent_channels=2, block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    space = vae.load(str(folder))
+    space = load_vae(str(folder))
     assert (space.scale, space.channels, space.factor) == (0.5, 2, 2)
     assert space.latent_shape(32) == (2, 16, 16)
     assert space.encode(images(1)).shape == (1, 2, 2, 16, 16)
@@ -143,7 +143,7 @@ def test_autocast_around_it_changes_nothing(space):
 
 
 def test_bf16_is_near_fp32_and_returns_float32(space, folder):
-    coarse = vae.load(str(folder), precision="bf16").encode(images(2))
+    coarse = load_vae(str(folder), precision="bf16").encode(images(2))
     assert coarse.dtype == torch.float32
     assert 0 < (coarse - space.encode(images(2))).abs().max() < 0.1
 
@@ -152,15 +152,15 @@ def test_the_fingerprint_is_that_of_the_encoder_alone(space, copy):
     weights = load_file(copy / "diffusion_pytorch_model.safetensors")
     weights["decoder.conv_in.weight"] += 1
     save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert vae.load(str(copy)).fingerprint() == space.fingerprint()
+    assert load_vae(str(copy)).fingerprint() == space.fingerprint()
     weights["encoder.conv_in.weight"] += 1
     save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert vae.load(str(copy)).fingerprint() != space.fingerprint()
+    assert load_vae(str(copy)).fingerprint() != space.fingerprint()
 
 
 def refuse_to_load(name, *words):
     with pytest.raises((ValueError, OSError)) as caught:
-        vae.load(str(name))
+        load_vae(str(name))
     message = str(caught.value)
     assert message.startswith("--vae") and "\n" not in message
     for word in (str(name), *words):

@@ -13,25 +13,25 @@ from pathlib import Path
 
 import torch
 
-import runtime
-from models import DiT_models
-from runtime import UserError
+from engine.files import atomic_file, find_damage
+from engine.options import UserError
+from models import build
 
 KEYS = ("step", "model", "ema", "opt", "config")
 
 
-def save(path, state, *, keep_last=0):
+def save_checkpoint(path, state, *, keep_last=0):
     """Write a checkpoint; then, if keep_last > 0, remove what is older than the newest so many.
 
     Raises UserError if the disk is full or the folder cannot be written.
     """
-    with runtime.whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # PyTorch's word for a disk that takes no more
             raise OSError(str(error).splitlines()[0]) from error
     if keep_last:
-        upto = [old for old in files(path.parent) if int(old.stem) <= int(path.stem)]
+        upto = [old for old in list_checkpoints(path.parent) if int(old.stem) <= int(path.stem)]
         for old in upto[keep_last:]:  # a torn one of a later step is none of those kept
             with contextlib.suppress(OSError):
                 old.unlink()
@@ -63,7 +63,7 @@ class Saver:
         self.before()
         if self.lock:  # again: to copy a large state takes seconds
             self.lock.check()
-        save(path, state, keep_last=self.keep_last)
+        save_checkpoint(path, state, keep_last=self.keep_last)
 
     def check(self, *, wait=False):
         """Raises UserError if the last one could not be written, as far as is known, RunError if
@@ -99,13 +99,13 @@ def copied(value):
     return value
 
 
-def files(folder):
+def list_checkpoints(folder):
     """The checkpoints of a folder, newest first; a file of any other name is not ours to touch."""
     found = [path for path in Path(folder).glob("*.pt") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
-def load(path, *, option="--ckpt"):
+def load_checkpoint(path, *, option="--ckpt"):
     """A checkpoint's dict, its tensors mapped from the file, on the CPU.
 
     Raises UserError for a missing, torn or foreign file; a damaged one is for ``verify`` to see.
@@ -125,45 +125,45 @@ def load(path, *, option="--ckpt"):
     return state
 
 
-def verify(path, *, option="--ckpt"):
+def verify_checkpoint(path, *, option="--ckpt"):
     """Raises UserError as ``load`` does, and where a byte is not as it was written.
 
     torch.load compares no checksum; the archive has one for each tensor.
     """
     try:
-        damage = runtime.find_damage(path) if zipfile.is_zipfile(path) else None
+        damage = find_damage(path) if zipfile.is_zipfile(path) else None
     except Exception as error:  # of a damaged header, errors of many kinds
         damage = str(error)
     if damage:
         raise UserError(f"{option} must be a checkpoint as it was written, got {path} (damaged: "
                         f"{damage:.200}); give another or copy it again")
-    load(path, option=option)  # whether it is one
+    load_checkpoint(path, option=option)  # whether it is one
 
 
-def newest(folder):
+def newest_checkpoint(folder):
     """The path of a folder's newest undamaged checkpoint, or None where there is none.
 
     Raises UserError if there are some and none can be read: to begin anew would replace them.
     """
-    for path in files(folder):
+    for path in list_checkpoints(folder):
         try:
-            verify(path, option="--run-dir")
+            verify_checkpoint(path, option="--run-dir")
         except UserError as error:
             print(f"passing over {path}: {error}", file=sys.stderr)
         else:
             return path
-    if files(folder):
+    if list_checkpoints(folder):
         raise UserError(f"--run-dir must hold a checkpoint that can be read, got none in {folder}; "
                         f"restore one, or choose another folder to begin anew")
     return None
 
 
-def restore(path, net, ema, optimizer, *, config, free):
+def restore_checkpoint(path, net, ema, optimizer, *, config, free):
     """Take the state of a checkpoint of this very run; returns its step. Raises UserError.
 
     config and free: as in check_config, as config.json may have been replaced since.
     """
-    state = load(path, option="--run-dir")
+    state = load_checkpoint(path, option="--run-dir")
     with _fitting("--run-dir", path):
         found = differences(state["config"], config, free)
     if found:
@@ -201,26 +201,17 @@ def _fitting(option, path):
                         f"({reason:.200}); give a checkpoint that train.py wrote") from error
 
 
-def network(config):
-    """The network, freshly initialised, that a config describes. Raises ValueError."""
-    if config["model"] not in DiT_models:
-        raise ValueError(f"--model must be one of {', '.join(DiT_models)}, got {config['model']}")
-    channels, height, _ = config["latent_shape"]
-    return DiT_models[config["model"]](
-        input_size=height, in_channels=channels, num_classes=config["num_classes"])
-
-
 def load_network(path):
     """(network with the EMA weights, config) of a checkpoint file. Raises UserError."""
-    state = load(path)
+    state = load_checkpoint(path)
     with _fitting("--ckpt", path):
         config = state["config"]
         _check_fields(config)
         with torch.device("meta"):  # before memory is taken for what a stranger asks for
-            shapes = {name: value.shape for name, value in network(config).state_dict().items()}
+            shapes = {name: value.shape for name, value in build(config).state_dict().items()}
         if shapes != {name: value.shape for name, value in state["ema"].items()}:
             raise ValueError(f"the tensors are not those of {config['model']}")
-        net = network(config)
+        net = build(config)
         net.load_state_dict(state["ema"])
     return net.eval().requires_grad_(False), config
 
@@ -250,7 +241,7 @@ def check_config(folder, config, free):
     A run that has no checkpoint yet may become another. free: names of options that may change
     between two starts of a run.
     """
-    path, begun = Path(folder) / "config.json", bool(files(Path(folder) / "checkpoints"))
+    path, begun = Path(folder) / "config.json", bool(list_checkpoints(Path(folder) / "checkpoints"))
     if path.exists():
         try:
             stored = json.loads(path.read_text())
@@ -272,8 +263,3 @@ def differences(stored, wanted, free=()):
     return "; ".join(f"{name:.60} {stored.get(name)!s:.60} there, {wanted.get(name)!s:.60} here"
                      for name in sorted(stored.keys() | wanted.keys())
                      if name not in free and stored.get(name) != wanted.get(name))
-
-
-def write_config(path, config):
-    with runtime.whole_file(path) as temporary:
-        temporary.write_text(json.dumps(config, indent=1) + "\n")

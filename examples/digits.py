@@ -1,7 +1,7 @@
 """The quickstart's data and its judge: scikit-learn's 1,797 real handwritten digits, 8 x 8.
 
-    python benchmarks/digits.py write data/digits           the digits as an image folder
-    python benchmarks/digits.py judge samples.npz           how good samples of them are
+    python examples/digits.py write data/digits           the digits as an image folder
+    python examples/digits.py judge samples.npz           how good samples of them are
 
 The judge prints one JSON line. accuracy: share of samples i that an SVM trained on the real digits
 takes for i modulo 10, the label of sample.py's balanced order. frechet_distance_of_pixels: to the
@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fid import frechet_distance  # noqa: E402
+from metrics.distances import frechet_distance  # noqa: E402
 
 
 def parse_args(argv=None):

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runtime
-from runtime import UserError
+from engine.files import atomic_file, write_json
+from engine.options import UserError
 
 FORMAT_VERSION = 1
 CROP = "adm-center"
@@ -45,9 +45,6 @@ class ShardFiles:
     def arrays(self, flip):
         """The files that must be there, and of which dataset.json has a checksum."""
         return [self.labels, self.moments, *[self.flip][:flip]]
-
-
-# ---- reading -----------------------------------------------------------------------------
 
 
 def map_array(path, dtype, shape):
@@ -258,9 +255,6 @@ class LatentShards:
                             f"without; leave it out or encode with --flip")
 
 
-# ---- writing -----------------------------------------------------------------------------
-
-
 class GrowingArray:
     """An .npy file that grows by batches of rows, so that no shard has to fit in memory.
 
@@ -307,7 +301,7 @@ def write_shard(files, batches, *, latent_shape, dtype, flip):
     labels, skipped = [], []
     with contextlib.ExitStack() as stack:  # left in reverse order: closed, flushed, renamed
         def create(path):
-            temporary = stack.enter_context(runtime.whole_file(path))
+            temporary = stack.enter_context(atomic_file(path))
             return stack.enter_context(GrowingArray(temporary, (2, *latent_shape), dtype))
         moments_file = create(files.moments)
         mirror_file = create(files.flip) if flip else None
@@ -318,7 +312,7 @@ def write_shard(files, batches, *, latent_shape, dtype, flip):
                 mirror_file.append(mirror.numpy())
             skipped += names
         labels = np.concatenate(labels)
-        with runtime.whole_file(files.labels) as path, open(path, "wb") as file:
+        with atomic_file(files.labels) as path, open(path, "wb") as file:
             np.save(file, labels)
         if skipped:
             write_json(files.skipped, skipped)
@@ -326,9 +320,3 @@ def write_shard(files, batches, *, latent_shape, dtype, flip):
         if flip:
             sums[files.flip.name] = mirror_file.crc32
         write_json(files.sums, sums)
-
-
-def write_json(path, value):
-    """Write a JSON file, whole or not at all."""
-    with runtime.whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,5 +1,4 @@
-"""What ends a run before its last step, and how it ends well: signals and numbers that are not
-finite."""
+"""What ends a run before its last step: signals and numbers that are not finite."""
 
 import math
 import os
@@ -10,7 +9,7 @@ import time
 
 import torch
 
-from runtime import RunError
+from engine.options import RunError
 
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 20  # below the 30 s that torchrun gives a process between SIGTERM and SIGKILL
@@ -115,7 +114,7 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def telling(loss):
+def propagate_nonfinite(loss):
     """The loss, with a gradient that is NaN wherever the loss is not finite.
 
     Where the error overflows, its adaptive weight is 0 and so is its gradient: the loss alone would
@@ -138,7 +137,7 @@ class Guard:
         self.state = torch.zeros(4, device=world.device)
         self.skipped = 0
 
-    def admit(self, step, loss, norm):
+    def should_skip(self, step, loss, norm):
         """1.0 where this step's update must be left out, else 0.0, a scalar on the device.
 
         norm, of the averaged gradient of ``telling`` losses, is not finite on any process if the

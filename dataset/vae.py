@@ -40,10 +40,10 @@ class Pixels:
         return to_uint8(x)
 
 
-class Latents:
+class StableDiffusionVAE:
     """Latents of a diffusers AutoencoderKL; scale, from its config, gives them about unit variance.
 
-    precision: float32 for fp32 and tf32 (what the products then do, the caller's runtime says),
+    precision: float32 for fp32 and tf32 (what the products then do, engine/distributed.py sets),
     bfloat16 weights and channels_last for bf16. chunk: images at most that go through the network
     at once, fewer where they have more than PIXELS; it bounds the memory, whatever the batch.
     """
@@ -117,7 +117,7 @@ def to_uint8(x):
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def load(name, device="cpu", *, precision="fp32", chunk=32):
+def load_vae(name, device="cpu", *, precision="fp32", chunk=32):
     """The space of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
 
     precision: fp32, tf32 or bf16; chunk: images at most encoded or decoded at once. Only ema and
@@ -142,7 +142,7 @@ def load(name, device="cpu", *, precision="fp32", chunk=32):
     if model.config.get("shift_factor") or model.config.get("latents_mean"):
         raise ValueError(f"--vae must have latents that one factor scales, got {name}, which also "
                          f"shifts them; give a VAE of Stable Diffusion 1 or 2")
-    return Latents(name, model, device=device, precision=precision, chunk=chunk)
+    return StableDiffusionVAE(name, model, device=device, precision=precision, chunk=chunk)
 
 
 def _open(cls, path):

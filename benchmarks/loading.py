@@ -1,9 +1,9 @@
 """How fast the data comes: latents from shards against one torch.load per image, and encoding
 against the bare VAE, each pair in one run on one machine.
 
-    python benchmarks/data.py                                         # CPU, a few minutes
-    python benchmarks/data.py --encode-images 20000 --encode-size 256   # a GPU
-    torchrun --standalone --nproc_per_node=2 benchmarks/data.py --list-files 200000
+    python benchmarks/loading.py                                         # CPU, a few minutes
+    python benchmarks/loading.py --encode-images 20000 --encode-size 256   # a GPU
+    torchrun --standalone --nproc_per_node=2 benchmarks/loading.py --list-files 200000
 
 The latents and the VAE's weights are random, the images real photographs: speed asks no more.
 """
@@ -28,10 +28,20 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, where "data" is this very file
 
-import data  # noqa: E402
-import latents  # noqa: E402
-import runtime  # noqa: E402
-import vae  # noqa: E402
+from dataset.images import ImageFolder  # noqa: E402
+from dataset.latents import (  # noqa: E402
+    CROP,
+    FORMAT_VERSION,
+    GrowingArray,
+    LatentShards,
+    ShardFiles,
+    write_shard,
+)
+from dataset.loader import Batches, load_batches, map_ahead, read_images, stack_images  # noqa: E402
+from dataset.vae import load_vae  # noqa: E402
+from engine.distributed import World, start_processes  # noqa: E402
+from engine.files import write_json  # noqa: E402
+from engine.log import describe_environment  # noqa: E402
 
 SHAPE = (4, 32, 32)  # of ImageNet at 256 px
 IMAGENET = 1_281_167
@@ -58,10 +68,10 @@ def parse_args(argv=None):
 
 
 def main(args):
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, runtime.start() as world:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, start_processes() as world:
         folder = Path(world.agree(folder))
         if world.main:
-            print(*runtime.describe(world), sep="\n")
+            print(*describe_environment(world), sep="\n")
         if args.list_files:
             compare_listing(args, folder / "files", world)
             return
@@ -97,25 +107,25 @@ def write_shards(folder, count):
     counts = [min(8192, count - first) for first in range(0, count, 8192)]
     for index, size in enumerate(counts):
         batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half(), None, []
-        latents.write_shard(latents.ShardFiles(folder, index), [batch], latent_shape=SHAPE,
+        write_shard(ShardFiles(folder, index), [batch], latent_shape=SHAPE,
                             dtype="float16", flip=False)
     write_description(folder, counts)
 
 
 def write_description(folder, counts):
-    latents.write_json(folder / "dataset.json", {
-        "format_version": latents.FORMAT_VERSION, "crop": latents.CROP, "image_size": 256,
+    write_json(folder / "dataset.json", {
+        "format_version": FORMAT_VERSION, "crop": CROP, "image_size": 256,
         "latent_shape": SHAPE, "vae": "none", "scale": 0.18215, "dtype": "float16", "flip": False,
         "classes": [str(i) for i in range(1000)], "count": sum(counts), "shards": counts})
 
 
 def rate(dataset, args, workers, steps, seed):
     """Latents a second as float32 batches, in the shuffled order of training, from page cache."""
-    world = runtime.World(0, 1, CPU, "fp32")
-    order = data.Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
+    world = World(0, 1, CPU, "fp32")
+    order = Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
                          flip=False, world=world)
-    batches = (data.load(dataset, order, workers=workers, device=CPU)
-               if isinstance(dataset, data.LatentShards) else
+    batches = (load_batches(dataset, order, workers=workers, device=CPU)
+               if isinstance(dataset, LatentShards) else
                iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers,
                                prefetch_factor=4 if workers else None)))
     batch = next(batches)[0].float()  # the workers have started
@@ -129,7 +139,7 @@ def compare_loaders(args, folder):
     torch.set_num_threads(1)  # both do one thing after another; on a busy machine more only wait
     files = FilePerImage(folder / "files", args.latents)
     write_shards(folder / "shards", args.latents)
-    shards = data.LatentShards(folder / "shards")
+    shards = LatentShards(folder / "shards")
     steps = args.latents // args.batch_size
     for workers in (0, args.num_workers):
         rates = []
@@ -149,20 +159,20 @@ def time_start_up(args, folder):
     folder.mkdir()
     counts = [min(8192, IMAGENET - first) for first in range(0, IMAGENET, 8192)]
     for index, count in enumerate(counts):
-        files = latents.ShardFiles(folder, index)
+        files = ShardFiles(folder, index)
         for path, dtype, row in ((files.moments, "float16", (2, *SHAPE)),
                                  (files.labels, "int64", ())):
-            with latents.GrowingArray(path, row, dtype) as array:
+            with GrowingArray(path, row, dtype) as array:
                 array.rows = count
                 size = array.start + count * np.dtype(dtype).itemsize * int(np.prod(row))
                 array.file.truncate(size)
     write_description(folder, counts)
     start = time.perf_counter()
-    shards = data.LatentShards(folder)
+    shards = LatentShards(folder)
     opened = time.perf_counter()
-    order = data.Batches(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
-                         flip=False, world=runtime.World(0, 1, CPU, "fp32"))
-    next(data.load(shards, order, workers=args.num_workers, device=CPU))
+    order = Batches(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
+                         flip=False, world=World(0, 1, CPU, "fp32"))
+    next(load_batches(shards, order, workers=args.num_workers, device=CPU))
     end = time.perf_counter()
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"start-up at {len(shards):,} latents: {end - start:.2f} s to the batch of step 123456, "
@@ -184,7 +194,7 @@ def compare_listing(args, folder, world):
         for name, lister in (("every process", None), ("rank 0", world)):
             world.barrier()
             start, busy = time.perf_counter(), time.process_time()
-            data.ImageFolder(folder, 256, lister)
+            ImageFolder(folder, 256, lister)
             busy = world.total(torch.tensor(time.process_time() - busy))
             seconds[name].append((time.perf_counter() - start, float(busy)))
     for name, pairs in seconds.items():
@@ -195,8 +205,8 @@ def compare_listing(args, folder, world):
 
 
 def read_by_pipe(images, batches, workers):
-    served = data.read_images(images.image, batches, workers=workers)
-    return sum(len(data.stacked(found)) for _, found in served)
+    served = read_images(images.image, batches, workers=workers)
+    return sum(len(stack_images(found)) for _, found in served)
 
 
 def read_by_shared_memory(images, batches, workers):
@@ -211,7 +221,7 @@ def read_by_threads(images, batches, workers):
     def read(batch):
         return torch.stack([images.image(row) for row in batch])
 
-    return sum(map(len, data.ahead(read, batches, threads=workers, depth=4 * workers)))
+    return sum(map(len, map_ahead(read, batches, threads=workers, depth=4 * workers)))
 
 
 def compare_readers(args, folder):
@@ -254,7 +264,7 @@ def save_images(folder, count, size):
     for i in range(count):
         box = (i % 140, i % 50, i % 140 + 500, i % 50 + 375)
         photos[i % 2].crop(box).save(folder / "photos" / f"{i:06d}.jpg")
-    return data.ImageFolder(folder, size)
+    return ImageFolder(folder, size)
 
 
 def bare_rate(space, images, args, device):
@@ -276,7 +286,7 @@ def compare_encoding(args, folder, world):
     images = save_images(folder / "images", args.encode_images, args.encode_size)
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # as encode_imagenet.py does
-    space = vae.load(str(folder / "vae"), world.device, chunk=args.encode_batch)
+    space = load_vae(str(folder / "vae"), world.device, chunk=args.encode_batch)
     bare = [bare_rate(space, images, args, world.device)]
     done = subprocess.run(
         [sys.executable, ROOT / "encode_imagenet.py", "--data-path", folder / "images",

@@ -1,6 +1,6 @@
 """Time of the Frechet distance against pytorch-fid's matrix root, on 2048-dimensional statistics.
 
-    python benchmarks/fid.py [--samples 5000 1000]
+    python benchmarks/evaluating.py [--samples 5000 1000]
 
 prints a table: processor seconds of pytorch-fid's formula (scipy.linalg.sqrtm), of ours and of
 ours by_product, which the protocol pytorch-fid uses; their shares of pytorch-fid's; the relative
@@ -19,7 +19,7 @@ from scipy import linalg
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fid import frechet_distance  # noqa: E402
+from metrics.distances import frechet_distance  # noqa: E402
 
 DIM = 2048
 

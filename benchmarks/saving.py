@@ -1,7 +1,7 @@
 """What saving checkpoints costs a training run, as a share of its wall time.
 
-    python benchmarks/checkpoint.py                       # a GPU
-    python benchmarks/checkpoint.py --batch-size 16       # CPU, some minutes
+    python benchmarks/saving.py                       # a GPU
+    python benchmarks/saving.py --batch-size 16       # CPU, some minutes
 
 Training steps (step, gradient norm, averages: train.py's work without its log) are timed without a
 save, their median being a step's time; then, around each save, the time of the call that copies the
@@ -22,10 +22,12 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file is a "checkpoint", too
 
-import checkpoint  # noqa: E402
-import runtime  # noqa: E402
 import train  # noqa: E402
+from engine.checkpoint import Saver  # noqa: E402
+from engine.distributed import start_processes  # noqa: E402
+from engine.log import describe_environment  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
+from models import build  # noqa: E402
 
 SHAPE = (4, 32, 32)  # of ImageNet at 256 px
 
@@ -45,9 +47,9 @@ def parse_args(argv=None):
 
 
 def main(args):
-    with (runtime.start(args.precision) as world, tempfile.TemporaryDirectory() as folder,
-          checkpoint.Saver(folder, keep_last=1) as saver):
-        print(*runtime.describe(world), sep="\n", file=sys.stderr)
+    with (start_processes(args.precision) as world, tempfile.TemporaryDirectory() as folder,
+          Saver(folder, keep_last=1) as saver):
+        print(*describe_environment(world), sep="\n", file=sys.stderr)
         training = Training(args, world)
         for _ in range(3):
             training.step()
@@ -73,7 +75,7 @@ class Training:
     def __init__(self, args, world):
         self.args, self.world = args, world
         self.config = {"model": args.model, "latent_shape": SHAPE, "num_classes": 1000}
-        self.net = checkpoint.network(self.config).to(world.device)
+        self.net = build(self.config).to(world.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True)
         self.average = train.averaging(self.ema, self.net, 0.9999)

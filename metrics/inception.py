@@ -1,104 +1,29 @@
-"""From images to the features that evaluation compares: images of an .npz file, read as needed,
-and pytorch-fid's Inception behind a protocol's resize (fid.py describes the protocols).
+"""Features of images: a protocol's resize, then pytorch-fid's Inception, or the pixels themselves.
 
-Images are uint8 (B, 3, H, W). The network is a conversion of TensorFlow's Inception of 2015.
+    pytorch-fid   FID as pytorch-fid 0.3.0 computes it: images in [0, 1], bilinear resize with
+                  half-pixel centres to 299, 2x - 1
+    adm           FID, sFID, Inception Score, precision and recall as the evaluator of ADM
+                  (openai/guided-diffusion) does: TensorFlow 1's resize to 299, (x - 128) / 128
+    pixels        Frechet distance of the pixels themselves, in [-1, 1], of tiny images
+
+Results of two protocols cannot be compared.
 """
 
-import contextlib
 import http.client
 import pickle
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runtime
-from runtime import UserError, regular
+from engine.options import UserError
 
+PROTOCOLS = ("pytorch-fid", "adm", "pixels")
 POOL = 2048  # values of Inception's last pooling, "pool_3" in the TensorFlow graph
 SPATIAL = 7 * 17 * 17  # for sFID: the first 7 channels of a 17 x 17 map
 CLASSES = 1008  # of the Inception of 2015: 1000 classes and unused ones
 TINY = 3 * 32 * 32  # values of the largest image that the protocol pixels takes
-
-
-# ---- images --------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def reading(option, path):
-    """Turns what a torn or foreign .npz file raises into a UserError naming option."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
-            ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{option} must be a whole .npz file of plain arrays, got {path} "
-                        f"({error}); write it again or name another") from error
-
-
-def verify(option, path, world):
-    """Compare all of an .npz file with the archive's checksums, once, on rank 0.
-
-    NumPy does so for an array that it reads whole, which arr_0 never is. Raises UserError.
-    """
-    def read():
-        with reading(option, path):
-            damage = runtime.find_damage(path)
-            if damage:
-                raise ValueError(f"damaged: {damage}")
-
-    world.on_main(read)
-
-
-class NpzImages:
-    """The images of an .npz file: arr_0, uint8 (N, H, W, 3). Raises UserError naming option."""
-
-    def __init__(self, path, *, option):
-        self.name, self.option = str(path), option
-        with reading(option, path), self._open() as (_, (shape, fortran, dtype)):
-            fits = len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran
-            if dtype != np.uint8 or not fits:
-                raise UserError(f"{option} must hold arr_0 of shape (N, H, W, 3), uint8, in C "
-                                f"order, got {shape} {dtype} in {path}; write it so")
-        self.count, self.image_size = shape[0], tuple(shape[1:3])
-
-    def __len__(self):
-        return self.count
-
-    def check(self, world):
-        """Read all of it before anything heavy. Raises UserError where a byte is damaged."""
-        verify(self.option, self.name, world)
-
-    @contextlib.contextmanager
-    def _open(self):
-        """The file, at its first image, and the header: shape, Fortran order, dtype."""
-        with zipfile.ZipFile(regular(self.name)) as archive, archive.open("arr_0.npy") as file:
-            old = np.lib.format.read_magic(file) == (1, 0)
-            yield file, (np.lib.format.read_array_header_1_0 if old
-                         else np.lib.format.read_array_header_2_0)(file)
-
-    def batches(self, size, world):
-        """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn.
-
-        Read in order and never held together: 50,000 images of 256 x 256 are 9.8 GB.
-        """
-        height, width = self.image_size
-        with reading(self.option, self.name), self._open() as (file, _):
-            start = file.tell()
-            for first in range(world.rank * size, self.count, world.size * size):
-                count = min(size, self.count - first)
-                file.seek(start + first * height * width * 3)
-                data = bytearray(file.read(count * height * width * 3))
-                images = torch.frombuffer(data, dtype=torch.uint8).view(count, height, width, 3)
-                yield first, images.permute(0, 3, 1, 2)
-
-
-# ---- features ------------------------------------------------------------------------------
 
 
 class Features(NamedTuple):

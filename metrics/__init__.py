@@ -1,0 +1,1 @@
+"""From images to numbers: features, statistics, distances and references."""

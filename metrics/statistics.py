@@ -1,0 +1,89 @@
+"""Sums over images from which metrics are computed, each process adding its own."""
+
+import torch
+
+from engine.options import UserError
+from metrics.inception import CLASSES, POOL, SPATIAL, dimension
+
+SPLIT = 5000  # images per split of the Inception Score
+
+
+class Moments:
+    """Count, mean (D,) and covariance (D, D), in float64, of rows that come in batches.
+
+    Kept is the scatter about the running mean; sums of squares would cancel.
+    """
+
+    def __init__(self, dim, device):
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, rows):
+        """Take in rows (B, D)."""
+        rows, before = rows.double(), self.count
+        mean = rows.mean(0)
+        centred, shift = rows - mean, mean - self.mean
+        self.count += len(rows)
+        self.mean += shift * (len(rows) / self.count)
+        self.scatter.addmm_(centred.T, centred)
+        self.scatter.addr_(shift, shift, alpha=before * len(rows) / self.count)
+
+    def merge(self, world):
+        """Make these the moments of all processes' rows together."""
+        count = int(world.total(torch.tensor(self.count, device=self.mean.device)))
+        mean = world.total(self.mean * (self.count / count))
+        shift = self.mean - mean
+        world.total(self.scatter.addr_(shift, shift, alpha=self.count))
+        self.count, self.mean = count, mean
+
+    def numpy(self):
+        """mean (D,) and unbiased covariance (D, D)."""
+        return self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy()
+
+
+class Statistics:
+    """All that the metrics need to know of count images of image_size (H, W), in one pass.
+
+    spatial, scores, points: for sFID, the Inception Score, precision and recall; a reference's
+    ``wants`` says which. Memory is constant but for the points, 8 KiB an image.
+    """
+
+    def __init__(self, extractor, count, image_size, *, spatial=False, scores=False, points=False):
+        if count < 2:
+            raise UserError(f"a Frechet distance must have 2 images or more, got {count}; add some")
+        device = extractor.world.device
+        self.extractor, self.count, self.merged = extractor, count, False
+        self.pool = Moments(dimension(extractor.protocol, image_size), device)
+        self.spatial = Moments(SPATIAL, device) if spatial else None
+        self.points = torch.zeros(count, POOL, device=device) if points else None
+        splits = (count - 1) // SPLIT + 1  # a row each: sums of p, of p log p, and of 1
+        self.scores = (torch.zeros(splits, CLASSES + 2, dtype=torch.float64, device=device)
+                       if scores else None)
+
+    def add(self, images, first):
+        """Take in uint8 images (B, 3, H, W): number first, first + 1, ... of the whole."""
+        features = self.extractor(images)
+        self.pool.add(features.pool)
+        if self.spatial is not None:
+            self.spatial.add(features.spatial)
+        if self.points is not None:
+            self.points[first:first + len(images)] = features.pool
+        if self.scores is not None:
+            log_p = features.logits.log_softmax(1)
+            p = log_p.exp()
+            sums = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
+            numbers = torch.arange(first, first + len(images), device=p.device)
+            self.scores.index_add_(0, numbers // SPLIT, sums)
+
+    def merge(self):
+        """Join the parts of all processes, on each of them; later calls do nothing."""
+        if self.merged:
+            return
+        self.merged, world = True, self.extractor.world
+        for moments in filter(None, (self.pool, self.spatial)):
+            moments.merge(world)
+        for table in (self.scores, self.points):  # zero where another process has the images
+            if table is not None:
+                world.total(table)
+        assert self.pool.count == self.count, f"{self.pool.count} images came, not {self.count}"
