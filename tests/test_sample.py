@@ -136,7 +136,7 @@ def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path,
         shutil.copytree(sampled, folder)
         return alone(option, folder)
 
-    monkeypatch.setattr("engine.files.lock_folder", wait_for_another_command)
+    monkeypatch.setattr("sample.lock_folder", wait_for_another_command)
     with pytest.raises(UserError, match="--sample-dir must be new.*seed 0 there, 1 here"):
         call("sample", *options(trained, tmp_path / "new"), "--seed", 1)
     assert files(tmp_path / "new") == files(sampled)
