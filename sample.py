@@ -62,15 +62,15 @@ def parse_args(argv=None):
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"),
                         help="new folder for the PNG files")
     parser.add_argument("--save-images", action=argparse.BooleanOptionalAction, default=True,
-                        help="write them; without, only the metrics of --fid-ref are left")
+                        help="write the images; without, only measure them by --fid-ref")
     parser.add_argument("--per-proc-batch-size", type=int_range(1), default=25,
-                        help="images per batch, on which the rounding depends")
+                        help="images per batch; the rounding of an image depends on it")
     parser.add_argument("--seed", type=int_range(0), default=0,
                         help="fixes the images; no two seeds share one")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
-                        help="label of image i: i modulo the classes, or drawn at random")
+                        help="label of image i: i modulo the number of classes, or random")
     parser.add_argument("--fid-ref", type=Path, metavar="REF.npz",
-                        help="reference statistics: evaluate the images as they are made")
+                        help="reference statistics: measure the images while they are made")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                         help="how to evaluate; evaluate_fid.py --help says more")
     parser.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
@@ -120,11 +120,11 @@ def main(args):
 
 
 def starts(indices, shape, *, seed, num_classes, labels="balanced"):
-    """Noise z1 (B, C, H, W) and labels y (B,) of the images with these indices, on the CPU.
+    """Noise z1 (B, C, H, W) and labels y (B,) int64 of the images with these indices, on the CPU.
 
-    Both are functions of a hash of (seed, index), so an image depends neither on the batch it is
-    in nor on the number of processes, and no two seeds share one. labels: "balanced" is index
-    modulo num_classes, "random" is uniform; the noise is the same for either.
+    Both depend on a hash of (seed, index) alone, so an image depends neither on its batch nor on
+    the number of ranks, and no two seeds share an image. labels: "balanced" is the index modulo
+    num_classes, "random" is uniform; both have the same noise.
     """
     z1, y = [], []
     for i in indices:
@@ -136,8 +136,8 @@ def starts(indices, shape, *, seed, num_classes, labels="balanced"):
 def _generator(seed, i):
     """The generator of an image's noise, seeded with all 256 bits of a hash.
 
-    PyTorch's CPU generator keeps 32 bits of a seed: of 100,000 images two would share theirs.
-    NumPy guarantees that this one's numbers never change.
+    PyTorch's CPU generator keeps 32 bits of a seed: two of 100,000 images would share theirs.
+    NumPy guarantees that the numbers of this generator never change.
     """
     return np.random.RandomState(np.frombuffer(_digest(seed, i, "noise"), "<u4"))
 
@@ -147,10 +147,10 @@ def _digest(seed, i, purpose):
 
 
 class Generator:
-    """Image i of a network, for any i, by ``images(rows)``.
+    """Makes image i of a network, for any i.
 
-    net: (z, r, t, y) -> u; space: what decodes; config: the run's, for shapes, classes and sizes;
-    labels: as in starts; steps: as in meanflow.sample.
+    net: (z, r, t, y) -> u; space: the VAE or pixels; config: of the checkpoint; labels: as in
+    starts; steps: as in meanflow.sample.
     """
 
     def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1):
@@ -159,7 +159,7 @@ class Generator:
 
     @torch.no_grad()
     def images(self, rows):
-        """uint8 (B, 3, H, W), on the world's device, of the images with these numbers."""
+        """The images of these numbers, uint8 (B, 3, H, W), on the device of this rank."""
         z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
                        num_classes=self.config["num_classes"])
         with one_thread():
@@ -169,13 +169,15 @@ class Generator:
             return self.space.decode(x)
 
     def batches(self, count, batch_size):
-        """This process's batches of the images 0 .. count - 1, as ranges: whole ones, dealt out in
-        turn, so that their content does not depend on the number of processes."""
+        """The batches of this rank, as ranges, of the images 0 .. count - 1.
+
+        Ranks take whole batches in turn: no batch depends on the number of ranks.
+        """
         firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
         return [range(first, min(first + batch_size, count)) for first in firsts]
 
     def picture(self, path):
-        """Eight rows of images, in as many columns as there are classes, but ten at most."""
+        """Write eight rows of images as one picture, a column per class, ten at most."""
         columns = min(self.config["num_classes"], 10)
         save_grid(path, self.images(range(8 * columns)), columns)
 

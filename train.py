@@ -8,7 +8,7 @@ One process, for instance on a laptop, and eight GPUs of one node:
 Several nodes: on each, torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
 --rdzv_endpoint=HOST:29500 train.py ... with --data-path and --run-dir on storage that all share.
 
-Repeating a command continues its run. The defaults are the paper's DiT-B/4 recipe.
+Repeating a command resumes its run. The defaults are the paper's DiT-B/4 recipe.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from metrics.reference import Evaluation, metric_names, notes
 from models import DiT_models, build
 from sample import Generator
 
-# Options that may change when a run is continued; all others make it another run
+# Options that may change when a run is resumed; with another value of any other it is another run
 FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
         "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations",
         "skip_nonfinite", "eval_every", "eval_samples", "fid_ref", "protocol")
@@ -54,7 +54,7 @@ EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 
 
 def parse_args(argv=None):
-    parser = Parser("Train a DiT with MeanFlow. Repeating a command continues its run.")
+    parser = Parser("Train a DiT with MeanFlow. Repeat a command to resume its run.")
     add_data_options(parser.add_argument_group("data"))
     add_method_options(parser.add_argument_group("method (arXiv 2505.13447)"))
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
@@ -74,8 +74,8 @@ def parse_args(argv=None):
 
 def add_data_options(group):
     group.add_argument("--data-path", type=Path, required=True,
-                       help="folder with one folder of images per class; with --encoded-data, of "
-                            "latents that encode_imagenet.py wrote")
+                       help="folder with one folder of images per class; with --encoded-data, "
+                            "the folder that encode_imagenet.py wrote")
     group.add_argument("--encoded-data", action="store_true", help="train on encoded latents")
     group.add_argument("--image-size", type=int_range(1), default=256,
                        help="side of the centre crop, in pixels")
@@ -84,7 +84,8 @@ def add_data_options(group):
                             "local AutoencoderKL; none: train on pixels")
     group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
     group.add_argument("--num-workers", type=int_range(0, 1024), default=4,
-                       help="reading processes per process; 0 = none")
+                       help="readers per rank: processes for images, threads for latents; 0 = "
+                            "read in the training process")
 
 
 def add_method_options(group):
@@ -121,8 +122,7 @@ def add_optimisation_options(group):
     group.add_argument("--global-batch-size", type=int_range(1), default=256,
                        help="images per optimiser step, over all processes")
     group.add_argument("--grad-accum-steps", type=int_range(1), default=1,
-                       help="parts in which a process works through its share of the batch, to "
-                            "save memory")
+                       help="micro-batches per step and rank: less memory, the same gradient")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute activations in the backward pass: less memory, more time")
     group.add_argument("--lr", type=float_range(0, above=True), default=1e-4,
@@ -132,8 +132,7 @@ def add_optimisation_options(group):
     group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
                        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="torch.compile the passes of a step (default: where there is a GPU, "
-                            "and not where that fails)")
+                       help="torch.compile the passes of a step (default: on a GPU, if it works)")
     group.add_argument("--seed", type=int_range(0), default=0,
                        help="fixes weights, data order and all noise")
 
@@ -146,18 +145,19 @@ def add_run_options(group):
     group.add_argument("--keep-last", type=int_range(0), default=3,
                        help="checkpoints kept; 0 = all")
     group.add_argument("--skip-nonfinite", type=int_range(0), default=0,
-                       help="steps in a row whose gradient may be infinite or NaN and is left out")
+                       help="steps in a row that may be skipped because their gradient is not "
+                            "finite; at the next one training stops")
     group.add_argument("--log-every", type=int_range(1), default=100,
                        help="steps between log lines")
     group.add_argument("--sample-every", type=int_range(0), default=5000,
                        help="steps between pictures of one-step samples; 0 = none")
     group.add_argument("--eval-every", type=int_range(0), default=0,
-                       help="steps between evaluations of one-step samples, each of which follows "
-                            "a checkpoint; 0 = none")
+                       help="steps between evaluations of one-step samples; a checkpoint is "
+                            "written before each; 0 = none")
     group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
                        help="reference statistics for --eval-every")
     group.add_argument("--eval-samples", type=int_range(2), default=10000,
-                       help="images per evaluation; 50000 are customary and slow")
+                       help="images per evaluation; published figures use 50000")
     group.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                        help="how to evaluate; evaluate_fid.py --help says more")
 
