@@ -61,7 +61,7 @@ class Loss(NamedTuple):
 
     loss: torch.Tensor  # scalar, adaptively weighted; at p = 1 about 1 whatever the network does
     error: torch.Tensor  # (B,) |u - target|^2, unweighted: the number to watch
-    velocity_error: torch.Tensor  # (B,) |u - v|^2 against the unguided velocity
+    velocity_error: torch.Tensor  # (B,) |u - v|^2: where r = t, the error of flow matching
 
 
 class MeanFlow:
@@ -121,8 +121,8 @@ class MeanFlow:
     def draw_times(self, batch, *, device=None, generator=None):
         """r, t (B,) and the count of leading rows with r = t.
 
-        As in the official code, two independent draws are sorted before the leading rows get
-        r := t. So their t is the larger of two draws.
+        As in the official code, t is the larger of two independent draws on every row, also where
+        r = t: the draws are sorted first.
         """
         if self.time_sampler == "uniform":
             pair = torch.rand(2, batch, device=device, generator=generator)
@@ -135,8 +135,8 @@ class MeanFlow:
         return r, t, equal
 
     def draw_dropped(self, batch, *, device=None, generator=None):
-        """(B,) bool: which rows lose their label. A Bernoulli mask gives the count, and the leading
-        rows lose theirs, as in the official code.
+        """(B,) bool: which rows lose their label. Their number is binomial, and as in the official
+        code they are the leading rows.
 
         With label_drop well below 1 - ratio these rows have r = t, and guidance evaluates the null
         label at r = t only.
@@ -149,15 +149,15 @@ class MeanFlow:
     def loss(self, net, x, y, draws, *, forward=None):
         """The Loss of data x (B, ...) with labels y (B,) int64 under these draws.
 
-        net is the bare network. It makes the passes without gradient, which work neither through
-        DistributedDataParallel nor with fused attention. ``forward`` (default: net) makes the pass
-        with gradient and may be the wrapped or compiled network.
+        net is the bare network. It makes the passes without gradient: torch.func.jvp does not work
+        through DistributedDataParallel. ``forward`` (default: net) makes the pass with gradient and
+        may be the wrapped or compiled network.
         """
         t = per_row(draws.t, x)
         z = (1 - t) * x + t * draws.eps
         v = draws.eps - x
         y_input = torch.where(draws.dropped, self.num_classes, y)
-        forward = net if forward is None else forward  # a compiled module has no truth value
+        forward = net if forward is None else forward
         u = forward(z, draws.r, draws.t, y_input).to(z.dtype)
         target = self.target(net, z, v, y, draws, u.detach())
         error = (u - target).square().flatten(1).sum(1)
@@ -229,10 +229,10 @@ class MeanFlow:
         breaks the graph (pytorch#187284). The caller compiles the forward with gradient and gives
         it to ``loss``.
         """
-        options = {"dynamic": False, **options}  # a training has two or three shapes
+        options = {"dynamic": False, **options}  # the batch, its tail and perhaps a longer one
         self.velocity = torch.compile(self.velocity, **options)
         derivative = torch.compile(self.time_derivative, **options)
-        # Copies, as a compiled function fails where the primal of a dual tensor is a view
+        # Slices as inputs fail in a compiled torch.func.jvp: give it copies
         self.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
 
 
@@ -243,9 +243,10 @@ def per_row(a, x):
 
 @torch.no_grad()
 def sample(net, z1, y, *, steps=1):
-    """Data from noise z1 (B, ...) and labels y (B,): z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).
+    """Data (B, ...) from noise z1 (B, ...) and labels y (B,).
 
-    steps: a count of equal steps, or the times themselves, decreasing from 1 (noise) to 0 (data).
+    Each step is z_r = z_t - (t-r) u(z_t, r, t, y) (Eq. 12). steps: a count of equal steps, or the
+    times themselves, decreasing from 1 (noise) to 0 (data).
     Raises ValueError for a count below 1 or times that do not decrease within [0, 1].
     """
     times = schedule(steps)
@@ -257,7 +258,7 @@ def sample(net, z1, y, *, steps=1):
 
 
 def schedule(steps):
-    """The list of decreasing times for a count of steps or for such times. Raises ValueError."""
+    """The list of times, decreasing, for a count of steps or such times. Raises ValueError."""
     if isinstance(steps, int):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
@@ -280,7 +281,7 @@ def load_forward_mode():
 
 
 class ConstantWeights(TorchFunctionMode):
-    """Forward mode in which the weights of linear layers and convolutions are constants.
+    """Makes forward mode cheaper: the weights of linear layers and convolutions are constants.
 
     PyTorch's own rule adds the product of the input with the tangent of the weight, which is zero
     here. It writes the zeros and multiplies them: three matrix products instead of two (torch 2.15,

@@ -103,14 +103,14 @@ def main(args):
             raise UserError(error) from error
         if args.save_images:
             open_sample_dir(args, wanted, net, world, stack)
-        generator = Generator(net.to(world.device), space, config, world, seed=args.seed,
-                              labels=args.labels, steps=args.num_sampling_steps)
-        make_images(args, generator, statistics)
+        sampler = ImageSampler(net.to(world.device), space, config, world, seed=args.seed,
+                               labels=args.labels, steps=args.num_sampling_steps)
+        make_images(args, sampler, statistics)
         world.barrier()
         if args.save_images and world.main:
             paths = [png(args.sample_dir, i) for i in range(args.num_fid_samples)]
             write_npz(beside(args, ".npz"), paths, world)
-            generator.picture(beside(args, ".png"))
+            sampler.picture(beside(args, ".png"))
         result = evaluation.metrics(statistics) if args.fid_ref else None
         if world.main:
             report(args, wanted, evaluation, result)
@@ -146,7 +146,7 @@ def _digest(seed, i, purpose):
     return hashlib.sha256(f"{seed} {i} {purpose}".encode()).digest()
 
 
-class Generator:
+class ImageSampler:
     """Makes image i of a network, for any i.
 
     net: (z, r, t, y) -> u; space: the VAE or pixels; config: of the checkpoint; labels: as in
@@ -162,7 +162,7 @@ class Generator:
         """The images of these numbers, uint8 (B, 3, H, W), on the device of this rank."""
         z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
                        num_classes=self.config["num_classes"])
-        with one_thread():
+        with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
                 x = sample(self.net, z1.to(self.world.device), y.to(self.world.device),
                            steps=self.steps)
@@ -185,25 +185,25 @@ class Generator:
 # ---- making and writing -------------------------------------------------------------------------
 
 
-def make_images(args, generator, statistics):
+def make_images(args, sampler, statistics):
     """Make, measure and write the batches of this rank. Batches on disk are measured from there.
 
     Threads write while the next batches are made. They also wait for the copy from the GPU.
     """
-    world, jobs = generator.world, deque()
+    world, jobs = sampler.world, deque()
     with (world.progress(args.num_fid_samples, desc="sampling", unit="image") as bar,
           ThreadPoolExecutor(THREADS) as pool):
-        for rows in generator.batches(args.num_fid_samples, args.per_proc_batch_size):
+        for rows in sampler.batches(args.num_fid_samples, args.per_proc_batch_size):
             world.position = f"image {rows.start}"
             paths = [png(args.sample_dir, i) for i in rows]
             stored = args.save_images and all(path.exists() for path in paths)
-            if stored and statistics:
-                images = np.stack([read_image(path) for path in paths])
-                images = torch.from_numpy(images).permute(0, 3, 1, 2)
-            elif not stored:
-                images = generator.images(rows)
+            if not stored:
+                images = sampler.images(rows)
                 if args.save_images:
                     jobs.append(pool.submit(write_images, paths, images))
+            elif statistics:
+                images = np.stack([read_image(path) for path in paths])
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)
             if statistics:
                 statistics.add(images, rows.start)
             while len(jobs) > THREADS:  # bounds the memory
@@ -300,7 +300,7 @@ def check_sample_dir(args, wanted, net):
     try:
         stored = json.loads((folder / MARKER).read_text())
         if stored.get("weights") in (hash_of(tensor) for tensor in net.state_dict().values()):
-            stored["weights"] = wanted["weights"]  # until November 2026 it was of one tensor
+            stored["weights"] = wanted["weights"]  # earlier versions took the hash of one tensor
         fault = differences(stored, wanted)
         has_images = found != [folder / MARKER] or stored.keys() != wanted.keys()
     except (OSError, ValueError, AttributeError, RecursionError):

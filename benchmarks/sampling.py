@@ -24,7 +24,7 @@ from dataset.vae import load_vae  # noqa: E402
 from engine.distributed import start_processes  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
 from models import build  # noqa: E402
-from sample import Generator  # noqa: E402
+from sample import ImageSampler  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -47,14 +47,14 @@ def main(args):
                   "num_classes": 1000, "image_size": args.image_size}
         net = build(config).to(world.device).eval().requires_grad_(False)
         torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)  # else every image is noise
-        generator = Generator(net, space, config, world)
+        sampler = ImageSampler(net, space, config, world)
         count = args.batches * args.batch_size
         rates = {"bare": [], "sample.py": []}
-        bare(generator, count, args.batch_size)  # warm-up
+        bare(sampler, count, args.batch_size)  # warm-up
         for turn in range(args.turns):
             for name, work in (("bare", bare), ("sample.py", full(Path(folder, str(turn))))):
                 began = time.perf_counter()
-                work(generator, count, args.batch_size)
+                work(sampler, count, args.batch_size)
                 rates[name].append(count / (time.perf_counter() - began))
         medians = {name: statistics.median(values) for name, values in rates.items()}
         for line in describe_environment(world)[1:]:
@@ -66,21 +66,21 @@ def main(args):
         print(f"ratio {medians['sample.py'] / medians['bare']:.3f}")
 
 
-def bare(generator, count, batch_size):
+def bare(sampler, count, batch_size):
     """Noise, network and decoder alone."""
-    for rows in generator.batches(count, batch_size):
-        generator.images(rows)
-    if generator.world.device.type == "cuda":
+    for rows in sampler.batches(count, batch_size):
+        sampler.images(rows)
+    if sampler.world.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def full(folder):
     """The loop of sample.py, into a new folder."""
-    def work(generator, count, batch_size):
+    def work(sampler, count, batch_size):
         args = sample.parse_args(["--ckpt", "-", "--num-fid-samples", str(count), "--sample-dir",
                                   str(folder), "--per-proc-batch-size", str(batch_size)])
         folder.mkdir()
-        sample.draw(args, generator, None)
+        sample.draw(args, sampler, None)
     return work
 
 

@@ -78,7 +78,7 @@ class Training:
         self.net = build(self.config).to(world.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True)
-        self.average = train.averaging(self.ema, self.net, 0.9999)
+        self.average = train.make_ema_update(self.ema, self.net, 0.9999)
         self.flow = MeanFlow(num_classes=1000, cfg=3.0)
         self.x = torch.randn(args.batch_size, *SHAPE, device=world.device)
         self.y = torch.randint(1000, (args.batch_size,), device=world.device)

@@ -70,7 +70,7 @@ def test_a_run_goes_on_plain_where_the_compiler_fails(where, plain, digits, tmp_
 
 def test_a_compiler_that_fails_ends_a_run_that_asked_for_it(digits, tmp_path, monkeypatch):
     fail_where(monkeypatch, "backward")
-    with pytest.raises(UserError, match="^--compile must .*no such instruction; .*--no-compile"):
+    with pytest.raises(UserError, match="^--compile.*no such instruction; .*--no-compile"):
         call("train", *tiny(digits, tmp_path), "--max-steps", 4, "--compile")
 
 

@@ -87,7 +87,7 @@ def test_averages_move_to_the_weights_unless_a_step_is_left_out():
     net, ema = (models.DiT_models["DiT-T/4"](input_size=8) for _ in range(2))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter)
-    average = train.averaging(ema.requires_grad_(False), net, 0.99)
+    average = train.make_ema_update(ema.requires_grad_(False), net, 0.99)
     expected = [parameter.clone() for parameter in ema.parameters()]
     for left_out in (0.0, 1.0, 0.0):
         average.found_inf = torch.tensor(left_out)
@@ -102,8 +102,8 @@ def test_averages_move_to_the_weights_unless_a_step_is_left_out():
 
 def test_averages_are_part_of_no_graph(digits, tmp_path, monkeypatch):
     """They once were, of one that gained a node per parameter and step: 36 kB a step."""
-    seen, averaging = [], train.averaging
-    monkeypatch.setattr(train, "averaging",
+    seen, averaging = [], train.make_ema_update
+    monkeypatch.setattr(train, "make_ema_update",
                         lambda ema, *rest: seen.append(ema) or averaging(ema, *rest))
     call("train", *tiny(digits, tmp_path), "--max-steps", 2)
     assert not any(average.requires_grad for average in seen[0].parameters())
