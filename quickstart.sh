@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# From nothing to pictures: makes .venv if it is missing, writes 1,797 real handwritten digits as an
-# image folder, trains on them for a few minutes and samples every class in one and in two steps.
+# Makes .venv if it is missing, writes 1,797 real handwritten digits as an image folder, trains on
+# them for a few minutes, and samples every class in one step and in two. Rerun it to resume.
 set -euo pipefail
 cd "$(dirname "$0")"
 source environment.sh
 prepare requirements.txt
 export PATH="$PWD/.venv/bin:$PATH"
 
-# One process per GPU, or two on the CPU; a power of two, over which batches divide
+# One process per GPU, or two on a CPU; rounded down to a power of two, which divides the batch
 processes=$(python -c 'import os, torch
 count = torch.cuda.device_count() or min(2, os.cpu_count())
 print(2 ** (count.bit_length() - 1))')
@@ -16,7 +16,7 @@ print(max(1, os.cpu_count() // $processes))")}
 torchrun="torchrun --standalone --nproc_per_node=$processes"
 run=results/quickstart
 
-show() {  # print a command, then run it
+show() {  # print a command and run it
     printf '\n$ %s\n' "$*" >&2
     "$@"
 }
