@@ -3,10 +3,10 @@
     python sample.py --ckpt results/quickstart/checkpoints/0001950.pt --num-fid-samples 80
     torchrun --standalone --nproc_per_node=8 sample.py --ckpt CHECKPOINT.pt --fid-ref REF.npz
 
-writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
-evaluator reads, and a picture of the first of them, <sample-dir>.png; with --fid-ref it prints
-the metrics, too. Image i is a function of the seed and i alone, and no two seeds share one. An
-interrupted command, repeated, goes on where it stopped.
+This writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
+evaluator reads, and <sample-dir>.png, a picture of the first ones. With --fid-ref it also prints
+the metrics. Image i depends on the seed and on i alone, and no two seeds share an image. If
+interrupted, rerun the command: it continues.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the imports
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from PIL import Image
 
 from dataset.images import save_grid
 from dataset.vae import load_vae
-from engine.checkpoint import differences, load_network, verify_checkpoint
+from engine.checkpoint import differences, fingerprint, load_network, verify_checkpoint
 from engine.distributed import one_thread, run_main, start_processes
 from engine.files import (
     LOCK,
@@ -46,7 +46,9 @@ from meanflow import sample
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, notes
 
-MARKER = "samples.json"  # in the sample folder: whose images these are
+MARKER = "samples.json"  # in the sample folder: what its images depend on
+NOISE = "sha256(seed, i)"  # how starts draws, as recorded in samples.json
+THREADS = min(16, os.cpu_count())  # that read or write image files
 
 
 def parse_args(argv=None):
@@ -84,13 +86,13 @@ def parse_args(argv=None):
 
 
 def main(args):
-    # A process whose images are done waits for the others', which may take hours on a CPU
+    # A rank that has finished waits for the others, which may take hours on a CPU
     with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
         world.on_main(lambda: verify_checkpoint(args.ckpt))
         net, config = load_network(args.ckpt)
-        wanted = settings(args, net, config)
+        wanted = settings(args, world, net, config)
         if args.save_images:
-            check_sample_dir(args, wanted)
+            check_sample_dir(args, wanted, net)
         evaluation = statistics = None
         if args.fid_ref:
             evaluation = Evaluation(args.fid_ref, args.protocol, config, world)
@@ -100,10 +102,10 @@ def main(args):
         except (ValueError, OSError) as error:
             raise UserError(error) from error
         if args.save_images:
-            open_folder(args, wanted, world, stack)
+            open_sample_dir(args, wanted, net, world, stack)
         generator = Generator(net.to(world.device), space, config, world, seed=args.seed,
                               labels=args.labels, steps=args.num_sampling_steps)
-        draw(args, generator, statistics)
+        make_images(args, generator, statistics)
         world.barrier()
         if args.save_images and world.main:
             paths = [png(args.sample_dir, i) for i in range(args.num_fid_samples)]
@@ -114,169 +116,7 @@ def main(args):
             report(args, wanted, evaluation, result)
 
 
-def report(args, wanted, evaluation, result):
-    """The result alone on stdout: the metrics, or where the images are."""
-    if result is None:
-        print(args.sample_dir)
-        return
-    for line in notes(evaluation.reference, args.protocol, args.num_fid_samples):
-        print(line, file=sys.stderr)
-    about = {"num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
-             "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels,
-             "seed": args.seed, "steps": args.num_sampling_steps,
-             "sampling_precision": args.precision}  # precision is a metric
-    assert result.keys().isdisjoint(about)
-    print(json.dumps(result | about))
-
-
-def png(folder, i):
-    return folder / f"{i:06d}.png"
-
-
-def beside(args, suffix):
-    """The file of this suffix that is named as the sample folder, and lies beside it."""
-    return Path(os.path.abspath(args.sample_dir) + suffix)
-
-
-def settings(args, net, config):
-    """What samples.json says: all that the images are a function of."""
-    weights = net.final_layer.linear.weight.cpu().numpy().tobytes()
-    return {"images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
-            "noise": NOISE, "labels": args.labels, "batch": args.per_proc_batch_size,
-            "precision": args.precision, "vae": args.vae or config["vae"],
-            "weights": hashlib.sha256(weights).hexdigest()}
-
-
-def check_sample_dir(args, wanted):
-    """Raise UserError unless the sample folder is new or, by samples.json, this command's own.
-
-    One that a killed command left without an image may become another's.
-    """
-    folder = args.sample_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another")
-    check_folder("--sample-dir", folder)
-    found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
-                               beside(args, ".npz"), beside(args, ".png"))
-             if path.exists() and path.name != LOCK
-             and not (path.name.startswith(".") and path.suffix == ".tmp")]
-    if not found:
-        return
-    try:
-        stored = json.loads((folder / MARKER).read_text())
-        fault = differences(stored, wanted)
-        begun = found != [folder / MARKER] or stored.keys() != wanted.keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
-        fault, begun = f"{found[0]} is none of this command's files", True
-    if fault and begun:
-        raise UserError(f"--sample-dir must be new, or hold this very command's images, got "
-                        f"{folder} ({fault}); choose another")
-
-
-def open_folder(args, wanted, world, stack):
-    """Make the sample folder, which all processes have checked, hold it, and say whose it is."""
-    def hold():
-        stack.enter_context(lock_folder("--sample-dir", args.sample_dir))
-        check_sample_dir(args, wanted)  # again: another command may have been waited for
-        remove_temporary_files(args.sample_dir)
-        write_json(args.sample_dir / MARKER, wanted)
-
-    world.barrier()
-    world.on_main(hold)
-
-
-def draw(args, generator, statistics):
-    """Make, measure and write this process's batches; those on disk are measured from there."""
-    world, writer = generator.world, Writer(args.sample_dir)
-    bar = world.progress(args.num_fid_samples, desc="sampling", unit="image")
-    for rows in generator.batches(args.num_fid_samples, args.per_proc_batch_size):
-        world.position = f"image {rows.start}"
-        paths = [png(args.sample_dir, i) for i in rows]
-        stored = args.save_images and all(path.exists() for path in paths)
-        if stored and statistics:
-            images = torch.stack([torch.from_numpy(read(path)) for path in paths])
-            images = images.permute(0, 3, 1, 2)
-        elif not stored:
-            images = generator.images(rows)
-            if args.save_images:
-                writer.write(rows, images)
-        if statistics:
-            statistics.add(images, rows.start)
-        bar.update(min(len(rows) * world.size, bar.total - bar.n))
-    writer.close()
-    bar.close()
-
-
-class Writer:
-    """Writes images as PNG files beside the making of the next: the copy from the device is not
-    waited for until another batch is under way, and threads compress."""
-
-    def __init__(self, folder):
-        self.folder, self.copies, self.jobs = folder, deque(), deque()
-        self.pool = ThreadPoolExecutor(min(16, os.cpu_count()))
-
-    def write(self, rows, images):
-        """Take uint8 images (B, 3, H, W), of these numbers, on any device."""
-        host = images.permute(0, 2, 3, 1).contiguous().to("cpu", non_blocking=True)
-        event = torch.cuda.Event() if images.is_cuda else None
-        if event:
-            event.record()
-        self.copies.append((rows, host, event))
-        self._pass_on(1)
-
-    def _pass_on(self, kept):
-        """Hand all but the newest so many copies to the threads, which may lag a little behind."""
-        while len(self.copies) > kept:
-            rows, host, event = self.copies.popleft()
-            if event:
-                event.synchronize()
-            self.jobs += [self.pool.submit(write, png(self.folder, i), image)
-                          for i, image in zip(rows, host.numpy())]
-        while len(self.jobs) > 1000:  # memory may not grow
-            self.jobs.popleft().result()
-
-    def close(self):
-        self._pass_on(0)
-        for job in self.jobs:
-            job.result()
-        self.pool.shutdown()
-
-
-def write(path, image):
-    """One image (H, W, 3) as a PNG file."""
-    with atomic_file(path, durable=False) as temporary:
-        Image.fromarray(image).save(temporary, "PNG")
-
-
-def read(path):
-    """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn or damaged."""
-    try:
-        with Image.open(regular_file(path)) as image:
-            image.verify()  # compares checksums, which decoding does not; it leaves no image
-        with Image.open(path) as image:
-            return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
-                        f"file and repeat the command") from error
-
-
-def write_npz(path, paths, world):
-    """The images in the order of paths as arr_0 of an .npz file, without holding them all."""
-    shape = (len(paths), *read(paths[0]).shape)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    bar = world.progress(len(paths), desc=path.name, unit="image")
-    with (atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
-          archive.open("arr_0.npy", "w", force_zip64=True) as file,
-          ThreadPoolExecutor(min(16, os.cpu_count())) as pool):
-        np.lib.format.write_array_header_1_0(file, header)
-        for first in range(0, len(paths), 1000):
-            for image in pool.map(read, paths[first:first + 1000]):
-                file.write(image.tobytes())
-                bar.update()
-    bar.close()
-
-
-NOISE = "sha256(seed, i)"  # the rule of starts, of which samples.json tells
+# ---- image i of a network ------------------------------------------------------------------------
 
 
 def starts(indices, shape, *, seed, num_classes, labels="balanced"):
@@ -338,6 +178,150 @@ class Generator:
         """Eight rows of images, in as many columns as there are classes, but ten at most."""
         columns = min(self.config["num_classes"], 10)
         save_grid(path, self.images(range(8 * columns)), columns)
+
+
+# ---- making and writing -------------------------------------------------------------------------
+
+
+def make_images(args, generator, statistics):
+    """Make, measure and write the batches of this rank. Batches on disk are measured from there.
+
+    Threads write while the next batches are made. They also wait for the copy from the GPU.
+    """
+    world, jobs = generator.world, deque()
+    with (world.progress(args.num_fid_samples, desc="sampling", unit="image") as bar,
+          ThreadPoolExecutor(THREADS) as pool):
+        for rows in generator.batches(args.num_fid_samples, args.per_proc_batch_size):
+            world.position = f"image {rows.start}"
+            paths = [png(args.sample_dir, i) for i in rows]
+            stored = args.save_images and all(path.exists() for path in paths)
+            if stored and statistics:
+                images = np.stack([read_image(path) for path in paths])
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)
+            elif not stored:
+                images = generator.images(rows)
+                if args.save_images:
+                    jobs.append(pool.submit(write_images, paths, images))
+            if statistics:
+                statistics.add(images, rows.start)
+            while len(jobs) > THREADS:  # bounds the memory
+                jobs.popleft().result()
+            bar.update(min(len(rows) * world.size, bar.total - bar.n))
+        for job in jobs:
+            job.result()
+
+
+def write_images(paths, images):
+    """Write uint8 images (B, 3, H, W), on any device, as PNG files."""
+    for path, image in zip(paths, images.permute(0, 2, 3, 1).cpu().numpy()):
+        with atomic_file(path, durable=False) as temporary:
+            Image.fromarray(image).save(temporary, "PNG")
+
+
+def read_image(path):
+    """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn or damaged."""
+    try:
+        with Image.open(regular_file(path)) as image:
+            image.verify()  # compares checksums, which decoding does not; then it is of no use
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
+                        f"file and repeat the command") from error
+
+
+def write_npz(path, paths, world):
+    """Write the images at paths, in order, as arr_0 of an .npz file, without holding them all."""
+    shape = (len(paths), *read_image(paths[0]).shape)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (world.progress(len(paths), desc=path.name, unit="image") as bar,
+          atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as file,
+          ThreadPoolExecutor(THREADS) as pool):
+        np.lib.format.write_array_header_1_0(file, header)
+        for first in range(0, len(paths), 1000):
+            for image in pool.map(read_image, paths[first:first + 1000]):
+                file.write(image.tobytes())
+                bar.update()
+
+
+def report(args, wanted, evaluation, result):
+    """Print the result, alone, on stdout: the metrics, or the sample folder."""
+    if result is None:
+        print(args.sample_dir)
+        return
+    for line in notes(evaluation.reference, args.protocol, args.num_fid_samples):
+        print(line, file=sys.stderr)
+    about = {"num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
+             "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels,
+             "seed": args.seed, "steps": args.num_sampling_steps,
+             "sampling_precision": args.precision}  # "precision" is a metric
+    assert result.keys().isdisjoint(about)
+    print(json.dumps(result | about))
+
+
+# ---- the sample folder ---------------------------------------------------------------------------
+
+
+def png(folder, i):
+    return folder / f"{i:06d}.png"
+
+
+def beside(args, suffix):
+    """The file next to the sample folder, of the same name with a suffix."""
+    return Path(os.path.abspath(args.sample_dir) + suffix)
+
+
+def settings(args, world, net, config):
+    """The content of samples.json: all that the images depend on."""
+    weights = world.on_main(lambda: fingerprint(net.state_dict()))
+    return {"images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
+            "noise": NOISE, "labels": args.labels, "batch": args.per_proc_batch_size,
+            "precision": args.precision, "vae": args.vae or config["vae"], "weights": weights}
+
+
+def check_sample_dir(args, wanted, net):
+    """Raise UserError unless the sample folder is new or samples.json is that of this command.
+
+    A folder without images, which a failed command left, may be taken by another command.
+    """
+    folder = args.sample_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another")
+    check_folder("--sample-dir", folder)
+    found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
+                               beside(args, ".npz"), beside(args, ".png"))
+             if path.exists() and path.name != LOCK
+             and not (path.name.startswith(".") and path.suffix == ".tmp")]
+    if not found:
+        return
+    try:
+        stored = json.loads((folder / MARKER).read_text())
+        if stored.get("weights") in (hash_of(tensor) for tensor in net.state_dict().values()):
+            stored["weights"] = wanted["weights"]  # until November 2026 it was of one tensor
+        fault = differences(stored, wanted)
+        has_images = found != [folder / MARKER] or stored.keys() != wanted.keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        fault, has_images = f"{found[0]} is not of this command", True
+    if fault and has_images:
+        raise UserError(f"--sample-dir must be new, or hold the images of this very command, got "
+                        f"{folder} ({fault}); choose another")
+
+
+def hash_of(tensor):
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+
+
+def open_sample_dir(args, wanted, net, world, stack):
+    """Make the sample folder, lock it until the stack is left, and write samples.json."""
+    def hold():
+        stack.enter_context(lock_folder("--sample-dir", args.sample_dir))
+        check_sample_dir(args, wanted, net)  # again: another command may have used it meanwhile
+        remove_temporary_files(args.sample_dir)
+        write_json(args.sample_dir / MARKER, wanted)
+
+    world.barrier()  # all ranks have checked it
+    world.on_main(hold)
 
 
 if __name__ == "__main__":

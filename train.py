@@ -16,15 +16,14 @@ import copy
 import logging
 import signal
 import time
-import warnings
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from dataset.images import ImageFolder
 from dataset.latents import LatentShards
@@ -36,7 +35,7 @@ from engine.checkpoint import (
     newest_checkpoint,
     restore_checkpoint,
 )
-from engine.distributed import counted_generator, run_main, start_processes
+from engine.distributed import counted_generator, data_parallel, run_main, start_processes
 from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
 from engine.log import Log, describe_environment
@@ -51,7 +50,6 @@ from sample import Generator
 FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
         "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations",
         "skip_nonfinite", "eval_every", "eval_samples", "fid_ref", "protocol")
-LEAST_BUCKET_MIB = 25  # PyTorch's default
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 
 
@@ -62,7 +60,7 @@ def parse_args(argv=None):
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
     add_run_options(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
-    parser.validate(method, args, num_classes=1)
+    parser.validate(make_method, args, num_classes=1)
     if args.eval_every and args.fid_ref is None:
         parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
                      f"the reference statistics")
@@ -164,7 +162,8 @@ def add_run_options(group):
                        help="how to evaluate; evaluate_fid.py --help says more")
 
 
-def method(args, num_classes):
+def make_method(args, num_classes):
+    """The MeanFlow of these options. Raises ValueError for a setting out of its range."""
     return MeanFlow(
         num_classes=num_classes, ratio=args.ratio, p_mean=args.p_mean, p_std=args.p_std,
         time_sampler=args.time_sampler, cfg=args.cfg, kappa=args.kappa,
@@ -172,217 +171,389 @@ def method(args, num_classes):
 
 
 def main(args):
-    with start_processes(args.precision) as world, ExitStack() as stack:
-        dataset, space = open_data(args, world)
-        config = describe(args, dataset, space)
-        batches = Batches(len(dataset), args.global_batch_size, seed=args.seed,
-                               flip=args.flip, world=world)
-        total = args.max_steps or args.epochs * batches.steps_per_epoch
-        evaluation = (Evaluation(args.fid_ref, args.protocol, config, world)
-                      if args.eval_every else None)
-        folder, lock = args.run_dir, open_run(args, config, world, stack)
-        step, net, ema, optimizer = build_state(args, config, folder, world)
-        log = stack.enter_context(Log(folder, active=world.main, step=step))
-        lines = introduction(args, world, net, dataset, step, total)
-        if evaluation:
-            lines += notes(evaluation.reference, args.protocol, args.eval_samples)
-        for line in lines:
-            log.say(line)
+    with start_processes(args.precision) as world, Run(args, world) as run:
+        state = TrainingState(run)
+        run.resume(state)
+        meter = Meter(run)
 
-        passes = Passes(args, config, world, net, space)
-        batches.start, batches.stop = step, max(step, total)
-        params, average = list(net.parameters()), averaging(ema, net, args.ema_decay)
-        guard = Guard(world, args.skip_nonfinite)
-        signals = stack.enter_context(Signals(world))
-        saver = world.saver = stack.enter_context(Saver(
-            folder / "checkpoints", args.keep_last, lock=lock, before=log.to_disk))
-        stack.callback(signals.steps_end)  # before the saver's end, also after an error
-        generator = Generator(ema, space, config, world, seed=args.seed)
-        sums, skipped, asked = torch.zeros(5, device=world.device), 0, None
-        # One that a run was ended in the midst of is made up for
-        if (step and due(step, args.eval_every, step == total)
-                and not world.agree(log.has(step, "fid"))):
-            evaluate(args, evaluation, generator, log, step)
-        bar = world.progress(total, initial=step)
+        for images, y in run.read(state.step):
+            if not state.warm:
+                warm_up(state, images, y)
+                meter.start(state.step)
+            meter.add(train_step(state, images, y))
 
-        for images, y in load_batches(dataset, batches, workers=args.num_workers,
-                                      device=world.device):
-            world.position = f"step {step + 1}"
-            if step == batches.start:
-                passes.warm_up(images, y, step, log)
-                clock = Clock(step)
-            values = passes.backward(images, y, step)
-
-            # Update of weights and averages, unless the gradient is not finite
-            step += 1
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            optimizer.found_inf = average.found_inf = guard.should_skip(step, values[0], norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.step()
-            values = torch.cat([values, norm[None], torch.ones_like(norm)[None]])
-            sums += torch.where(optimizer.found_inf > 0, 0, values)
-            bar.update()
-
-            # Log and checkpoint; only then what may fail or take long: picture and evaluation
-            asked = signals.stop()
-            last = step == total or asked is not None
-            evaluates = due(step, args.eval_every, step == total)
-            saves = due(step, args.ckpt_every, last) or evaluates
-            if saves or due(step, args.log_every, last):
-                skipped += guard.check()  # the one synchronisation between log lines
-                saver.check()
-            if due(step, args.log_every, last):
-                record(log, step, total, world.mean(sums).tolist(), skipped,
-                       clock.rate(step) * args.global_batch_size, args.log_every)
-                sums.zero_()
-                skipped = 0
-            if saves and world.main:
-                saver.save({"step": step, "model": net.state_dict(), "ema": ema.state_dict(),
-                            "opt": optimizer.state_dict(), "config": config})
-            if due(step, args.sample_every, step == total) and world.main:
-                saver.check()
-                generator.picture(folder / "samples" / f"{step:07d}.png")
-            if evaluates and not asked:  # there may be no time
-                evaluate(args, evaluation, generator, log, step)
-            if asked:
+            stop = run.signals.stop()
+            due = what_is_due(run, state.step, stop)
+            if due.log or due.save:
+                meter.skipped += state.guard.check()  # the host waits for the device only here
+                run.saver.check()
+            if due.log:
+                run.record(state.step, meter.read(state.step), due)
+            if due.save:
+                run.save(state)
+            if due.picture:
+                run.picture(state.step)
+            if due.evaluate:
+                run.evaluate(state.step)
+            if stop:
                 break
-        signals.close()
-        saver.close()
-        bar.close()
-        if asked:
-            log.say(f"{asked}: saved step {step}; repeat the command to go on")
-        if world.main:
-            print(saver.path or newest_checkpoint(folder / "checkpoints"))
+        run.finish(state)
 
 
-class Passes:
-    """The passes of a step, forward and backward: over processes, and compiled where it can be."""
-
-    def __init__(self, args, config, world, net, space):
-        self.args, self.config, self.world, self.net, self.space = args, config, world, net, space
-        self.flow, self.forward = method(args, config["num_classes"]), net
-        if world.distributed:
-            with warnings.catch_warnings():  # of a new name for the option, unknown to torch 2.11
-                warnings.simplefilter("ignore")
-                # The buffers are constant: no need to send them each step. Gradients that are views
-                # of what is sent save one copy of them, in memory and in time
-                self.forward = DistributedDataParallel(
-                    net, broadcast_buffers=False, gradient_as_bucket_view=True,
-                    bucket_cap_mb=bucket_mib(net))
-
-    def backward(self, images, y, step, *, local=False):
-        """Add the gradients of a step; returns (3,): loss, error, velocity error of these rows.
-
-        In equal parts of the batch, whose gradients add up. local: without the other processes.
-        """
-        values = torch.zeros(3, device=self.world.device)
-        parts = self.args.grad_accum_steps
-        for i in range(parts):
-            # Dealt out of the global batch as to processes: rows part::count of it
-            part, count = self.world.rank + self.world.size * i, self.world.size * parts
-            x, draws = self.prepare(images[i::parts], step, part, count)
-            alone = self.world.distributed and (local or i < parts - 1)
-            with self.forward.no_sync() if alone else nullcontext():
-                with self.world.autocast():
-                    out = self.flow.loss(self.net, x, y[i::parts], draws, forward=self.forward)
-                (propagate_nonfinite(out.loss) / parts).backward()
-            values += torch.stack([out.loss.detach(), out.error.mean(),
-                                   out.velocity_error.mean()]) / parts
-        return values
-
-    def prepare(self, images, step, part, count):
-        """Data x and draws of one part, of images or moments: all noise is drawn for the global
-        batch, so that a run does not depend on how it is divided."""
-        args, device = self.args, images.device
-        shape = (args.global_batch_size, *self.config["latent_shape"])
-        noise = torch.randn(shape, device=device, generator=counted_generator(
-            args.seed, step, "posterior", device=device))[part::count]
-        with torch.no_grad():
-            moments = images if args.encoded_data else self.space.encode(images)
-            x = posterior_sample(moments, noise, self.config["scale"])
-        generator = counted_generator(args.seed, step, "method", device=device)
-        return x, self.flow.draw(shape, device=device, generator=generator).part(part, count)
-
-    def warm_up(self, images, y, step, log):
-        """Compile, and let DistributedDataParallel settle, on the passes of the first step.
-
-        Nothing of it is left in weights, gradients or random state.
-        """
-        if self.config["compile"]:
-            self.compile(images, y, step, log)
-        if self.world.distributed:
-            # After its first backward it orders the gradients anew, and with three or more
-            # processes the order of the sums changes: else a resumed run would differ in bits
-            self.backward(images, y, step)
-            self.net.zero_grad()
-
-    def compile(self, images, y, step, log):
-        """Compile the passes, and try them, forward and backward.
-
-        Where that fails on any process, all go on with plain passes and the log says why; with
-        --compile on the command line it is a UserError.
-        """
-        # DistributedDataParallel marks itself for the profiler, of which Dynamo warns
-        logging.getLogger("torch._dynamo.variables.ctx_manager").addFilter(
-            lambda record: "Profiler" not in str(record.msg))
-        reason, before = None, (self.forward, self.flow)
-        try:
-            self.forward, self.flow = torch.compile(self.forward), copy.copy(self.flow)
-            self.flow.compile()
-            # Without the exchange of gradients, in which a process would wait for one that failed
-            self.backward(images, y, step, local=True)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # every layer of the compiler has its own kinds
-            what = " ".join(str(error).split("\n\n")[0].split())
-            reason = f"{type(error).__name__}: {what:.200}"
-        self.net.zero_grad()
-        reasons = [f"rank {rank}: {reason}"
-                   for rank, reason in enumerate(self.world.gather(reason)) if reason]
-        if not reasons:
-            return
-        if self.args.compile:
-            raise UserError(f"--compile must be given where torch.compile works, got "
-                            f"{reasons[0]}; install what is missing or give --no-compile")
-        self.forward, self.flow = before
-        log.say(f"torch.compile failed, training goes on without it; {reasons[0]}")
+# ---- a training step -----------------------------------------------------------------------------
 
 
-def bucket_mib(net):
-    """MiB of gradients that DistributedDataParallel sends at once: two blocks', or 25 at least.
+class TrainingState:
+    """What training changes: the step, the network, its average, the optimiser.
 
-    torch.compile cuts the network where a bucket is full. With PyTorch's own 25 MiB that is within
-    every block of DiT-B (18 graphs) and DiT-XL (58); with these it is after every second (8 and
-    16). The last bucket is sent when the backward has ended, all others during it: of DiT-XL/2 a
-    fourteenth is left to wait for. Memory is the same for all sizes.
+    net: the bare network. forward: what the forward with gradient goes through, net itself or net
+    in DistributedDataParallel, compiled or not. method: the loss, its passes compiled or not.
     """
-    block = sum(p.numel() * p.element_size() for p in net.blocks[0].parameters())
-    return max(LEAST_BUCKET_MIB, 2 * block / 2**20)
+
+    def __init__(self, run):
+        self.run, self.step, self.warm = run, 0, False
+        args, world = run.args, run.world
+        torch.manual_seed(args.seed)  # the same initial weights on every rank
+        self.net = build(run.config).to(world.device)
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.net.checkpoint_activations = args.checkpoint_activations
+        self.params = list(self.net.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+        self.average = averaging(self.ema, self.net, args.ema_decay)
+        self.guard = Guard(world, args.skip_nonfinite)
+        self.method = make_method(args, run.config["num_classes"])
+        self.forward = data_parallel(self.net) if world.distributed else self.net
+
+    def update(self, losses):
+        """Move the weights, then their average, unless the gradient is not finite.
+
+        losses (3,): loss, error, velocity error of this rank. Returns (5,), with the gradient norm
+        and a 1 that counts the step; all are 0 for a step that is left out. Nothing here waits for
+        the device: the optimisers read ``found_inf`` there.
+        """
+        self.step += 1
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
+        skip = self.guard.should_skip(self.step, losses[0], norm)
+        self.optimizer.found_inf = self.average.found_inf = skip
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step()
+        values = torch.cat([losses, norm[None], torch.ones_like(norm)[None]])
+        return torch.where(skip > 0, 0, values)
+
+    def restore(self, path):
+        """Take over the checkpoint of this run at path. Raises UserError if it is another run's."""
+        self.step = restore_checkpoint(path, self.net, self.ema, self.optimizer,
+                                       config=self.run.config, free=FREE)
+
+    def state_dict(self):
+        """What a checkpoint holds."""
+        return {"step": self.step, "model": self.net.state_dict(), "ema": self.ema.state_dict(),
+                "opt": self.optimizer.state_dict(), "config": self.run.config}
 
 
-class Clock:
-    """Steps per second since the last time it was asked."""
+def train_step(state, images, y):
+    """One optimiser step on this rank's share of the global batch.
 
-    def __init__(self, step):
+    images: uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,). Returns
+    the values of TrainingState.update, on the device.
+    """
+    return state.update(add_gradients(state, images, y))
+
+
+def add_gradients(state, images, y, *, exchange=True):
+    """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
+
+    Returns (3,): loss, error and velocity error, means over these rows. With the last micro-batch
+    DistributedDataParallel averages the gradients over the ranks, unless exchange is False.
+    """
+    world, parts = state.run.world, state.run.args.grad_accum_steps
+    losses = torch.zeros(3, device=world.device)
+    for i in range(parts):
+        x, draws = draw_data(state, images[i::parts], i)
+        local = world.distributed and not (exchange and i == parts - 1)
+        with state.forward.no_sync() if local else nullcontext():
+            with world.autocast():
+                out = state.method.loss(state.net, x, y[i::parts], draws, forward=state.forward)
+            (propagate_nonfinite(out.loss) / parts).backward()
+        errors = out.error.mean(), out.velocity_error.mean()
+        losses += torch.stack([out.loss.detach(), *errors]) / parts
+    return losses
+
+
+def draw_data(state, images, i):
+    """Data x (b, C, h, w) and draws of micro-batch i of this rank.
+
+    All noise is drawn for the global batch, and every micro-batch of every rank takes its rows: a
+    run does not depend on how its batches are divided.
+    """
+    args, world, config = state.run.args, state.run.world, state.run.config
+    part, count = world.rank + world.size * i, world.size * args.grad_accum_steps
+    shape = (args.global_batch_size, *config["latent_shape"])
+
+    def generator(purpose):
+        return counted_generator(args.seed, state.step, purpose, device=images.device)
+
+    noise = torch.randn(shape, device=images.device, generator=generator("posterior"))[part::count]
+    with torch.no_grad():
+        moments = images if args.encoded_data else state.run.space.encode(images)
+        x = posterior_sample(moments, noise, config["scale"])
+    draws = state.method.draw(shape, device=images.device, generator=generator("method"))
+    return x, draws.part(part, count)
+
+
+def averaging(ema, net, decay):
+    """An optimiser whose step moves the averages by 1 - decay of the way to the weights.
+
+    It is gradient descent with weight decay 1 along the gradient -weights. As an optimiser it makes
+    no autograd graph, and ``found_inf`` leaves a step out without a synchronisation.
+    """
+    optimizer = torch.optim.SGD(ema.parameters(), lr=1 - decay, weight_decay=1, maximize=True,
+                                fused=True)
+    for average, weight in zip(ema.parameters(), net.parameters()):
+        average.grad = weight.detach()  # shares its memory: always the present weight
+    return optimizer
+
+
+# ---- what DistributedDataParallel and torch.compile need -----------------------------------------
+
+
+def warm_up(state, images, y):
+    """Compile, and let DistributedDataParallel settle, on the first batch.
+
+    Weights, gradients and random state are as before.
+    """
+    if state.run.config["compile"]:
+        compile_passes(state, images, y)
+    if state.run.world.distributed:
+        # DDP orders its buckets anew after the first backward. With three or more ranks that
+        # changes the order of the sums, and a resumed run would differ in bits
+        add_gradients(state, images, y)
+        state.net.zero_grad()
+    state.warm = True
+
+
+def compile_passes(state, images, y):
+    """Compile the passes, and try them, forward and backward.
+
+    Where that fails on any rank, all train without it and the log says why; if --compile was given,
+    it is a UserError.
+    """
+    # Dynamo warns that DistributedDataParallel marks itself for the profiler
+    logging.getLogger("torch._dynamo.variables.ctx_manager").addFilter(
+        lambda record: "Profiler" not in str(record.msg))
+    reason, plain = None, (state.forward, state.method)
+    try:
+        state.forward, state.method = torch.compile(state.forward), copy.copy(state.method)
+        state.method.compile()
+        # Without a collective, in which a rank would wait for one whose compiler failed
+        add_gradients(state, images, y, exchange=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # every layer of the compiler raises errors of its own
+        what = " ".join(str(error).split("\n\n")[0].split())
+        reason = f"{type(error).__name__}: {what:.200}"
+    state.net.zero_grad()
+    found = enumerate(state.run.world.gather(reason))
+    reasons = [f"rank {rank}: {reason}" for rank, reason in found if reason]
+    if not reasons:
+        return
+    if state.run.args.compile:
+        raise UserError(f"--compile must be given where torch.compile works, got {reasons[0]}; "
+                        f"install what is missing or give --no-compile")
+    state.forward, state.method = plain
+    state.run.log.say(f"torch.compile failed, training goes on without it; {reasons[0]}")
+
+
+# ---- what happens between the steps --------------------------------------------------------------
+
+
+class Due(NamedTuple):
+    """What is to do after a step."""
+
+    log: bool  # a log line
+    record: bool  # and a metrics record: the interval is complete
+    save: bool
+    picture: bool
+    evaluate: bool
+
+
+def what_is_due(run, step, stop=None):
+    """What is Due after this step. stop: whether the run ends here, before its last step.
+
+    What is logged, saved, drawn and evaluated every so many steps (0 = never) is so after the last
+    step, too. A checkpoint comes before an evaluation, which takes long.
+    """
+    def every(steps, ends=False):
+        return bool(steps) and (step % steps == 0 or step == run.total_steps or bool(ends))
+
+    args = run.args
+    evaluate = every(args.eval_every)
+    return Due(log=every(args.log_every, stop), record=every(args.log_every),
+               save=every(args.ckpt_every, stop) or evaluate, picture=every(args.sample_every),
+               evaluate=evaluate and not stop)
+
+
+class Meter:
+    """Means over the steps since the last log line; the sums stay on the device until then."""
+
+    def __init__(self, run):
+        self.run, self.skipped = run, 0
+        self.sums = torch.zeros(5, device=run.world.device)
+
+    def start(self, step):
+        """Begin an interval after this step."""
         self.step, self.time = step, time.perf_counter()
 
-    def rate(self, step):
-        steps, self.step = step - self.step, step
-        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
-        return steps / seconds
+    def add(self, values):
+        """Add the values (5,) of a step."""
+        self.sums += values
+
+    def read(self, step):
+        """The means over steps and ranks, by name; the next interval begins."""
+        *sums, count = self.run.world.mean(self.sums).tolist()
+        loss, error, velocity_error, grad_norm = (value / max(count, 1) for value in sums)
+        images = (step - self.step) * self.run.args.global_batch_size
+        means = {"error": error, "velocity_error": velocity_error, "loss": loss,
+                 "grad_norm": grad_norm, "skipped_steps": self.skipped,
+                 "images_per_second": images / (time.perf_counter() - self.time)}
+        self.sums.zero_()
+        self.skipped = 0
+        self.start(step)
+        return means
 
 
-def due(step, every, last):
-    """Whether it is time for what happens every so many steps (0 = never) and at the last."""
-    return bool(every) and (step % every == 0 or last)
+# ---- the run -------------------------------------------------------------------------------------
+
+
+class Run:
+    """What a command opens: options, data and VAE, all checked, and the folder it writes to.
+
+    Within ``with`` no other process can write to the folder. dataset: images or latent shards;
+    space: the VAE or pixels, None for latents without pictures and evaluation; config: what a
+    checkpoint says of the run.
+    """
+
+    def __init__(self, args, world):
+        self.args, self.world, self.folder = args, world, args.run_dir
+        parts = world.size * args.grad_accum_steps
+        if args.global_batch_size % parts:
+            raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
+                            f"--grad-accum-steps {args.grad_accum_steps}, got "
+                            f"{args.global_batch_size}; choose a multiple of {parts}")
+        self.dataset, self.space = open_data(args, world)
+        self.config = make_config(args, self.dataset, self.space)
+        check_network(args, self.config)
+        check_config(self.folder, self.config, FREE)
+        self.batches = Batches(len(self.dataset), args.global_batch_size, seed=args.seed,
+                               flip=args.flip, world=world)
+        self.total_steps = args.max_steps or args.epochs * self.batches.steps_per_epoch
+        self.evaluation = None
+        if args.eval_every:
+            self.evaluation = Evaluation(args.fid_ref, args.protocol, self.config, world)
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            self.lock = None  # but on rank 0
+
+            def hold():
+                self.lock = stack.enter_context(lock_folder("--run-dir", self.folder))
+                # Again: while this process waited, another run may have taken the folder
+                path = check_config(self.folder, self.config, FREE)
+                for name in ("checkpoints", "samples"):
+                    make_folder("--run-dir", self.folder / name)
+                    remove_temporary_files(self.folder / name)
+                write_json(path, self.config)
+
+            self.world.on_main(hold)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def resume(self, state):
+        """Restore the newest checkpoint, if there is one, and open log, signals and saver."""
+        world, enter = self.world, self.stack.enter_context
+        path = world.on_main(lambda: newest_checkpoint(self.folder / "checkpoints"))
+        if path:
+            state.restore(path)
+        self.log = enter(Log(self.folder, active=world.main, step=state.step))
+        for line in introduction(self, state):
+            self.log.say(line)
+        self.signals = enter(Signals(world))
+        self.saver = world.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last,
+                                               lock=self.lock, before=self.log.to_disk))
+        self.stack.callback(self.signals.steps_end)  # the saver may take long to end
+        self.generator = Generator(state.ema, self.space, self.config, world, seed=self.args.seed)
+        unfinished = what_is_due(self, state.step).evaluate and not self.log.has(state.step, "fid")
+        if state.step and world.agree(unfinished):  # the evaluation in which the last run ended
+            self.evaluate(state.step)
+
+    def read(self, step):
+        """Yields this rank's part of each batch after this step: images or moments, labels (B,)."""
+        self.batches.start, self.batches.stop = step, max(step, self.total_steps)
+        with self.world.progress(self.total_steps, initial=step) as bar:
+            for batch in load_batches(self.dataset, self.batches, workers=self.args.num_workers,
+                                      device=self.world.device):
+                step += 1
+                self.world.position = f"step {step}"
+                yield batch
+                bar.update()
+
+    def record(self, step, means, due):
+        """One log line and, of a complete interval, one metrics record.
+
+        error is the number to watch: at p = 1 the weighted loss is about 1 whatever the network
+        does.
+        """
+        line = (f"step {step}/{self.total_steps}  error {means['error']:.4f}  velocity error "
+                f"{means['velocity_error']:.4f}  loss {means['loss']:.4f}  gradient norm "
+                f"{means['grad_norm']:.4f}  {means['images_per_second']:.1f} images/s")
+        if means["skipped_steps"]:
+            line += f"  {means['skipped_steps']} steps left out, not finite"
+        self.log.say(line)
+        if due.record:
+            self.log.record(step, **means)
+
+    def save(self, state):
+        """Start to write a checkpoint, on rank 0."""
+        if self.world.main:
+            self.saver.save(state.state_dict())
+
+    def picture(self, step):
+        """Write one-step samples of the averaged network as one picture, on rank 0."""
+        if self.world.main:
+            self.saver.check()  # that the folder is still this run's
+            self.generator.picture(self.folder / "samples" / f"{step:07d}.png")
+
+    def evaluate(self, step):
+        """Measure one-step samples of the averaged network: one log line, one metrics record."""
+        metrics = self.evaluation.measure(self.generator, self.args.eval_samples, EVAL_BATCH)
+        if self.world.main:
+            about = {"labels": self.generator.labels, "seed": self.generator.seed}
+            assert metrics.keys().isdisjoint(about)
+            metrics |= about
+            names = metric_names(metrics["protocol"])
+            self.log.say(f"step {step}  " + "  ".join(
+                f"{names.get(key, key)} {f'{value:.4f}' if isinstance(value, float) else value}"
+                for key, value in metrics.items()))
+            self.log.record(step, **metrics)
+
+    def finish(self, state):
+        """Wait for the other ranks and the last checkpoint, and print its path."""
+        self.signals.close()
+        self.saver.close()
+        if self.signals.asked:
+            self.log.say(f"{self.signals.asked}: saved step {state.step}; repeat the command to "
+                         f"go on")
+        if self.world.main:
+            print(self.saver.path or newest_checkpoint(self.folder / "checkpoints"))
 
 
 def open_data(args, world):
-    """(dataset, space): image files or latent shards, and the space that encodes and decodes.
-
-    Latents without pictures and evaluation need no VAE; the space is None then.
-    """
+    """(dataset, space): image files or latent shards, and what encodes and decodes them."""
     dataset = (LatentShards(args.data_path) if args.encoded_data
                else ImageFolder(args.data_path, args.image_size, world))
     space = None
@@ -398,8 +569,8 @@ def open_data(args, world):
     return dataset, space
 
 
-def describe(args, dataset, space):
-    """The config: every option, and what of the data sampling and continuing depend on."""
+def make_config(args, dataset, space):
+    """The config: every option, and what sampling and resuming must know of the data."""
     config = {name: str(value) if isinstance(value, Path) else
               list(value) if isinstance(value, tuple) else value
               for name, value in vars(args).items()}
@@ -411,100 +582,33 @@ def describe(args, dataset, space):
                      "num_images": len(dataset)}
 
 
-def open_run(args, config, world, stack):
-    """Makes or recognises the run's folder, and holds it until the stack is left; the FolderLock on
-    rank 0, else None. Raises UserError before anything is written.
-    """
-    parts = world.size * args.grad_accum_steps
-    if args.global_batch_size % parts:
-        raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
-                        f"--grad-accum-steps {args.grad_accum_steps}, got "
-                        f"{args.global_batch_size}; choose a multiple of {parts}")
+def check_network(args, config):
+    """Raise UserError unless the network can be built for these images and options."""
     try:
         with torch.device("meta"):
-            build(config)
+            net = build(config)
     except (ValueError, RuntimeError) as error:  # the latter for a size beyond all numbers
         remedy = "" if isinstance(error, ValueError) else "; choose a smaller one"
         raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
                         f"{error}{remedy}") from error
-    check_config(args.run_dir, config, FREE)
-    lock = None
-
-    def hold():
-        nonlocal lock
-        lock = stack.enter_context(lock_folder("--run-dir", args.run_dir))
-        # Again: while this process waited, another run may have become the folder's
-        path = check_config(args.run_dir, config, FREE)
-        for folder in ("checkpoints", "samples"):
-            make_folder("--run-dir", args.run_dir / folder)
-            remove_temporary_files(args.run_dir / folder)
-        write_json(path, config)
-
-    world.on_main(hold)
-    return lock
+    if args.checkpoint_activations and not hasattr(net, "checkpoint_activations"):
+        raise UserError(f"--checkpoint-activations must come with a network that can, got --model "
+                        f"{args.model}; leave it out")
 
 
-def build_state(args, config, folder, world):
-    """(step, network, EMA, optimiser), from the newest checkpoint or fresh."""
-    torch.manual_seed(args.seed)  # the same initial weights on every process
-    net = build(config).to(world.device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.checkpoint_activations = args.checkpoint_activations
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=0, fused=True)
-    path = world.on_main(lambda: newest_checkpoint(folder / "checkpoints"))
-    step = 0 if path is None else restore_checkpoint(
-        path, net, ema, optimizer, config=config, free=FREE)
-    return step, net, ema, optimizer
-
-
-def averaging(ema, net, decay):
-    """An optimiser whose step moves the averages by 1 - decay of the way to the weights.
-
-    It is gradient descent with weight decay 1 along the gradient -weights. As an optimiser it makes
-    no autograd graph, and its ``found_inf`` leaves a step out without the host knowing.
-    """
-    optimizer = torch.optim.SGD(ema.parameters(), lr=1 - decay, weight_decay=1, maximize=True,
-                                fused=True)
-    for average, weight in zip(ema.parameters(), net.parameters()):
-        average.grad = weight.detach()  # shares its memory: always the present weight
-    return optimizer
-
-
-def introduction(args, world, net, dataset, step, total):
+def introduction(run, state):
     """The first lines of the log."""
-    parameters = sum(p.numel() for p in net.parameters())
-    return describe_environment(world) + [
+    args, dataset = run.args, run.dataset
+    parameters = sum(p.numel() for p in state.params)
+    lines = describe_environment(run.world) + [
         f"{args.model}, {parameters:,} parameters; {len(dataset):,} images of "
         f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
-        f"steps {step} to {total}, into {args.run_dir}",
-    ] + ([dataset.note] if args.encoded_data and dataset.note else [])
-
-
-def evaluate(args, evaluation, generator, log, step):
-    """Measure the first images of the averaged network: one log line and one metrics record."""
-    metrics = evaluation.measure(generator, args.eval_samples, EVAL_BATCH)
-    if generator.world.main:
-        about = {"labels": generator.labels, "seed": generator.seed}
-        assert metrics.keys().isdisjoint(about)
-        metrics |= about
-        names = metric_names(metrics["protocol"])
-        log.say(f"step {step}  " + "  ".join(
-            f"{names.get(key, key)} " + (f"{value:.4f}" if isinstance(value, float) else f"{value}")
-            for key, value in metrics.items()))
-        log.record(step, **metrics)
-
-
-def record(log, step, total, sums, skipped, rate, every):
-    """One log line and, of a complete interval, one metrics record. error is the number to watch:
-    at p = 1 the weighted loss stays near 1 whatever the network does."""
-    loss, error, velocity_error, grad_norm = (value / max(sums[4], 1) for value in sums[:4])
-    log.say(f"step {step}/{total}  error {error:.4f}  velocity error {velocity_error:.4f}  "
-            f"loss {loss:.4f}  gradient norm {grad_norm:.4f}  {rate:.1f} images/s"
-            + f"  {skipped} steps left out, not finite" * (skipped > 0))
-    if due(step, every, step == total):  # not where a signal ended the interval early
-        log.record(step, error=error, velocity_error=velocity_error, loss=loss,
-                   grad_norm=grad_norm, images_per_second=rate, skipped_steps=skipped)
+        f"steps {state.step} to {run.total_steps}, into {run.folder}"]
+    if args.encoded_data and dataset.note:
+        lines.append(dataset.note)
+    if run.evaluation:
+        lines += notes(run.evaluation.reference, args.protocol, args.eval_samples)
+    return lines
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from which training continues and sampling starts: <run-dir>/checkpoints/0050000
 
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import sys
 import zipfile
@@ -172,6 +173,14 @@ def load_network(path):
         net = build(config)
         net.load_state_dict(state["ema"])
     return net.eval().requires_grad_(False), config
+
+
+def fingerprint(tensors):
+    """SHA-256, in hex, of a dict of tensors by name, of any shapes, taken as float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_fields(config):

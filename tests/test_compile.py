@@ -2,7 +2,6 @@
 compiler fails."""
 
 import json
-import types
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from conftest import ROOT, call, run_script, tiny
 from torch._dynamo.backends.common import aot_autograd
 
 import train
+from engine.distributed import data_parallel
 from engine.options import UserError
 from meanflow import MeanFlow
 from models import DiT
@@ -40,8 +40,9 @@ def fail_where(monkeypatch, where):
 
 def compile_unasked(monkeypatch):
     """Compile where --compile is not given, as with a GPU."""
-    describe = train.describe
-    monkeypatch.setattr(train, "describe", lambda *known: describe(*known) | {"compile": True})
+    make_config = train.make_config
+    monkeypatch.setattr(train, "make_config",
+                        lambda *known: make_config(*known) | {"compile": True})
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +88,16 @@ def test_without_a_c_compiler_the_error_is_one_line(digits, tmp_path):
 COUNTED = """
 import os, sys
 import torch, models, train
-from engine.distributed import run_main
+from engine import distributed
 from torch._dynamo.backends.registry import lookup_backend
 
 rank, fails = os.environ["RANK"], sys.argv.pop(1)
 models.SIZES["T"] = 8, 96, 3
 models.DiT_models["DiT-T/4"].keywords["depth"] = 8
-train.LEAST_BUCKET_MIB = 0
-describe = train.describe
-train.describe = lambda *known: describe(*known) | {"compile": known[0].compile is not False}
+distributed.LEAST_BUCKET_MIB = 0
+make_config = train.make_config
+train.make_config = lambda *known: (
+    make_config(*known) | {"compile": known[0].compile is not False})
 
 def say(what):
     print(f"rank {rank} {what};\\n", end="", flush=True)  # in one piece: both write to one pipe
@@ -114,8 +116,8 @@ def warm_up(*known):
     say("is warm")
 
 original, torch.compile = torch.compile, compile
-original_warm_up, train.Passes.warm_up = train.Passes.warm_up, warm_up
-run_main(train.main, train.parse_args)
+original_warm_up, train.warm_up = train.warm_up, warm_up
+distributed.run_main(train.main, train.parse_args)
 """
 
 
@@ -161,11 +163,7 @@ def test_the_compiled_network_is_cut_between_blocks():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
                                          world_size=1)
     try:
-        net = DiT(input_size=8, depth=6)
-        args = train.parse_args(["--data-path", "x"])
-        world = types.SimpleNamespace(distributed=True)
-        passes = train.Passes(args, {"num_classes": 1000}, world, net, None)
-        forward = torch.compile(passes.forward, backend=count)
+        forward = torch.compile(data_parallel(DiT(input_size=8, depth=6)), backend=count)
         forward(torch.randn(1, 4, 8, 8), *torch.rand(2, 1), torch.zeros(1, dtype=torch.int64))
     finally:
         torch.distributed.destroy_process_group()

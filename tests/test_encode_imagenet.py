@@ -321,7 +321,7 @@ def test_the_folder_is_examined_again_once_it_is_held(world, whole, tmp_path, mo
         shutil.copytree(whole, folder)
         return alone(option, folder)
 
-    monkeypatch.setattr("engine.files.lock_folder", wait_for_another_command)
+    monkeypatch.setattr("encode_imagenet.lock_folder", wait_for_another_command)
     with refused("--out-path", "--dtype was float16 and is float32"):
         encode(world, tmp_path / "out", "--flip", "--dtype", "float32")
     shutil.rmtree(tmp_path / "out")

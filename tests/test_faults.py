@@ -445,7 +445,7 @@ def test_the_options_are_compared_again_once_the_directory_is_held(digits, tmp_p
         shutil.copytree(uninterrupted[1], run)
         return alone(option, folder)
 
-    monkeypatch.setattr("engine.files.lock_folder", wait_for_another_run)
+    monkeypatch.setattr("train.lock_folder", wait_for_another_run)
     with pytest.raises(UserError, match="--run-dir .*lr 0.001 there, 0.01 here"):
         call("train", *options(digits, run, 30, "--lr", 0.01))
     before = uninterrupted[1] / "config.json"

@@ -54,7 +54,7 @@ def test_there_are_scripts_and_library_modules():
 def test_every_option_has_help_and_a_reader():
     for path, tree in TREES.items():
         read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name) and node.value.id == "args"}
+                and "args" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                 option = node.args[0].value

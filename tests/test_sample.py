@@ -136,7 +136,7 @@ def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path,
         shutil.copytree(sampled, folder)
         return alone(option, folder)
 
-    monkeypatch.setattr("engine.files.lock_folder", wait_for_another_command)
+    monkeypatch.setattr("sample.lock_folder", wait_for_another_command)
     with pytest.raises(UserError, match="--sample-dir must be new.*seed 0 there, 1 here"):
         call("sample", *options(trained, tmp_path / "new"), "--seed", 1)
     assert files(tmp_path / "new") == files(sampled)
@@ -145,7 +145,7 @@ def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path,
 def test_files_beside_the_folder_are_not_replaced(trained, tmp_path):
     """A reference that is named as the folder, say."""
     (tmp_path / "new.npz").write_text("precious")
-    with pytest.raises(UserError, match="--sample-dir must be new.*new.npz is none of this"):
+    with pytest.raises(UserError, match="--sample-dir must be new.*new.npz is not of this"):
         call("sample", *options(trained, tmp_path / "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["new.npz"]
 

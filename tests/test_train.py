@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import growth
 import pytest
@@ -16,7 +17,7 @@ import train
 from dataset.images import NpzImages
 from engine.distributed import World
 from metrics.inception import Extractor
-from metrics.reference import Reference
+from metrics.reference import Reference, evaluate
 from metrics.statistics import Statistics
 
 WORLD = World(0, 1, torch.device("cpu"), "fp32")
@@ -161,7 +162,9 @@ def test_training_improves_the_unweighted_error(digits, tmp_path):
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]),
                                               (9, [5])])
 def test_what_is_due_is_done_every_so_often_and_at_the_end(every, steps):
-    assert [step for step in range(1, 6) if train.due(step, every, step == 5)] == steps
+    run = SimpleNamespace(total_steps=5, args=train.parse_args(
+        ["--data-path", "x", "--sample-every", str(every)]))
+    assert [step for step in range(1, 6) if train.what_is_due(run, step).picture] == steps
 
 
 def test_the_run_directory_is_named_after_model_and_guidance():
@@ -217,8 +220,8 @@ def evaluations(folder):
 
 
 def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_path):
-    evaluate = evaluation(digits, tmp_path)
-    for name, extra in (("without", []), ("with", evaluate)):
+    evaluates = evaluation(digits, tmp_path)
+    for name, extra in (("without", []), ("with", evaluates)):
         call("train", *tiny(digits, tmp_path / name), "--max-steps", 4, *extra)
     states = [weights(tmp_path / name, "0000004.pt")["model"] for name in ("without", "with")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -235,7 +238,7 @@ def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_p
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
     samples = Statistics(Extractor("pixels", WORLD), 60, (8, 8))
     samples.add(next(NpzImages(tmp_path / "samples.npz", option="").batches(60, WORLD))[1], 0)
-    reference = Reference.load(evaluate[3], "pixels", (8, 8), option="--ref")
+    reference = Reference.load(evaluates[3], "pixels", (8, 8), option="--ref")
     assert measured[-1]["fid"] == pytest.approx(evaluate(samples, reference)["fid"], rel=1e-9)
 
 
@@ -253,8 +256,8 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(digits, tmp_path):
 
 def test_two_processes_accumulate_and_evaluate_as_one(digits, tmp_path):
     """As on GPUs that hold a part of their share; gradients are averaged once a step."""
-    evaluate = evaluation(digits, tmp_path)
-    options = ["--max-steps", 4, "--cfg", 2, "--kappa", 0.5, *evaluate]
+    evaluates = evaluation(digits, tmp_path)
+    options = ["--max-steps", 4, "--cfg", 2, "--kappa", 0.5, *evaluates]
     call("train", *tiny(digits, tmp_path / "one"), *options)
     done = run_script("train.py", *tiny(digits, tmp_path / "two"), *options, "--grad-accum-steps",
                       2, processes=2)
