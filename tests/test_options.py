@@ -36,7 +36,8 @@ def parser():
 
 
 @pytest.mark.parametrize("words", [
-    [], ["--label-drop"], ["--label-drop", "x"], ["--label-drop", "1", "--other"], ["--label", "1"]])
+    [], ["--label-drop"], ["--label-drop", "x"], ["--label-drop", "1", "--other"], ["--label", "1"],
+])
 def test_every_error_of_a_command_line_is_one_line_with_a_remedy(parser, words):
     with pytest.raises(UserError) as error:
         parser.parse_args(words)
