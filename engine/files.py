@@ -163,7 +163,7 @@ class FolderLock:
                 self.file.close()
                 raise UserError(
                     f"{option} must be of one run at a time, got {folder}, which "
-                    f"{self._current_holder() or 'another process'} is writing; end that or choose "
+                    f"{self._text() or 'another process'} is writing; end that or choose "
                     f"another folder")
             self.file.truncate(0)
             self.file.write(self.holder)
@@ -188,24 +188,21 @@ class FolderLock:
                   f"run in it", file=sys.stderr)
             return True
 
-    def _current_holder(self):
-        """The lock file's text, "" where it cannot be read."""
-        with contextlib.suppress(OSError):
-            return " ".join(self.path.read_text(errors="replace")[:200].split())
-        return ""
+    def _text(self):
+        """What the lock file says: "" where it is gone, None where that cannot be told now."""
+        try:
+            return self.path.read_text(errors="replace")[:200]
+        except OSError as error:
+            return "" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) else None
 
     def held(self):
         """Whether the folder is still the one that was locked, and not taken by another process."""
-        try:
-            return self.path.read_text(errors="replace") == self.holder
-        except OSError as error:  # any other error may pass
-            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+        return self._text() in (self.holder, None)
 
     def check(self):
         """Raises RunError if the folder was removed, replaced or taken by another process."""
         if not self.held():
-            now = self._current_holder()
-            fault = f"taken by {now}" if now else "removed or replaced"
+            fault = f"taken by {self._text()}" if self._text() else "removed or replaced"
             raise RunError(f"{self.option} {self.path.parent} was {fault} during the run; nothing "
                            f"more is written there: repeat the command or choose another folder")
 

@@ -171,35 +171,6 @@ def test_an_error_of_all_ranks_is_one_line_under_torchrun(tmp_path):
     assert done.returncode and lines == [f"failing.py: error: {LINE}"], done.stderr
 
 
-RESTARTED = """
-import os, sys, torch
-from engine.distributed import run_main, start_processes
-def main(args):
-    with start_processes() as world:
-        died = len(os.listdir(sys.argv[1]))
-        world.barrier()
-        if world.rank and died < 2:
-            open(os.path.join(sys.argv[1], str(died)), "w").close()
-            os._exit(9)
-        print(int(world.total(torch.ones(1))), "after", died)
-run_main(main, lambda: None)
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_torchrun_starts_again_meet_again(tmp_path):
-    """They hung at the second restart: the store has the addresses of those that died."""
-    (tmp_path / "script.py").write_text(RESTARTED)
-    (tmp_path / "deaths").mkdir()
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--max-restarts=2", "--monitor-interval=0.1", tmp_path / "script.py"]
-    done = subprocess.run(
-        [*agent, tmp_path / "deaths"], capture_output=True, text=True, timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                          "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stdout.count("2 after 2") == 2, done.stderr
-
-
 # ---- several machines ----------------------------------------------------------------------
 
 SCRIPT = """
