@@ -94,11 +94,10 @@ def test_resumed_run_equals_uninterrupted_run(processes, digits, tmp_path, unint
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [[], ["--grad-accum-steps", 2, "--checkpoint-activations"]])
-def test_resumed_run_of_many_processes_equals_uninterrupted_run(extra, digits, tmp_path):
+def test_resumed_run_of_many_processes_equals_uninterrupted_run(digits, tmp_path):
     """DistributedDataParallel orders the gradients anew after its first backward, and so the sums
     of three or more processes were others in the step after a resume: 2e-6 off."""
-    words = "--global-batch-size", 24, "--cfg", 2, "--kappa", 0.5, *extra
+    words = "--global-batch-size", 24, "--cfg", 2, "--kappa", 0.5
     for name, ends in (("whole", [8]), ("parts", [4, 8])):
         for steps in ends:
             train(digits, tmp_path / name, steps, *words, processes=3)
@@ -116,17 +115,6 @@ def test_a_run_goes_on_with_another_number_of_processes(digits, tmp_path, uninte
         if not key.endswith("qkv.bias"):  # of key biases Adam sees the rounding only
             other = final(run, 20)["model"][key]
             assert (other - value).abs().max() <= 1e-5 * value.abs().max(), key
-
-
-def test_the_averages_in_a_checkpoint_are_of_its_own_step(digits, tmp_path):
-    """Saving goes on beside the training: what it writes may be of no later step, nor torn."""
-    run = tmp_path / "run"
-    train(digits, run, 8, "--ckpt-every", 1)
-    for step in range(2, 9):
-        before, now = final(run, step - 1), final(run, step)
-        for key, average in now["ema"].items():
-            expected = torch.lerp(before["ema"][key], now["model"][key], 1 - 0.9)
-            assert torch.equal(average, expected), f"step {step} {key}"
 
 
 @pytest.mark.slow

@@ -36,12 +36,19 @@ def parser():
 
 
 @pytest.mark.parametrize("words", [
-    [], ["--label-drop"], ["--label-drop", "x"], ["--label-drop", "1", "--other"], ["--label", "1"],
+    [], ["--label-drop"], ["--label-drop", "x"], ["--label-drop", "1", "--other"],
 ])
 def test_every_error_of_a_command_line_is_one_line_with_a_remedy(parser, words):
     with pytest.raises(UserError) as error:
         parser.parse_args(words)
     assert "; " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_options_have_no_abbreviations_and_take_their_type(parser):
+    args = parser.parse_args(["--label-drop", "1"])
+    assert args.label_drop == 1.0
+    with pytest.raises(UserError, match="--label-drop"):
+        parser.parse_args(["--label", "1"])
 
 
 def test_a_rule_of_the_method_names_the_option(parser):
