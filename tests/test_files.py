@@ -30,8 +30,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(("of_folder", "fault"), [
-    *[(True, fault) for fault in ("EINVAL", "ENOTSUP", "EBADF", "EACCES")],
-    (True, "EIO"), (False, "EINVAL"), (False, "EIO")])
+    (True, "EINVAL"), (True, "EACCES"), (True, "EIO"), (False, "EINVAL"), (False, "EIO")])
 def test_a_folder_need_not_be_synced_and_a_file_must_be(of_folder, fault, tmp_path, monkeypatch):
     """CIFS, FUSE and Ceph mounts sync no folder: every file there was refused."""
     def fsync(descriptor):
@@ -95,11 +94,10 @@ def test_the_lock_file_is_open_for_writing(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("fault", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_a_file_system_without_locks_is_warned_of(fault, tmp_path, monkeypatch, capfd):
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capfd):
     """There the first of two runs finds the lock file with another's name, and ends."""
     def flock(file, operation):
-        raise OSError(getattr(errno, fault), "no locks")
+        raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with lock_folder("--run-dir", tmp_path) as lock:
@@ -110,15 +108,6 @@ def test_a_file_system_without_locks_is_warned_of(fault, tmp_path, monkeypatch, 
         with pytest.raises(RunError, match="--run-dir .*process 1 on another machine"):
             lock.check()
     assert (tmp_path / ".lock").read_text() == "process 1 on another machine"
-
-
-def test_a_lock_that_fails_is_one_line(tmp_path, monkeypatch):
-    def flock(file, operation):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="Input/output error"), lock_folder("--run-dir", tmp_path):
-        pass
 
 
 def test_a_folder_that_was_made_again_is_no_longer_the_one_that_was_locked(tmp_path):

@@ -1,11 +1,10 @@
-"""Command lines: numbers in their range, paths that can be opened, errors that are one line."""
+"""Command lines: numbers in their range, errors that are one line."""
 
 import argparse
-import os
 
 import pytest
 
-from engine.options import Parser, UserError, float_range, int_range, utf8_path
+from engine.options import Parser, UserError, float_range, int_range
 
 
 @pytest.mark.parametrize(("kind", "text"), [
@@ -20,12 +19,6 @@ def test_numbers_out_of_range_are_refused_with_a_remedy(kind, text):
 def test_numbers_in_range_are_taken():
     assert int_range(1)("1") == 1 and float_range(0, 1)("1") == 1.0
     assert float_range(0, above=True)("1e-9") == 1e-9
-
-
-def test_names_that_are_not_utf8_are_refused():
-    assert str(utf8_path("ünï code")) == "ünï code"
-    with pytest.raises(argparse.ArgumentTypeError):
-        utf8_path(os.fsdecode(b"n\xff"))
 
 
 @pytest.fixture
