@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.images import ImageFolder
 from dataset.latents import LatentShards
-from dataset.loader import Batches, load_batches
+from dataset.loader import BatchSampler, load_batches
 from dataset.vae import load_vae, posterior_sample
 from engine.checkpoint import (
     Saver,
@@ -175,7 +175,7 @@ def main(args):
     with start_processes(args.precision) as world, ExitStack() as stack:
         dataset, space = open_data(args, world)
         config = describe(args, dataset, space)
-        batches = Batches(len(dataset), args.global_batch_size, seed=args.seed,
+        batches = BatchSampler(len(dataset), args.global_batch_size, seed=args.seed,
                                flip=args.flip, world=world)
         total = args.max_steps or args.epochs * batches.steps_per_epoch
         evaluation = (Evaluation(args.fid_ref, args.protocol, config, world)

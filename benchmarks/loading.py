@@ -37,7 +37,7 @@ from dataset.latents import (  # noqa: E402
     ShardFiles,
     write_shard,
 )
-from dataset.loader import Batches, load_batches, map_ahead, read_images, stack_images  # noqa: E402
+from dataset.loader import BatchSampler, load_batches, map_ahead, read_images, stack_images  # noqa: E402
 from dataset.vae import load_vae  # noqa: E402
 from engine.distributed import World, start_processes  # noqa: E402
 from engine.files import write_json  # noqa: E402
@@ -122,7 +122,7 @@ def write_description(folder, counts):
 def rate(dataset, args, workers, steps, seed):
     """Latents a second as float32 batches, in the shuffled order of training, from page cache."""
     world = World(0, 1, CPU, "fp32")
-    order = Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
+    order = BatchSampler(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
                          flip=False, world=world)
     batches = (load_batches(dataset, order, workers=workers, device=CPU)
                if isinstance(dataset, LatentShards) else
@@ -170,7 +170,7 @@ def time_start_up(args, folder):
     start = time.perf_counter()
     shards = LatentShards(folder)
     opened = time.perf_counter()
-    order = Batches(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
+    order = BatchSampler(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
                          flip=False, world=World(0, 1, CPU, "fp32"))
     next(load_batches(shards, order, workers=args.num_workers, device=CPU))
     end = time.perf_counter()

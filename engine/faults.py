@@ -108,7 +108,7 @@ class Signals:
         os.close(self.writer)
 
 
-def ignore_signals(_):
+def ignore_signals():
     """For processes that read data: the training process decides when they end."""
     for number in ASKED:
         signal.signal(number, signal.SIG_IGN)

@@ -49,7 +49,7 @@ def read_shards(folder):
     found = LatentShards(folder)
     found.verify()
     rows = torch.arange(len(found))
-    return [plain(found[rows, torch.full_like(rows, mirror, dtype=torch.bool)])
+    return [plain(found.read((rows, torch.full_like(rows, mirror, dtype=torch.bool))))
             for mirror in (False, True)], found.classes, found.scale, found.vae, found.image_size
 
 
@@ -58,8 +58,8 @@ def read_reference(path):
     found = Reference.load(path, "pixels", (8, 8), option="--ref")
     verify_npz("--ref", path, WORLD)
     images = NpzImages(path, option="--samples")
-    images.check(WORLD)
-    return plain([*found.pool, *(batch for _, batch in images.batches(7, WORLD))]), found.count
+    batches = [batch for _, batch in images.numbered_batches(7, WORLD)]
+    return plain([*found.pool, *batches]), found.count
 
 
 def plain(value):

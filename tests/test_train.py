@@ -234,7 +234,8 @@ def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_p
     call("sample", "--ckpt", tmp_path / "with" / "checkpoints" / "0000004.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
     samples = Statistics(Extractor("pixels", WORLD), 60, (8, 8))
-    samples.add(next(NpzImages(tmp_path / "samples.npz", option="").batches(60, WORLD))[1], 0)
+    images = NpzImages(tmp_path / "samples.npz", option="")
+    samples.add_all(images.numbered_batches(60, WORLD), "samples")
     reference = Reference.load(evaluate[3], "pixels", (8, 8), option="--ref")
     assert measured[-1]["fid"] == pytest.approx(evaluate(samples, reference)["fid"], rel=1e-9)
 
