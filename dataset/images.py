@@ -43,9 +43,10 @@ def open_image(path, option):
     """Opens an image file with PIL. Raises a UserError that names file and option if that, or the
     decoding in the with block, fails."""
     try:
-        with warnings.catch_warnings(), Image.open(regular_file(path)) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette data do no harm here
-            yield image
+            with Image.open(regular_file(path)) as image:
+                yield image
     except UserError:
         raise
     except Exception as error:  # PIL's decoders raise errors of any kind on a broken file

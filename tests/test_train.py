@@ -6,10 +6,8 @@ import json
 import growth
 import pytest
 import torch
-from conftest import ROOT, call, run_script, tiny
+from conftest import ROOT, call, run_script, save_folder, save_small_vae, tiny
 from PIL import Image
-from test_data import save_folder
-from test_vae import save_small_vae
 
 import models
 import train
