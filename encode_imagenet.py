@@ -33,7 +33,7 @@ from dataset.latents import (
     UNFINISHED,
     ShardFiles,
     checksum,
-    open_array,
+    map_array,
     sealed,
     write_shard,
 )
@@ -247,7 +247,7 @@ def is_damaged(args, config, shard, path, crc):
     dtype, shape = ("int64", (count,)) if path == files.labels else (
         args.dtype, (count, 2, *config["latent_shape"]))
     try:
-        open_array(path, dtype, shape).close()
+        map_array(path, dtype, shape)
         return crc is not None and checksum(path) != crc
     except UserError:
         return True
