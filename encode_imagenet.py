@@ -188,8 +188,8 @@ def read_json(path, default):
     except FileNotFoundError:
         return default
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} ({error!s:.200}): remove the files of that shard and "
-                        f"repeat the command") from error
+        raise UserError(f"--out-path: cannot read {path} ({error!s:.200}); remove the files of "
+                        f"that shard and repeat the command") from error
     return found
 
 
@@ -222,7 +222,7 @@ def pending(args, config):
     """The shards that are incomplete or, unless bad images are to be skipped, lack images."""
     return [shard for shard, files in enumerate(all_files(args, config))
             if not all(path.exists() for path in files.arrays(args.flip))
-            or (files.skipped.exists() and not args.skip_bad_images)]
+            or (read_json(files.skipped, []) and not args.skip_bad_images)]
 
 
 def find_damaged(args, config, todo, sums, world):

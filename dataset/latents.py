@@ -139,8 +139,7 @@ class LatentShards:
 
     Serves moments (B, 2, C, h, w), of the dtype they have on disk, which is half the way to a GPU,
     and labels (B,). Shards are memory-mapped: opening reads headers and labels, and processes share
-    one page cache. Raises UserError for a folder that is missing
-    or unfinished, damaged or foreign.
+    one page cache. Raises UserError for a folder that is missing, unfinished, damaged or foreign.
     """
 
     def __init__(self, path):
@@ -183,9 +182,9 @@ class LatentShards:
     def read(self, batch):
         """The moments (B, 2, C, h, w) and labels (B,) of (rows, mirrored).
 
-        On a cold disk all rows are prefetched before the first is copied, which is 6 to 7 times as
-        fast. From memory that would cost as much as the copy; so it is done only for some batches
-        after one that had to wait for the disk.
+        On a cold disk all rows are prefetched before the first is copied, which is 3 to 7 times as
+        fast. From memory that costs as much as the copy, so it is done only for some batches after
+        one that had to wait for the disk.
         """
         rows, mirrored = (part.numpy() for part in batch)
         shards = np.searchsorted(self.starts, rows, side="right") - 1

@@ -85,6 +85,13 @@ def refused(*words):
     return pytest.raises(UserError, match=".*".join(map(re.escape, map(str, words))))
 
 
+def flip_bit(path, position):
+    """Flip the lowest bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
 def save_folder(path, per_class=5, size=32):
     """A class folder each of 'b' and 'a' with pieces of the photograph."""
     for offset, name in enumerate("ba"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -157,11 +158,12 @@ def test_damaged_references_and_samples_are_refused(reference, trained, tmp_path
     samples, new = ["--samples", reference, "--protocol", "pixels"], tmp_path / "new.npz"
     evaluate = ["--fid-ref", reference, "--protocol", "pixels", "--no-save-images"]
     position = reference.read_bytes().index(b"arr_0.npy") + 8000
+    whole = shutil.copy(reference, tmp_path / "whole.npz")
     with flipped(reference, position, 3):
         with pytest.raises(UserError, match="--samples must .*damaged: arr_0.npy"):
             call("evaluate_fid", *samples, "--make-ref", new)
         with pytest.raises(UserError, match="--ref must .*damaged: arr_0.npy"):
-            call("evaluate_fid", *samples, "--ref", reference)
+            call("evaluate_fid", *samples[2:], "--samples", whole, "--ref", reference)
         with pytest.raises(UserError, match="--fid-ref must .*damaged: arr_0.npy"):
             call("sample", "--ckpt", trained, "--num-fid-samples", 4, *evaluate)
     assert not new.exists()

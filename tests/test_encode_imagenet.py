@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTO, refused, run_script, save_odd_files, save_small_vae
+from conftest import PHOTO, flip_bit, refused, run_script, save_odd_files, save_small_vae
 
 import encode_imagenet
 from dataset.images import ImageFolder
@@ -49,12 +49,6 @@ def encode(world, out, *more, images=None):
 
 def read(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def flip_bit(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")

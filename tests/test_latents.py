@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refused, save_folder
+from conftest import flip_bit, refused, save_folder
 
 from dataset.images import ImageFolder
 from dataset.latents import (
@@ -176,12 +176,6 @@ def test_an_unfinished_encoding_is_refused(shards):
     (shards / "dataset.json").rename(shards / "encoding.json")
     with refused("cut short", "repeat the encode_imagenet.py command"):
         LatentShards(shards)
-
-
-def flip_bit(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["moments", "labels", "flip"])
