@@ -134,6 +134,7 @@ def test_pixels_of_shifted_images_are_apart_by_the_square_of_the_shift(tmp_path,
     assert result["fid"] == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capfd):
     """They printed "FID 1.3243", of three channels, and "frechet 0.364", of their mean."""
     images = pictures(30, 8, seed=7)
