@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, call, run_script, save_folder, save_small_vae, tiny
 from PIL import Image
 
+import metrics.reference
 import models
 import train
 from dataset.images import NpzImages
@@ -235,7 +236,8 @@ def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_p
     images = NpzImages(tmp_path / "samples.npz", option="")
     samples.add_all(images.numbered_batches(60, WORLD), "samples")
     reference = Reference.load(evaluate[3], "pixels", (8, 8), option="--ref")
-    assert measured[-1]["fid"] == pytest.approx(evaluate(samples, reference)["fid"], rel=1e-9)
+    assert measured[-1]["fid"] == pytest.approx(
+        metrics.reference.evaluate(samples, reference)["fid"], rel=1e-9)
 
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(digits, tmp_path):
