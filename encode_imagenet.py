@@ -1,19 +1,18 @@
-"""Encode a folder of images, once, into the latents that train.py --encoded-data reads.
+"""Encode a folder of images, once, as the latents that train.py --encoded-data reads.
 
     torchrun --standalone --nproc_per_node=8 encode_imagenet.py \\
         --data-path imagenet/train --out-path imagenet-latents
 
-One process needs no torchrun. Killed at any moment, the same command goes on where it stopped and
-ends with the same bytes, whatever the number of processes: the unit of work is one shard, whose
-batches do not depend on who encodes it. It compares what is there with its checksums and encodes
-damaged shards again. The format is described in dataset/latents.py.
+One process needs no torchrun. If interrupted, rerun the command: it continues, and ends with the
+same bytes for any number of processes, because a shard's content does not depend on who encodes it.
+Rerun on a finished folder, it compares every file with its checksum and encodes damaged shards
+again. dataset/latents.py describes the format.
 """
 
 import functools
 import itertools
 import json
 import math
-import shutil
 import signal
 import sys
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -41,17 +39,15 @@ from dataset.latents import (
 )
 from dataset.loader import map_ahead, prefetch, read_images, stack_images
 from dataset.vae import load_vae
+from engine.checkpoint import differences
 from engine.distributed import one_thread, run_main, start_processes
-from engine.files import LOCK, check_folder, lock_folder, write_json
+from engine.files import LOCK, check_folder, lock_folder, remove_temporary_files, write_json
 from engine.log import describe_environment
 from engine.options import Parser, UserError, int_range
 
-# what two runs into one folder must share, and the option that sets it
-IDENTITY = {
-    "format_version": "the version of the format", "files": "--data-path (its list of images)",
-    "image_size": "--image-size", "encoder": "--vae", "dtype": "--dtype", "flip": "--flip",
-    "precision": "--precision", "shard_size": "--shard-size", "crop": "the crop",
-}
+# What two runs into one folder must share: files is the list of images, encoder the VAE's weights
+IDENTITY = ("format_version", "files", "image_size", "encoder", "dtype", "flip", "precision",
+            "shard_size", "crop")
 
 
 def parse_args(argv=None):
@@ -66,7 +62,7 @@ def parse_args(argv=None):
     group.add_argument("--flip", action="store_true",
                        help="store the latents of the mirror images too: twice the disk and time")
     group.add_argument("--skip-bad-images", action="store_true",
-                       help="leave out unreadable images and list them in dataset.json; else they "
+                       help="skip unreadable images and list them in dataset.json; without it they "
                             "are named and no dataset.json is written")
     group = parser.add_argument_group("encoding")
     group.add_argument("--vae", default="ema",
@@ -81,9 +77,9 @@ def parse_args(argv=None):
                        help="images per batch of a process; above 256 px they go through the VAE "
                             "in several passes")
     group.add_argument("--shard-size", type=int_range(1), default=8192,
-                       help="images per shard: what a killed process loses at most")
+                       help="images per shard, the most that a killed process loses")
     group.add_argument("--num-workers", type=int_range(0, 1024), default=8,
-                       help="processes that read images, for each that encodes")
+                       help="reading processes per process; 0 = none")
     args = parser.parse_args(argv)
     if args.data_path.resolve() in (args.out_path.resolve(), *args.out_path.resolve().parents):
         parser.error(f"--out-path must lie outside --data-path, where it would be taken for a "
@@ -92,19 +88,13 @@ def parse_args(argv=None):
 
 
 def main(args):
-    # A process without work waits for another's shard, which may take hours on a CPU
+    # A rank that is done waits for the others, which may take hours on a CPU
     with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
-        read_record(args.out_path)  # refuses another folder before anything heavy
+        read_record(args.out_path)  # refuses a foreign folder before anything heavy
         check_folder("--out-path", args.out_path)
         images = ImageFolder(args.data_path, args.image_size, world)
-        try:
-            space = load_vae(args.vae, world.device, precision=args.precision,
-                             chunk=args.batch_size)
-            config = configuration(args, images, space)
-        except (ValueError, OSError) as error:
-            raise UserError(error) from error
-        examine(args, config)
-        world.barrier()  # everyone has looked at the folder before anyone writes to it
+        space = load_vae(args.vae, world.device, precision=args.precision, chunk=args.batch_size)
+        config = describe(args, images, space)
         todo = open_folder(args, config, world, stack)
         start = time.monotonic()
         encode(args, images, space, config, todo, world)
@@ -113,14 +103,16 @@ def main(args):
             count, seconds = count_images(config, todo), time.monotonic() - start
             print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} images/s",
                   file=sys.stderr)
-        finish(args, config, world)
+        world.on_main(lambda: finish(args, config))
+        if world.main:
+            print(args.out_path)
 
 
 # ---- the folder ------------------------------------------------------------------------------
 
 
-def configuration(args, images, space):
-    """What encoding.json, and later dataset.json, say of this encoding. Raises ValueError."""
+def describe(args, images, space):
+    """What encoding.json, and later dataset.json, say of this encoding. Raises UserError."""
     return {
         "format_version": FORMAT_VERSION, "crop": CROP,
         "image_size": args.image_size, "latent_shape": list(space.latent_shape(args.image_size)),
@@ -132,253 +124,193 @@ def configuration(args, images, space):
 
 
 def read_record(out):
-    """What --out-path says of the encoding in it; None for a new or empty folder.
+    """The content of dataset.json, or of encoding.json, in --out-path; None if it is empty or new.
 
     Raises UserError for a folder that holds anything else.
     """
+    rule = f"--out-path must be new, empty or of the same command before, got {out}"
     if not out.exists():
         return None
-    rule = f"--out-path must be new, empty or of the same command before, got {out}"
     if not out.is_dir():
         raise UserError(f"{rule}, which is a file; choose a folder")
-    records = [out / name for name in ("dataset.json", UNFINISHED)
-               if (out / name).exists()]
-    if not records:
-        foreign = next((path.name for path in out.iterdir()
-                        if not is_temporary(path) and path.name != LOCK), None)
-        if foreign is not None:
-            raise UserError(f"{rule} with {foreign} in it; choose another folder")
+    found = [path.name for path in out.iterdir() if path.name != LOCK
+             and not (path.name.startswith(".") and path.suffix == ".tmp")]
+    name = next((name for name in ("dataset.json", UNFINISHED) if name in found), None)
+    if not found:
         return None
+    if name is None:
+        raise UserError(f"{rule} with {found[0]} in it; choose another folder")
     try:
-        record = json.loads(records[0].read_text())
-        for key in (*IDENTITY, "vae", "images"):
-            record[key]
-        if not isinstance(record.get("skipped", []), list):
-            raise ValueError("skipped is no list")
-        if not isinstance(record.get("crc32", {}), dict):
-            raise ValueError("crc32 is no dict")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{rule} with a {records[0].name} that is not of this script; choose "
-                        f"another folder") from error
+        record = json.loads((out / name).read_text())
+        if not record.keys() >= set(IDENTITY):
+            raise ValueError
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{rule} with a {name} that is not of this script; choose another folder"
+                        ) from error
     return record
 
 
 def check_record(args, record, config):
     """Raise UserError if what --out-path holds was made in another way."""
     rule = f"--out-path must be new, empty or of the same command before, got {args.out_path}"
-    differing = [f"{option} was {shown(record, key)} and is {shown(config, key)}"
-                 for key, option in IDENTITY.items() if record[key] != config[key]]
-    if differing:
-        raise UserError(f"{rule} of another: {', '.join(differing)}; repeat the command that "
-                        f"began it or choose another folder")
+    fault = differences({key: record[key] for key in IDENTITY},
+                        {key: config[key] for key in IDENTITY})
+    if fault:
+        raise UserError(f"{rule} of another ({fault}); repeat the command that began it or choose "
+                        f"another folder")
     if record.get("skipped") and not args.skip_bad_images:
         raise UserError(f"{rule}, finished with --skip-bad-images and {len(record['skipped'])} "
                         f"images left out; give that option again or choose another folder")
 
 
-def shown(config, key):
-    """A value as a message shows it: the name and not the hash, and no more than a line of it."""
-    names = {"encoder": "vae", "files": "images"}
-    value = f"{config[names[key]]} ({config[key]!s:.8})" if key in names else config[key]
-    return f"{value!s:.200}"
-
-
-def is_temporary(path):
-    """Whether a file is one that atomic_file left behind when this script was killed."""
-    return (path.name.startswith((".shard-", ".encoding.", ".dataset."))
-            and path.name.endswith(".tmp"))
-
-
 def rows_of(config, shard):
-    """The rows of the image folder that a shard holds, but for unreadable ones."""
+    """The rows of the image folder that a shard holds, unreadable ones included."""
     first = shard * config["shard_size"]
     return range(first, min(first + config["shard_size"], config["images"]))
-
-
-def shards_of(config):
-    return range(math.ceil(config["images"] / config["shard_size"]))
 
 
 def count_images(config, shards):
     return sum(len(rows_of(config, shard)) for shard in shards)
 
 
-def read_beside(path, kind, of):
-    """The list or dict (kind) of values (of) that was written beside a shard, if any, else an
-    empty one. Raises UserError."""
-    if not path.exists():
-        return kind()
+def all_files(args, config):
+    """ShardFiles of every shard."""
+    return [ShardFiles(args.out_path, shard)
+            for shard in range(math.ceil(config["images"] / config["shard_size"]))]
+
+
+def read_json(path, default):
+    """What write_shard wrote beside a shard; default if there is no such file. Raises UserError."""
     try:
         found = json.loads(path.read_text())
-        values = found.values() if isinstance(found, dict) else found
-        if not isinstance(found, kind) or not all(isinstance(value, of) for value in values):
-            raise ValueError(f"no {kind.__name__} of {of.__name__}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} must be as this script writes it, got one that is not "
-                        f"({error!s:.200}); remove that shard's files and repeat the command"
-                        ) from error
+        if type(found) is not type(default):
+            raise ValueError(f"no {type(default).__name__}")
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--out-path: cannot read {path} ({error!s:.200}); remove the files of "
+                        f"that shard and repeat the command") from error
     return found
 
 
-def read_skipped(files):
-    """The names of the images that are missing from a complete shard. Raises UserError."""
-    return read_beside(files.skipped, list, str)
+def open_folder(args, config, world, stack):
+    """Lock the folder until the stack is left. Returns the shards to encode: missing, damaged, or
+    to be tried again without unreadable images. Raises UserError for another command's folder."""
+    def lock():
+        stack.enter_context(lock_folder("--out-path", args.out_path))
+        record = read_record(args.out_path) or {}
+        if record:
+            check_record(args, record, config)
+        return pending(args, config), known_sums(args, config, record)
+
+    todo, sums = world.on_main(lock)
+    damaged = find_damaged(args, config, todo, sums, world)
+    todo = sorted({*todo, *(shard for shard, _ in damaged)})
+    world.on_main(lambda: claim(args, config, todo, damaged, world))
+    return todo
 
 
-def read_sums(out, config):
-    """The checksums by file name, as far as they are known. Raises UserError."""
-    record = read_record(out) or {}
+def known_sums(args, config, record):
+    """CRC-32 by file name: in dataset.json, or beside a shard that was written since."""
     sums = dict(record.get("crc32", {}))
-    for shard in shards_of(config):
-        sums |= read_beside(ShardFiles(out, shard).sums, dict, int)
+    for files in all_files(args, config):
+        sums |= read_json(files.sums, {})
     return sums
 
 
 def pending(args, config):
-    """The shards to encode: those not complete, and, unless bad images may be left out, those
-    that lack some. Raises UserError for a complete shard that is damaged or foreign."""
-    todo, row = [], (2, *config["latent_shape"])
-    for shard in shards_of(config):
-        files = ShardFiles(args.out_path, shard)
-        arrays = [files.moments, files.flip][:1 + args.flip]
-        whole = all(path.exists() for path in (*arrays, files.labels))
-        if not whole or (files.skipped.exists() and not args.skip_bad_images):
-            todo.append(shard)
-            continue
-        count = len(rows_of(config, shard)) - len(read_skipped(files))
-        map_array(files.labels, "int64", (count,))
-        for path in arrays:
-            map_array(path, args.dtype, (count, *row))
-    return todo
-
-
-def describe_work(args, config, todo):
-    """One line about the work and the disk it takes. Raises UserError if that is not free."""
-    numbers = 2 * math.prod(config["latent_shape"]) * (1 + args.flip)
-    size = numbers * np.dtype(args.dtype).itemsize + 8  # bytes an image, with its label
-    need = count_images(config, todo) * size + 1e6  # dataset.json and headers
-    out = args.out_path
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
-    if need > free:
-        raise UserError(f"--out-path must have {need / 1e9:.1f} GB free, got {out} with "
-                        f"{free / 1e9:.1f} GB; make room or choose another folder")
-    shards = len(shards_of(config))
-    return (f"{config['images']} images of {len(config['classes'])} classes in {shards} shards, "
-            f"{shards - len(todo)} complete; {need / 1e9:.2f} GB to write, "
-            f"{free / 1e9:.1f} GB free")
-
-
-def examine(args, config):
-    """(shards to encode, known checksums, a line about the work). Raises UserError for a folder
-    that is not this command's."""
-    record = read_record(args.out_path)
-    if record:
-        check_record(args, record, config)
-    todo = pending(args, config)
-    return todo, read_sums(args.out_path, config), describe_work(args, config, todo)
-
-
-def open_folder(args, config, world, stack):
-    """Hold the folder until the stack is left, and compare what is complete with its checksums;
-    the shards to encode."""
-    def hold():
-        stack.enter_context(lock_folder("--out-path", args.out_path))
-        return examine(args, config)  # again: another command may have been waited for
-
-    todo, sums, plan = world.on_main(hold)
-    if world.main:
-        for line in (*describe_environment(world), plan):
-            print(line, file=sys.stderr)
-    damaged = find_damaged(args, config, todo, sums, world)
-    todo = sorted({*todo, *(shard for shard, _ in damaged)})
-    if world.main:
-        for _, path in damaged:
-            print(f"{path} is damaged: its shard is encoded again", file=sys.stderr)
-        claim(args.out_path, config, todo)
-    world.barrier()
-    return todo
+    """The shards that are incomplete or, unless bad images are to be skipped, lack images."""
+    return [shard for shard, files in enumerate(all_files(args, config))
+            if not all(path.exists() for path in files.arrays(args.flip))
+            or (read_json(files.skipped, []) and not args.skip_bad_images)]
 
 
 def find_damaged(args, config, todo, sums, world):
-    """(shard, path) of each file of the complete shards that differs from its checksum. Each
-    process reads its share of them."""
-    complete = [shard for shard in shards_of(config) if shard not in todo]
-    paths = [(shard, path) for shard in complete
-             for path in ShardFiles(args.out_path, shard).arrays(args.flip)
-             if path.name in sums]
-    if not paths:
+    """(shard, path) of each damaged file of the complete shards. Each rank reads its share."""
+    complete = [(shard, path) for shard, files in enumerate(all_files(args, config))
+                if shard not in todo for path in files.arrays(args.flip)]
+    if not complete:
         return []
     found = []
-    with world.progress(len(paths), desc="verify", unit="file") as bar:
-        for shard, path in paths[world.rank::world.size]:
-            if checksum(path) != sums[path.name]:
+    with world.progress(len(complete), desc="verify", unit="file") as bar:
+        for shard, path in complete[world.rank::world.size]:
+            if is_damaged(args, config, shard, path, sums.get(path.name)):
                 found.append((shard, path))
-            bar.update(min(world.size, len(paths) - bar.n))
+            bar.update(min(world.size, bar.total - bar.n))
     return list(itertools.chain(*world.gather(found)))
 
 
-def claim(out, config, todo):
-    """Rank 0 marks the folder as ours, and clears away what a killed run left half done."""
+def is_damaged(args, config, shard, path, crc):
+    """Whether a shard's file is not the array it must be, or differs from its CRC-32, if known."""
+    files = ShardFiles(args.out_path, shard)
+    count = len(rows_of(config, shard)) - len(read_json(files.skipped, []))
+    dtype, shape = ("int64", (count,)) if path == files.labels else (
+        args.dtype, (count, 2, *config["latent_shape"]))
+    try:
+        map_array(path, dtype, shape)
+        return crc is not None and checksum(path) != crc
+    except UserError:
+        return True
+
+
+def claim(args, config, todo, damaged, world):
+    """Mark the folder as this command's, and remove what a killed run left half done."""
+    out, files = args.out_path, all_files(args, config)
+    print(*describe_environment(world), f"{config['images']} images of {len(config['classes'])} "
+          f"classes in {len(files)} shards, {len(files) - len(todo)} complete", sep="\n",
+          file=sys.stderr)
+    for _, path in damaged:
+        print(f"{path} is damaged: its shard is encoded again", file=sys.stderr)
     if not (out / "dataset.json").exists():
         write_json(out / UNFINISHED, config)
-    for path in filter(is_temporary, list(out.iterdir())):
-        path.unlink()
-    for shard in todo:  # incomplete first, so that no mixture of two runs can pass for a shard
-        files = ShardFiles(out, shard)
-        for path in (files.moments, files.flip, files.labels, files.skipped, files.sums):
+    remove_temporary_files(out)
+    for shard in todo:  # else a shard could be a mixture of two runs
+        for path in vars(files[shard]).values():
             path.unlink(missing_ok=True)
 
 
-def finish(args, config, world):
-    """Write dataset.json, on rank 0. Raises UserError if images or shards are missing."""
-    todo = pending(args, config)
-    files = [ShardFiles(args.out_path, shard) for shard in shards_of(config)]
-    skipped = [read_skipped(of_shard) for of_shard in files]
+def finish(args, config):
+    """Write dataset.json. Raises UserError if images are unreadable and may not be skipped."""
+    files = all_files(args, config)
+    skipped = [read_json(of_shard.skipped, []) for of_shard in files]
     names = list(itertools.chain(*skipped))
     if names and not args.skip_bad_images:
-        if world.main:
-            print("unreadable images:", *names, sep="\n  ", file=sys.stderr)
+        print("unreadable images:", *names, sep="\n  ", file=sys.stderr)
         raise UserError(f"--data-path must hold readable images, got {len(names)} of "
                         f"{config['images']} unreadable; repair them or add --skip-bad-images, "
                         f"then repeat the command: what is encoded stays")
-    if todo:
-        raise UserError(f"--out-path must keep its shards during a run, got {args.out_path} "
-                        f"without shard {todo[0]}; repeat the command")
     if len(names) == config["images"]:
         raise UserError(f"--data-path must hold a readable image, got none in {args.data_path}; "
                         f"check the files")
-    if world.main:
-        counts = [len(rows_of(config, shard)) - len(skipped[shard]) for shard in range(len(files))]
-        known = read_sums(args.out_path, config)  # of all, unless an earlier version wrote them
-        sums = {path.name: known[path.name] if path.name in known else checksum(path)
-                for of_shard in files for path in of_shard.arrays(args.flip)}
-        write_json(args.out_path / "dataset.json", sealed({
-            **config, "count": sum(counts), "shards": counts, "skipped": names, "crc32": sums}))
-        for path in (args.out_path / UNFINISHED, *(of_shard.sums for of_shard in files)):
-            path.unlink(missing_ok=True)
-        print(args.out_path)
+    counts = [len(rows_of(config, shard)) - len(skipped[shard]) for shard in range(len(files))]
+    sums = known_sums(args, config, read_record(args.out_path) or {})
+    sums = {path.name: sums[path.name] if path.name in sums else checksum(path)  # of old versions
+            for of_shard in files for path in of_shard.arrays(args.flip)}
+    write_json(args.out_path / "dataset.json", sealed({
+        **config, "count": sum(counts), "shards": counts, "skipped": names, "crc32": sums}))
+    for path in (args.out_path / UNFINISHED, *(of_shard.sums for of_shard in files)):
+        path.unlink(missing_ok=True)
 
 
 # ---- the work --------------------------------------------------------------------------------
 
 
 def encode(args, images, space, config, todo, world):
-    """Encode this process's part of the shards: reading, the VAE and writing overlap."""
+    """Encode this rank's share of the shards. Reading, the VAE and writing overlap."""
     mine = todo[world.rank::world.size]
-    parts = {shard: split(rows_of(config, shard), args.batch_size) for shard in mine}
-    batches = list(itertools.chain(*parts.values()))
-    found = read_images(images.image, batches, workers=min(args.num_workers, len(batches)))
+    batches = {shard: split(rows_of(config, shard), args.batch_size) for shard in mine}
+    items = [[(row, False) for row in rows] for rows in itertools.chain(*batches.values())]
+    found = read_images(images.read, items, workers=min(args.num_workers, len(items)))
     readable = prefetch(sort_out(images, *batch) for batch in found)
-    left, own = count_images(config, todo), count_images(config, mine)
-    with world.progress(config["images"], initial=config["images"] - left, desc="encode",
+    work = functools.partial(encode_batch, args, space, config, world.device)
+    encoded = map_ahead(work, readable, threads=1, depth=4)
+    total = config["images"]
+    with world.progress(total, initial=total - count_images(config, todo), desc="encode",
                         unit="image") as bar:
-        work = functools.partial(encode_batch, args, space, config, world.device)
-        stream = watched(map_ahead(work, readable, threads=1, depth=4), bar, left / max(1, own))
         for shard in mine:
-            write_shard(
-                ShardFiles(args.out_path, shard),
-                itertools.islice(stream, len(parts[shard])),
-                latent_shape=config["latent_shape"], dtype=args.dtype, flip=args.flip)
+            of_shard = itertools.islice(encoded, len(batches[shard]))
+            write_shard(ShardFiles(args.out_path, shard), report(of_shard, bar, world),
+                        latent_shape=config["latent_shape"], dtype=args.dtype, flip=args.flip)
 
 
 def split(rows, size):
@@ -386,11 +318,11 @@ def split(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-def sort_out(images, rows, found):
-    """The readable ones of what was found at these rows, uint8 (n, 3, H, W), their labels (n,),
-    and the (name, fault) of the others."""
+def sort_out(images, items, found):
+    """The readable images of a batch, uint8 (n, 3, H, W), their labels (n,), and (name, error) of
+    the others."""
     pixels, kept, faults = [], [], []
-    for row, image in zip(rows, found):
+    for (row, _), image in zip(items, found):
         if isinstance(image, UserError):
             faults.append((images.name(row), str(image)))
         else:
@@ -409,8 +341,7 @@ def encode_batch(args, space, config, device, batch):
             moments = to_disk(args, space, config, pixels)
             mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
     except torch.OutOfMemoryError as error:
-        raise UserError(f"--batch-size must fit in the GPU's memory, got {args.batch_size}; lower "
-                        f"it and repeat the command") from error
+        raise UserError("out of GPU memory: lower --batch-size and repeat the command") from error
     return labels, moments, mirror, faults
 
 
@@ -426,17 +357,12 @@ def to_disk(args, space, config, pixels):
     return moments.cpu()
 
 
-def watched(batches, bar, scale):
-    """What write_shard takes of each batch; faults go to the screen, the pace to the bar.
-
-    scale: images that all processes encode for each of this one's.
-    """
-    first, done = bar.n, 0
+def report(batches, bar, world):
+    """Yields what write_shard takes of encode_batch's batches; faults and progress go to stderr."""
     for labels, moments, mirror, faults in batches:
         for _, fault in faults:
             tqdm.write(fault, file=sys.stderr)
-        done += len(labels) + len(faults)
-        bar.update(first + round(done * scale) - bar.n)
+        bar.update(min(world.size * (len(labels) + len(faults)), bar.total - bar.n))
         yield labels, moments, mirror, [name for name, _ in faults]
 
 

@@ -6,7 +6,7 @@
     python evaluate_fid.py --samples images --make-ref REF.npz
 
 prints one JSON line on stdout: protocol, num_samples, fid and, with adm, sfid, inception_score,
-precision and recall as far as the reference has what they need. --make-ref writes a reference in
+precision and recall, if the reference has what they need. --make-ref writes a reference in
 ADM's layout: mu, sigma, mu_s, sigma_s and arr_0. metrics/inception.py describes the protocols.
 """
 
@@ -14,7 +14,6 @@ import dataclasses
 import json
 import signal
 import sys
-import zipfile
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -54,7 +53,7 @@ def parse_args(argv=None):
                      help="pytorch-fid's weights (default: in the torch hub cache, or downloaded)")
     run.add_argument("--batch-size", type=int_range(1), default=64, help="images per batch")
     run.add_argument("--num-workers", type=int_range(0), default=4,
-                     help="processes that read image files, per process; 0 = read in it")
+                     help="processes that read image files, per process; 0 = none")
     args = parser.parse_args(argv)
     if (args.ref is None) == (args.make_ref is None):
         given = "neither" if args.ref is None else "both"
@@ -65,24 +64,20 @@ def parse_args(argv=None):
 
 def main(args):
     with start_processes() as world:
-        samples = open_images("--samples", args.samples, args)
+        samples = open_images("--samples", args.samples, args, world)
         dimension(args.protocol, samples.image_size)  # refuses what is too large
         reference, other = None, None
         if args.make_ref is not None:
             check_new(args.make_ref)
         elif args.ref.is_dir():
-            other = open_images("--ref", args.ref, args)
+            other = open_images("--ref", args.ref, args, world)
             if args.protocol == "pixels" and other.image_size != samples.image_size:
                 raise UserError(f"--ref must hold images of the samples' size, "
                                 f"{samples.image_size}, got {other.image_size} in {args.ref}; "
                                 f"crop either with --image-size")
         else:
-            reference = Reference.load(args.ref, args.protocol, samples.image_size,
-                                           option="--ref")
+            reference = Reference.load(args.ref, args.protocol, samples.image_size, option="--ref")
             verify_npz("--ref", args.ref, world)
-        for images in (samples, other):
-            if images is not None:
-                images.check(world)
         extractor = Extractor(args.protocol, world, inception=args.inception)
         if args.make_ref is not None:
             result = make_reference(args, samples, extractor)
@@ -97,47 +92,38 @@ def main(args):
 
 
 def check_new(path):
-    """Whether --make-ref can be written, without writing. Raises UserError."""
+    """Check, without writing, that --make-ref can be written. Raises UserError."""
     if path.suffix != ".npz" or path.exists():
         raise UserError(f"--make-ref must be a new file that ends in .npz, got {path}; choose "
                         f"another name, or remove it first")
     make_folder("--make-ref", path.parent)
 
 
-# ---- images --------------------------------------------------------------------------------
-
-
-def open_images(option, path, args):
+def open_images(option, path, args, world):
     """The images of a folder or of an .npz file, two or more. Raises UserError."""
     if not path.exists():
         raise UserError(f"{option} must be a folder or an .npz file, got {path} (no such file); "
                         f"name one that exists")
-    images = (FolderImages(path, args.image_size, args.num_workers, option=option)
-              if path.is_dir() else NpzImages(path, option=option))
+    if path.is_dir():
+        images = FolderImages(path, args.image_size, args.num_workers, option=option)
+    else:
+        images = NpzImages(path, option=option)
+        verify_npz(option, path, world)
     if len(images) < 2:
         raise UserError(f"{option} must hold 2 images or more, for a covariance, got {len(images)} "
                         f"in {path}; add some ({' '.join(sorted(SUFFIXES))})")
     return images
 
 
-
-
-# ---- measuring -----------------------------------------------------------------------------
-
-
 def measure(args, images, extractor, **wants):
-    """fid.Statistics of all images. All processes take part."""
-    world = extractor.world
+    """Statistics of all images. Every rank must call it."""
     statistics = Statistics(extractor, len(images), images.image_size, **wants)
-    with world.progress(len(images), desc=Path(images.name).name, unit="image") as bar:
-        for first, batch in images.batches(args.batch_size, world):
-            statistics.add(batch, first)
-            bar.update(min(len(batch) * world.size, bar.total - bar.n))
-    return statistics
+    return statistics.add_all(images.numbered_batches(args.batch_size, extractor.world),
+                              Path(images.name).name)
 
 
 def compare(args, samples, reference, extractor):
-    """The result on rank 0, also as a table on stderr; None elsewhere."""
+    """The result on rank 0, which also prints it as a table on stderr; None elsewhere."""
     if extractor.world.main:
         for line in notes(reference, args.protocol, len(samples)):
             print(line, file=sys.stderr, flush=True)
@@ -165,30 +151,24 @@ def make_reference(args, images, extractor):
         arrays = dict(zip(("mu", "sigma"), reference.pool))
         if reference.spatial is not None:
             arrays |= dict(zip(("mu_s", "sigma_s"), reference.spatial))
-        arrays |= {"num_images": np.array(len(images)), "protocol": np.array(args.protocol)}
-        write_reference(args.make_ref, arrays, images, dataclasses.replace(world, rank=0, size=1))
+        with atomic_file(args.make_ref) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays, num_images=len(images), protocol=args.protocol,
+                     arr_0=evenly_spaced(images, dataclasses.replace(world, rank=0, size=1)))
     world.barrier()
     return {"protocol": args.protocol, "num_samples": len(images), "samples": images.name,
             "make_ref": str(args.make_ref)}
 
 
-def write_reference(path, arrays, images, alone):
-    """The arrays, and in arr_0 KEPT images, or all, evenly spaced; never held together."""
+def evenly_spaced(images, alone):
+    """KEPT images, or all, uint8 (N, H, W, 3). alone: the world of rank 0 without the others."""
     kept = np.arange(min(KEPT, len(images))) * len(images) // min(KEPT, len(images))
     if isinstance(images, FolderImages):  # read no more files than needed
         images.paths, kept = [images.paths[i] for i in kept], np.arange(len(kept))
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), *images.image_size, 3)}
-    with (atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
-          alone.progress(len(kept), desc=path.name, unit="image") as bar):
-        for key, array in arrays.items():
-            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for first, batch in images.batches(64, alone):
-                rows = kept[(kept >= first) & (kept < first + len(batch))] - first
-                file.write(batch[rows].permute(0, 2, 3, 1).cpu().numpy().tobytes())
-                bar.update(len(rows))
+    parts = []
+    for first, batch in images.numbered_batches(64, alone):
+        rows = kept[(kept >= first) & (kept < first + len(batch))] - first
+        parts.append(batch[rows].permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
 
 
 if __name__ == "__main__":

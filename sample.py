@@ -97,10 +97,7 @@ def main(args):
         if args.fid_ref:
             evaluation = Evaluation(args.fid_ref, args.protocol, config, world)
             statistics = evaluation.statistics(args.num_fid_samples)
-        try:
-            space = load_vae(args.vae or config["vae"], world.device, precision=args.precision)
-        except (ValueError, OSError) as error:
-            raise UserError(error) from error
+        space = load_vae(args.vae or config["vae"], world.device, precision=args.precision)
         if args.save_images:
             open_sample_dir(args, wanted, net, world, stack)
         sampler = ImageSampler(net.to(world.device), space, config, world, seed=args.seed,

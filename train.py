@@ -27,7 +27,7 @@ import torch
 
 from dataset.images import ImageFolder
 from dataset.latents import LatentShards
-from dataset.loader import Batches, load_batches
+from dataset.loader import BatchSampler, load_batches
 from dataset.vae import load_vae, posterior_sample
 from engine.checkpoint import (
     Saver,
@@ -444,10 +444,9 @@ class Run:
         self.dataset, self.space = open_data(args, world)
         self.config = make_config(args, self.dataset, self.space)
         check_network(args, self.config)
-        check_config(self.folder, self.config, MAY_CHANGE)
-        self.batches = Batches(len(self.dataset), args.global_batch_size, seed=args.seed,
-                               flip=args.flip, world=world)
-        self.total_steps = args.max_steps or args.epochs * self.batches.steps_per_epoch
+        self.order = BatchSampler(len(self.dataset), args.global_batch_size, seed=args.seed,
+                                  flip=args.flip, world=world)
+        self.total_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
         self.evaluation = None
         if args.eval_every:
             self.evaluation = Evaluation(args.fid_ref, args.protocol, self.config, world)
@@ -458,7 +457,6 @@ class Run:
 
             def hold():
                 self.lock = stack.enter_context(lock_folder("--run-dir", self.folder))
-                # Again: while this process waited, another run may have taken the folder
                 path = check_config(self.folder, self.config, MAY_CHANGE)
                 for name in ("checkpoints", "samples"):
                     make_folder("--run-dir", self.folder / name)
@@ -493,9 +491,9 @@ class Run:
 
     def read(self, step):
         """Yields this rank's part of each batch after this step: images or moments, labels (B,)."""
-        self.batches.start, self.batches.stop = step, max(step, self.total_steps)
+        self.order.start, self.order.stop = step, max(step, self.total_steps)
         with self.world.progress(self.total_steps, initial=step) as bar:
-            for batch in load_batches(self.dataset, self.batches, workers=self.args.num_workers,
+            for batch in load_batches(self.dataset, self.order, workers=self.args.num_workers,
                                       device=self.world.device):
                 step += 1
                 self.world.position = f"step {step}"
@@ -559,11 +557,8 @@ def open_data(args, world):
                else ImageFolder(args.data_path, args.image_size, world))
     space = None
     if not args.encoded_data or args.sample_every or args.eval_every:
-        try:
-            space = load_vae(args.vae, world.device, precision=args.precision)
-            space.latent_shape(args.image_size)
-        except (ValueError, OSError) as error:
-            raise UserError(error) from error
+        space = load_vae(args.vae, world.device, precision=args.precision)
+        space.latent_shape(args.image_size)
     if args.encoded_data:
         dataset.check(space=space, image_size=args.image_size, flip=args.flip)
         dataset.note = world.on_main(dataset.verify)

@@ -12,6 +12,7 @@ weights are random; images are real photographs.
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -33,12 +34,19 @@ from dataset.images import ImageFolder  # noqa: E402
 from dataset.latents import (  # noqa: E402
     CROP,
     FORMAT_VERSION,
-    GrowingArray,
+    ArrayWriter,
     LatentShards,
     ShardFiles,
+    sealed,
     write_shard,
 )
-from dataset.loader import Batches, load_batches, map_ahead, read_images, stack_images  # noqa: E402
+from dataset.loader import (  # noqa: E402
+    BatchSampler,
+    load_batches,
+    map_ahead,
+    read_images,
+    stack_images,
+)
 from dataset.vae import load_vae  # noqa: E402
 from engine.distributed import World, run_main, start_processes  # noqa: E402
 from engine.files import write_json  # noqa: E402
@@ -119,17 +127,18 @@ def write_shards(folder, count):
 
 
 def write_description(folder, counts):
-    write_json(folder / "dataset.json", {
+    write_json(folder / "dataset.json", sealed({
         "format_version": FORMAT_VERSION, "crop": CROP, "image_size": 256,
         "latent_shape": SHAPE, "vae": "none", "scale": 0.18215, "dtype": "float16", "flip": False,
-        "classes": [str(i) for i in range(1000)], "count": sum(counts), "shards": counts})
+        "classes": [str(i) for i in range(1000)], "count": sum(counts), "shards": counts,
+        "crc32": {}}))
 
 
 def rate(dataset, args, workers, steps, seed):
     """Latents per second: float32 batches in the shuffled order of training, from page cache."""
     world = World(0, 1, CPU, "fp32")
-    order = Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1, flip=False,
-                    world=world)
+    order = BatchSampler(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
+                         flip=False, world=world)
     batches = (load_batches(dataset, order, workers=workers, device=CPU)
                if isinstance(dataset, LatentShards) else
                iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers,
@@ -172,16 +181,16 @@ def time_start_up(args, folder):
         files = ShardFiles(folder, index)
         for path, dtype, row in ((files.moments, "float16", (2, *SHAPE)),
                                  (files.labels, "int64", ())):
-            with GrowingArray(path, row, dtype) as array:
-                array.rows = count
-                size = array.start + count * np.dtype(dtype).itemsize * int(np.prod(row))
-                array.file.truncate(size)
+            array = ArrayWriter(path, row, dtype)
+            array.rows = count
+            array.close()
+            os.truncate(path, 128 + count * np.dtype(dtype).itemsize * int(np.prod(row)))
     write_description(folder, counts)
     start = time.perf_counter()
     shards = LatentShards(folder)
     opened = time.perf_counter()
-    order = Batches(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460, flip=False,
-                    world=World(0, 1, CPU, "fp32"))
+    order = BatchSampler(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
+                         flip=False, world=World(0, 1, CPU, "fp32"))
     next(load_batches(shards, order, workers=args.num_workers, device=CPU))
     end = time.perf_counter()
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -215,25 +224,34 @@ def compare_listing(args, folder, world):
 
 
 def read_by_pipe(images, batches, workers):
-    """Arrays through a pipe, four images at once: our way. Returns the number of images."""
-    served = read_images(images.image, batches, workers=workers)
-    return sum(len(stack_images(found)) for _, found in served)
+    items = [[(row, False) for row in batch] for batch in batches]
+    served = read_images(images.read, items, workers=workers)
+    count = sum(len(stack_images(found)) for _, found in served)
+    for child in multiprocessing.active_children():
+        child.join()  # their processor time counts from then on
+    return count
+
+
+class Stacked(torch.utils.data.Dataset):
+    """Whole batches as tensors, for PyTorch's DataLoader."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, batch):
+        return torch.stack([self.images.read((row, False)) for row in batch])
 
 
 def read_by_shared_memory(images, batches, workers):
-    """Batches as tensors in shared memory: PyTorch's DataLoader. Returns the number of images."""
-    rows = [(torch.tensor(batch), torch.zeros(len(batch), dtype=torch.bool)) for batch in batches]
-    loader = DataLoader(images, sampler=rows, batch_size=None, num_workers=workers,
+    """Whole batches as tensors, as PyTorch's DataLoader hands them over."""
+    loader = DataLoader(Stacked(images), sampler=batches, batch_size=None, num_workers=workers,
                         prefetch_factor=4)
-    return sum(len(batch) for batch, _ in loader)
+    return sum(map(len, loader))
 
 
 def read_by_threads(images, batches, workers):
-    """Batches by threads of this process. Returns the number of images."""
-    def read(batch):
-        return torch.stack([images.image(row) for row in batch])
-
-    return sum(map(len, map_ahead(read, batches, threads=workers, depth=4 * workers)))
+    return sum(map(len, map_ahead(Stacked(images).__getitem__, batches, threads=workers,
+                                  depth=4 * workers)))
 
 
 def compare_readers(args, folder):
@@ -279,12 +297,11 @@ def save_images(folder, count, size):
 
 
 def bare_rate(space, images, args, device):
-    """Images per second of the VAE alone: batches from memory, moments back on the CPU."""
-    sizes = min(len(images), 8 * args.encode_batch)
-    straight = torch.zeros(args.encode_batch, dtype=torch.bool)
-    batches = [images[rows, straight[:len(rows)]][0]
-               for rows in torch.arange(sizes).split(args.encode_batch)]
-    space.encode(batches[0].to(device)).cpu()  # warm-up
+    """Images a second of the VAE on batches that wait in memory, moments back on the CPU."""
+    count = min(len(images), 8 * args.encode_batch)
+    batches = [Stacked(images)[range(first, min(first + args.encode_batch, count))]
+               for first in range(0, count, args.encode_batch)]
+    space.encode(batches[0].to(device)).cpu()  # warm
     start, done = time.perf_counter(), 0
     for batch in itertools.islice(itertools.cycle(batches), len(images) // args.encode_batch):
         space.encode(batch.to(device)).half().cpu()

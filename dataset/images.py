@@ -6,11 +6,8 @@ Images are uint8, (3, H, W) or in batches (B, 3, H, W).
 import contextlib
 import hashlib
 import os
-import pickle
 import warnings
 import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,17 +15,18 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.utils import make_grid
 
-from dataset.loader import prefetch, read_images, stack_images
+from dataset.loader import read_images, stack_images
 from engine.files import atomic_file, find_damage, regular_file
 from engine.options import UserError
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+CACHED = 16 * 2**20  # bytes of decoded images, such as the quickstart's, that are kept in memory
 
 
 def center_crop(image, size):
     """The centre square of a PIL image, resized to (size, size).
 
-    ADM's recipe (openai/guided-diffusion), which the published FID references were made with:
+    ADM's recipe (openai/guided-diffusion), with which the published FID references were made:
     halve with BOX filtering while the shorter side is at least twice the size, then BICUBIC.
     """
     while min(image.size) >= 2 * size:
@@ -40,98 +38,96 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, size):
-    """An image file as uint8 (3, size, size): PIL's conversion to RGB, then the centre crop.
-
-    EXIF rotation is left alone, as torchvision's ImageFolder leaves it. Raises UserError naming
-    the file if it cannot be read.
-    """
+@contextlib.contextmanager
+def open_image(path, option):
+    """Opens an image file with PIL. Raises a UserError that names file and option if that, or the
+    decoding in the with block, fails."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF or palette data, of no consequence here
+            warnings.simplefilter("ignore")  # odd EXIF or palette data do no harm here
             with Image.open(regular_file(path)) as image:
-                pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
+                yield image
+    except UserError:
+        raise
     except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
-        raise UserError(f"--data-path must hold readable images, got {path} ({error}); "
-                        f"repair the file") from error
+        raise UserError(f"{option} must hold readable images, got {path} ({error}); repair or "
+                        f"remove the file") from error
+
+
+def read_image(path, size, option="--data-path"):
+    """An image file as uint8 (3, size, size): PIL's conversion to RGB, then the centre crop.
+
+    EXIF rotation is not applied; torchvision's ImageFolder does not apply it either. Raises
+    UserError.
+    """
+    with open_image(path, option) as image:
+        pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def list_images(path, root):
-    """Classes, files (N,) relative to root, labels (N,) int64 of --data-path, or a UserError."""
-    if os.path.exists(root + "dataset.json"):
-        return UserError(f"--data-path must be a folder of images, got {path}, which holds latent "
-                         f"shards; add --encoded-data or give the images")
-    try:
-        found = datasets.ImageFolder(root)
-    except (OSError, ValueError) as error:
-        return UserError(f"--data-path must be a folder with one folder of images per class, got "
-                         f"{path} ({str(error).splitlines()[0][:300]}); check the path")
-    # one array and not a million strings: worker processes share its memory for good
-    files = np.array([os.fsencode(file[len(root):]) for file, _ in found.samples])
-    return found.classes, files, torch.tensor(found.targets)
-
-
 class ImageFolder:
-    """Images in one folder per class, served as uint8 (B, 3, size, size) and labels (B,).
+    """A data set for training (see dataset/loader.py): images in one folder per class.
 
-    Classes are the sorted folder names, as torchvision's ImageFolder numbers them. Raises
-    UserError if there is no such folder, no class or a class without an image.
+    Serves uint8 (B, 3, size, size) and labels (B,). Classes are the sorted folder names, as
+    torchvision's ImageFolder numbers them. Raises UserError if there is no such folder, no class,
+    or a class without an image.
 
-    world: of several processes rank 0 lists the folder and sends the others what it found; to list
-    a million files takes a network's file system minutes.
+    world: rank 0 lists the folder for all; a million files take minutes on a network file system.
     """
 
     def __init__(self, path, image_size, world=None):
         self.root = os.path.join(os.path.expanduser(path), "")
-        found = list_images(path, self.root) if world is None or world.main else None
-        found = found if world is None else world.agree(found)
-        if isinstance(found, UserError):
-            raise UserError(found)
-        self.classes, self.files, self.labels = found
-        self.image_size = image_size
-        # Decoded images of a set as small as the quickstart's are kept
-        self.kept = {} if len(self) * 3 * image_size**2 <= 16 * 2**20 else None
+        listed = world.on_main(self._list) if world else self._list()
+        self.classes, self.files, self.labels = listed
+        self.image_size, self.cache = image_size, {}
+        self.caches = len(self) * 3 * image_size**2 <= CACHED
+
+    def _list(self):
+        """Classes, files (N,) relative to root, labels (N,) int64."""
+        if os.path.exists(self.root + "dataset.json"):
+            raise UserError(f"--data-path must be a folder of images, got {self.root}, which holds "
+                            f"latent shards; add --encoded-data or give the images")
+        try:
+            found = datasets.ImageFolder(self.root)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--data-path must be a folder with one folder of images per class, "
+                            f"got {self.root} ({str(error).splitlines()[0][:300]}); check the path"
+                            ) from error
+        # One array and not a million strings, whose reference counts would undo the sharing of
+        # memory with reading processes
+        files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
+        return found.classes, files, torch.tensor(found.targets)
 
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, batch):
-        """(rows, mirrored), both (B,) -> images uint8 (B, 3, size, size) and labels (B,).
+    def batches(self, sampler, workers):
+        """Yields images (B, 3, size, size) and labels (B,) for each (rows, mirrored)."""
+        items = (list(zip(rows.tolist(), mirrored.tolist())) for rows, mirrored in sampler)
+        for batch, images in read_images(self.read, items, workers=workers):
+            yield stack_images(images), self.labels[[row for row, _ in batch]]
 
-        Raises UserError.
-        """
-        rows, mirrored = batch
-        return (torch.stack([self.read(item) for item in zip(rows.tolist(), mirrored.tolist())]),
-                self.labels[rows])
-
-    def read(self, row_and_mirrored):
-        """uint8 (3, size, size). Raises UserError."""
-        row, mirrored = row_and_mirrored
-        return self.image(row).flip(2) if mirrored else self.image(row)
-
-    def image(self, row):
-        """uint8 (3, size, size), not mirrored. Raises UserError."""
-        if self.kept is None:
-            return read_image(self.path(row), self.image_size)
-        if row not in self.kept:
-            self.kept[row] = read_image(self.path(row), self.image_size)
-        return self.kept[row]
+    def read(self, item):
+        """The image (3, size, size) of (row, mirrored). Raises UserError."""
+        row, mirrored = item
+        image = self.cache.get(row)
+        if image is None:
+            image = read_image(os.path.join(self.root, self.name(row)), self.image_size)
+            if self.caches:
+                self.cache[row] = image
+        return image.flip(2) if mirrored else image
 
     def name(self, row):
         """The path of an image relative to the folder."""
         return os.fsdecode(self.files[row])
 
-    def path(self, row):
-        return os.path.join(self.root, self.name(row))
-
     def fingerprint(self):
-        """SHA-256 of the list of files: what a row stands for. Their content is not read."""
+        """SHA-256 of the list of files, which says what each row is. Contents are not read."""
         return hashlib.sha256(b"\n".join(self.files.tolist())).hexdigest()
 
 
 def save_grid(path, images, columns):
-    """Write uint8 images (B, 3, H, W) as one picture, enlarged where they are tiny."""
+    """Write uint8 images (B, 3, H, W) as one picture; tiny ones are enlarged."""
     enlarge = max(1, 64 // images.shape[3])
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
@@ -139,23 +135,26 @@ def save_grid(path, images, columns):
         Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
 
 
+# ---- image sets for evaluation ---------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def reading_npz(option, path):
-    """Turns what a torn or foreign .npz file raises into a UserError naming option."""
+    """Turns the errors of a damaged or foreign .npz file into a UserError that names option."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
-            ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile, zlib, pickle and NumPy each raise their own
         raise UserError(f"{option} must be a whole .npz file of plain arrays, got {path} "
                         f"({error}); write it again or name another") from error
 
 
 def verify_npz(option, path, world):
-    """Compare all of an .npz file with the archive's checksums, once, on rank 0.
+    """Compare every byte of an .npz file with the archive's checksums, on rank 0.
 
-    NumPy does so for an array that it reads whole, which arr_0 never is. Raises UserError.
+    NumPy does so only for an array that it reads whole, and arr_0 is read in parts. Raises
+    UserError.
     """
     def read():
         with reading_npz(option, path):
@@ -181,10 +180,6 @@ class NpzImages:
     def __len__(self):
         return self.count
 
-    def check(self, world):
-        """Read all of it before anything heavy. Raises UserError where a byte is damaged."""
-        verify_npz(self.option, self.name, world)
-
     @contextlib.contextmanager
     def _open(self):
         """The file, at its first image, and the header: shape, Fortran order, dtype."""
@@ -193,10 +188,11 @@ class NpzImages:
             yield file, (np.lib.format.read_array_header_1_0 if old
                          else np.lib.format.read_array_header_2_0)(file)
 
-    def batches(self, size, world):
-        """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn.
+    def numbered_batches(self, size, world):
+        """Yields (number of the first image, images (B, 3, H, W)): this rank's batches of size,
+        dealt in turn.
 
-        Read in order and never held together: 50,000 images of 256 x 256 are 9.8 GB.
+        They are read in order and never held together: 50,000 images of 256 x 256 are 9.8 GB.
         """
         height, width = self.image_size
         with reading_npz(self.option, self.name), self._open() as (file, _):
@@ -212,8 +208,8 @@ class NpzImages:
 class FolderImages:
     """The image files of a folder and its subfolders, in the order of their paths.
 
-    They are taken as they are, and so must be RGB and of one size; or, with a crop, converted and
-    centre-cropped. Raises UserError naming option.
+    With a crop they are converted to RGB and centre-cropped; without, they must be RGB and of one
+    size. Raises UserError naming option.
     """
 
     def __init__(self, path, crop, workers, *, option):
@@ -221,57 +217,30 @@ class FolderImages:
         self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         self.image_size = (crop, crop) if crop else None
         if self.paths and not crop:
-            self.image_size = tuple(self.read(self.paths[0]).shape[1:])
+            with open_image(self.paths[0], option) as image:
+                self.image_size = image.height, image.width
 
     def __len__(self):
         return len(self.paths)
 
-    def read(self, path, *, header=False):
-        """A file as uint8 (3, H, W); with header alone, only its mode and size are checked."""
-        try:
-            with warnings.catch_warnings(), Image.open(regular_file(path)) as image:
-                warnings.simplefilter("ignore")  # odd EXIF data, of no consequence here
-                if not self.crop:
-                    self._check_header(path, image)
-                if header:
-                    return None
-                if self.crop:
-                    image = center_crop(image.convert("RGB"), self.crop)
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        except UserError:
-            raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.option} must hold readable images, got {path} ({error}); "
-                            f"repair or remove the file") from error
+    def read(self, path):
+        """A file as uint8 (3, H, W). Raises UserError."""
+        if self.crop:
+            return read_image(path, self.crop, self.option)
+        with open_image(path, self.option) as image:
+            size = image.height, image.width
+            if image.mode != "RGB":
+                raise UserError(f"{self.option} must hold RGB images, got {path} of mode "
+                                f"{image.mode}; convert all with --image-size")
+            if size != self.image_size:
+                raise UserError(f"{self.option} must hold images of one size, got {path} of {size} "
+                                f"after {self.image_size}; crop all with --image-size")
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def _check_header(self, path, image):
-        if image.mode != "RGB":
-            raise UserError(f"{self.option} must hold RGB images, got {path} of mode {image.mode}; "
-                            f"convert it, or have all converted and cropped by --image-size")
-        if self.image_size not in (None, (image.height, image.width)):
-            raise UserError(f"{self.option} must hold images of one size, got {path} of "
-                            f"{image.width} x {image.height} after {self.image_size[1]} x "
-                            f"{self.image_size[0]}; remove it, or have all cropped by --image-size")
-
-    def check(self, world):
-        """Read every header before anything heavy, each process its share, in agreement."""
-        def faulty(path):
-            try:
-                return self.read(path, header=True) is not None
-            except UserError:
-                return True
-
-        flags = torch.zeros(len(self), dtype=torch.int32, device=world.device)
-        with ThreadPoolExecutor(16) as pool:
-            mine = list(pool.map(faulty, self.paths[world.rank::world.size]))
-        flags[world.rank::world.size] = torch.tensor(mine, dtype=torch.int32, device=world.device)
-        for number in world.total(flags).nonzero()[:1]:
-            self.read(self.paths[number], header=True)  # raises on every process; rank 0 says it
-
-    def batches(self, size, world):
-        """Yields (first, images (B, 3, H, W)): this process's batches of size, dealt in turn."""
+    def numbered_batches(self, size, world):
+        """Yields (number of the first image, images (B, 3, H, W)): this rank's batches of size,
+        dealt in turn."""
         firsts = range(0, len(self), size)[world.rank::world.size]
         share = [self.paths[first:first + size] for first in firsts]
         found = read_images(self.read, share, workers=min(self.workers, len(share)))
-        batches = (stack_images(images) for _, images in found)
-        yield from zip(firsts, prefetch(batches) if self.workers else batches)
+        yield from zip(firsts, (stack_images(images) for _, images in found))

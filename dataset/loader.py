@@ -1,35 +1,44 @@
-"""The order of the training data, and reading ahead.
+"""The order of the training data, and prefetching.
 
-The order is a function of (seed, step). Every process computes the rows of the global batch and
-takes the rows rank::size, so a run sees the same data with any number of processes, and a resumed
-run reads nothing of what came before.
+A data set is a class with
+
+    classes                     the names of the labels, in order
+    len(dataset)                the number of images
+    batches(sampler, workers)   for each (rows, mirrored) of the sampler, in order: what training
+                                takes of these rows, images uint8 (B, 3, H, W) or moments
+                                (B, 2, C, h, w), and their labels (B,) int64, on the CPU
+
+The data set decides how its workers read ahead: by processes (read_images) where reading takes
+Python's time, by threads (map_ahead) where it waits for the disk; with workers = 0 it reads in the
+caller. dataset/images.py and dataset/latents.py are examples of a few lines each.
+
+The order is a function of (seed, step). Every rank computes the rows of the global batch and takes
+the rows rank::size of it, so the data do not depend on the world size, and a resumed run reads
+nothing of what came before.
 """
 
 import collections
 import concurrent.futures
-import functools
 import itertools
 import math
 import os
 import threading
 import time
-import warnings
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
-from torch.utils.data import DataLoader
 
-from dataset.latents import LatentShards
 from engine.distributed import counted_generator
 from engine.faults import ignore_signals
 from engine.options import UserError
 
-PIECE = 4  # images that a reading process hands over at once
+PIECE = 4  # images at most that a process reads and sends at once
 
 
-class Batches:
-    """Yields (rows, mirrored) of this process for the steps start .. stop - 1.
+class BatchSampler:
+    """Yields (rows, mirrored), each (B,), the share of this rank of the steps start .. stop - 1.
 
-    An epoch is count // global_batch steps over a fresh permutation; the rest of it is left out.
+    An epoch is count // global_batch steps of a fresh permutation; the remainder is left out.
     Raises UserError if the images do not fill one batch.
     """
 
@@ -60,77 +69,68 @@ class Batches:
             yield rows[share], mirrored[share]
 
 
-def load_batches(dataset, batches, *, workers, device):
-    """Iterate over the batches (rows, mirrored) of a dataset, on device: tensors as it serves them.
+def load_batches(dataset, sampler, *, workers, device):
+    """Yields the batches of a data set, (data, labels), on device.
 
-    Workers read ahead, so neither a slow image nor a cold disk holds up the caller: processes for
-    images, threads for latents, which to hand from process to process costs ten times as much as
-    to read. Raises UserError for what a worker could not read.
+    With workers the next two are prefetched, in pinned memory where device is a GPU. Raises
+    UserError for what cannot be read.
     """
-    def host(batch):
-        return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in batch]
-
-    if not isinstance(dataset, LatentShards):
-        items = (list(zip(rows.tolist(), mirrored.tolist())) for rows, mirrored in batches)
-        served = (host((stack_images(images), dataset.labels[[row for row, _ in batch]]))
-                  for batch, images in read_images(dataset.read, items, workers=workers))
-        served = prefetch(served) if workers else served
-    elif workers:
-        served = map_ahead(lambda batch: host(dataset[batch]), batches, threads=workers,
-                       depth=2 * workers)
-    else:
-        served = (host(dataset[batch]) for batch in batches)
-    for batch in served:
+    batches = dataset.batches(sampler, workers)
+    if device.type == "cuda":
+        batches = ([tensor.pin_memory() for tensor in batch] for batch in batches)
+    for batch in prefetch(batches) if workers else batches:
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 def read_images(read, batches, *, workers):
-    """Yields (batch, images) for each batch, a list of items; images[i] is read(batch[i]), uint8
-    (3, H, W), or the UserError that it raised.
+    """Yields (batch, images) for each batch, a list of items; images[i] is read(batch[i]) as a
+    uint8 array (3, H, W), or the UserError that it raised.
 
-    Processes read two batches ahead: threads would take turns with the caller's Python. They hand
-    over arrays, through pipes. PyTorch would put tensors into shared memory, of which a container
-    has 64 MB by default.
+    Processes read two batches ahead; threads would take the interpreter's lock from the caller.
+    Images come through a pipe and not through shared memory, of which Docker gives 64 MB. Raises
+    UserError if a process is killed.
     """
     if not workers:
-        return ((batch, _read_piece(read, batch)) for batch in batches)
-    batches, begun = iter(batches), collections.deque()
-    first = next(batches, [])
+        yield from ((batch, _read_all(read, batch)) for batch in batches)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_reader,
+                                                  initargs=(read,))
 
-    def pieces():
-        for batch in itertools.chain([first] if first else [], batches):
-            begun.append(batch)
-            yield from (batch[i:i + PIECE] for i in range(0, len(batch), PIECE))
+    def submit(batch):
+        size = max(1, min(PIECE, math.ceil(len(batch) / workers)))
+        return batch, [pool.submit(_read_piece, batch[i:i + size])
+                       for i in range(0, len(batch), size)]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of more readers than cores, which wait for disks
-        pieces_read = iter(DataLoader(
-            _Itself(), sampler=pieces(), batch_size=None, num_workers=workers,
-            collate_fn=functools.partial(_read_piece, read), worker_init_fn=_begin,
-            prefetch_factor=max(2, math.ceil(2 * len(first) / PIECE / workers))))
-    return _regrouped(begun, itertools.chain.from_iterable(pieces_read))
+    try:
+        for batch, pieces in _ahead(map(submit, batches), depth=2):
+            yield batch, [image for piece in pieces for image in piece.result()]
+    except BrokenProcessPool as error:
+        raise UserError("a process that reads images was killed, perhaps for lack of memory: "
+                        "lower --num-workers and repeat the command") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(worker):
-    """A reader ends with the process that it reads for, however that ends."""
+def _start_reader(read):
+    """Prepare a reading process. It ends with the process that it reads for, however that ends."""
     def follow(parent):
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(0)  # it may hang on a full pipe that nobody empties any more
+        os._exit(0)  # the main thread may hang on a full pipe that nobody empties any more
 
-    ignore_signals(worker)
+    global _reader
+    _reader = read
+    ignore_signals()
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
 
 
-class _Itself:
-    """A data set for DataLoader: what stands at a place is the place."""
-
-    def __getitem__(self, place):
-        return place
+def _read_piece(items):
+    return _read_all(_reader, items)
 
 
-def _read_piece(read, items):
-    """[read(item)], arrays or UserErrors: raised, these would be wrapped in a traceback."""
+def _read_all(read, items):
+    """[read(item)] as arrays; a UserError is returned: it concerns one image and not the batch."""
     found = []
     for item in items:
         try:
@@ -140,41 +140,37 @@ def _read_piece(read, items):
     return found
 
 
-def _regrouped(begun, images):
-    for image in images:
-        batch = begun.popleft()
-        yield batch, [image, *itertools.islice(images, len(batch) - 1)]
-
-
 def stack_images(images):
-    """What read_images yields of a batch as uint8 (B, 3, H, W). Raises the first UserError."""
+    """Images of read_images as uint8 (B, 3, H, W). Raises the first UserError among them."""
     for image in images:
         if isinstance(image, UserError):
-            raise UserError(image)
+            raise image
     return torch.stack([torch.from_numpy(image) for image in images])
 
 
 def prefetch(iterable):
-    """Yields the items of an iterable, which a thread takes from it, up to two ahead."""
+    """Yields the items of an iterable; a thread takes them, two ahead."""
     iterator, end = iter(iterable), object()
     turns = itertools.repeat(None)
-    for item in map_ahead(lambda _: next(iterator, end), turns, threads=1, depth=2):
-        if item is end:
-            return
-        yield item
+    yield from itertools.takewhile(lambda item: item is not end, map_ahead(
+        lambda _: next(iterator, end), turns, threads=1, depth=2))
 
 
 def map_ahead(function, items, *, threads, depth):
-    """Yields function(item) of each item, in order; threads work up to depth items ahead."""
-    items = iter(items)
+    """Yields function(item) for each item, in order; threads work on up to depth items ahead."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        results = collections.deque(
-            pool.submit(function, item) for item in itertools.islice(items, depth))
         try:
-            while results:
-                result = results.popleft().result()
-                results.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-                yield result
+            jobs = (pool.submit(function, item) for item in items)
+            for job in _ahead(jobs, depth):
+                yield job.result()
         finally:
-            for result in results:  # left early: do not finish what nobody will see
-                result.cancel()
+            pool.shutdown(cancel_futures=True)  # left early: do not compute what nobody takes
+
+
+def _ahead(jobs, depth):
+    """Yields the items of an iterator, each once the depth items after it have been taken."""
+    jobs = iter(jobs)
+    begun = collections.deque(itertools.islice(jobs, depth))
+    while begun:
+        begun.extend(itertools.islice(jobs, 1))
+        yield begun.popleft()

@@ -1,7 +1,7 @@
 """The space that the network works in: pixels, or latents of the Stable Diffusion VAE.
 
-A space turns uint8 images into moments, the mean and std of a Gaussian per element; moments and
-noise into x, the data of the method; and x back into uint8 images.
+A space encodes uint8 images as moments, the mean and std of a Gaussian per element, and decodes x,
+the data of the method, to uint8 images. posterior_sample draws x from moments.
 """
 
 import contextlib
@@ -12,9 +12,11 @@ import warnings
 
 import torch
 
-# fine-tuned decoders of one autoencoder: their encoders, and so their latents, are the same
+from engine.options import UserError
+
+# Two fine-tuned decoders of one autoencoder: their encoders, and so their latents, are the same
 HUB = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-PIXELS = 32 * 256**2  # at most in a pass: the decoder's largest activation takes 2 GiB in float32
+PIXELS = 32 * 256**2  # at most in a pass: the decoder's largest activation is then 2 GiB in float32
 
 
 class Pixels:
@@ -27,7 +29,7 @@ class Pixels:
         return self.channels, image_size, image_size
 
     def fingerprint(self):
-        """What identifies the moments that encode returns: here, that they are pixels."""
+        """Equal for two spaces whose encode returns the same moments."""
         return "pixels"
 
     def encode(self, images):
@@ -40,12 +42,12 @@ class Pixels:
         return to_uint8(x)
 
 
-class StableDiffusionVAE:
+class VAE:
     """Latents of a diffusers AutoencoderKL; scale, from its config, gives them about unit variance.
 
-    precision: float32 for fp32 and tf32 (what the products then do, engine/distributed.py sets),
-    bfloat16 weights and channels_last for bf16. chunk: images at most that go through the network
-    at once, fewer where they have more than PIXELS; it bounds the memory, whatever the batch.
+    precision: bf16 makes the weights bfloat16 and channels_last; fp32 and tf32 leave them float32
+    (engine/distributed.py sets how float32 is multiplied). chunk: at most so many images go through
+    the network at once, fewer if they have more than PIXELS together; this bounds the memory.
     """
 
     def __init__(self, name, model, *, device, precision="fp32", chunk=32):
@@ -58,14 +60,14 @@ class StableDiffusionVAE:
         self.model = model
 
     def latent_shape(self, image_size):
-        """(C, h, w) of an image's latent. Raises ValueError for a size the VAE cannot halve."""
+        """(C, h, w) of an image's latent. Raises UserError for a size the VAE cannot halve."""
         if image_size % self.factor:
-            raise ValueError(f"--image-size must be a multiple of {self.factor} for --vae "
-                             f"{self.name}, got {image_size}; give another or --vae none")
+            raise UserError(f"--image-size must be a multiple of {self.factor} for --vae "
+                            f"{self.name}, got {image_size}; give another or --vae none")
         return self.channels, image_size // self.factor, image_size // self.factor
 
     def fingerprint(self):
-        """SHA-256 of the encoder's weights: equal where the moments are, as for ema and mse."""
+        """SHA-256 of the encoder's weights, which are the same for ema and mse."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.")):
@@ -76,12 +78,12 @@ class StableDiffusionVAE:
     def encode(self, images):
         """uint8 (B, 3, H, W) -> moments (B, 2, C, h, w), float32: mean and std, unscaled.
 
-        Runs in this space's own precision, whatever autocast surrounds it.
+        Runs in the precision of this space, also under autocast.
         """
         return torch.cat([self._encode(part) for part in self._parts(images, images.shape[2:])])
 
     def _parts(self, batch, image_size):
-        """The batch in parts for one pass each, whose length depends on the image size alone."""
+        """The batch in parts of one pass; their length depends on the image size alone."""
         return batch.split(min(self.chunk, max(1, PIXELS // image_size.numel())))
 
     def _encode(self, images):
@@ -120,66 +122,58 @@ def to_uint8(x):
 def load_vae(name, device="cpu", *, precision="fp32", chunk=32):
     """The space of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
 
-    precision: fp32, tf32 or bf16; chunk: images at most encoded or decoded at once. Only ema and
-    mse may need the network, once: then they lie in Hugging Face's cache. Weights are read as
-    safetensors, so as data. Raises ValueError or OSError in one line of option, rule, value and
-    remedy.
+    precision: fp32, tf32 or bf16; chunk: as in VAE. ema and mse are downloaded once, into Hugging
+    Face's cache. Weights are read as safetensors, which cannot hold code. Raises UserError.
     """
     if name == "none":
         return Pixels()
-    local = os.path.isdir(name)  # Path's own raises where a name is too long
-    if name not in HUB and not local:
-        raise FileNotFoundError(
-            f"--vae must be ema, mse, none or a folder with a diffusers AutoencoderKL, got {name} "
-            f"(no such folder); check the path or take one of the names")
+    if name not in HUB and not os.path.isdir(name):  # Path.is_dir raises if a name is too long
+        raise UserError(f"--vae must be ema, mse, none or a folder with a diffusers AutoencoderKL, "
+                        f"got {name} (no such folder); check the path or take one of the names")
     try:
         from diffusers import AutoencoderKL  # takes seconds to import, and pixels do without
     except ImportError as error:
-        raise ValueError(f"--vae {name} needs the diffusers package ({error}); install it or give "
-                         f"--vae none") from error
+        raise UserError(f"--vae {name} needs the diffusers package ({error}); install it or give "
+                        f"--vae none") from error
     with _quiet():
         model = _download(AutoencoderKL, name) if name in HUB else _open(AutoencoderKL, name)
     if model.config.get("shift_factor") or model.config.get("latents_mean"):
-        raise ValueError(f"--vae must have latents that one factor scales, got {name}, which also "
-                         f"shifts them; give a VAE of Stable Diffusion 1 or 2")
-    return StableDiffusionVAE(name, model, device=device, precision=precision, chunk=chunk)
+        raise UserError(f"--vae must have latents that one factor scales, got {name}, which also "
+                        f"shifts them; give a VAE of Stable Diffusion 1 or 2")
+    return VAE(name, model.float(), device=device, precision=precision, chunk=chunk)
 
 
-def _open(cls, path):
-    """The model in a local folder. Raises ValueError unless every weight is there and fits."""
+def _open(cls, folder):
+    """The model in a local folder. Raises UserError unless every weight is there and fits."""
     try:
         model, found = cls.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True)
-        if cls.load_config(path)["_class_name"] != cls.__name__:
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        if cls.load_config(folder)["_class_name"] != cls.__name__:
             raise ValueError(f"its config.json is not of an {cls.__name__}")
         if any(found.values()):
             raise ValueError("its weights do not fit its config.json")
     except Exception as error:  # three libraries read these files, each with errors of its own
-        raise ValueError(
+        raise UserError(
             f"--vae must be a folder with config.json and diffusion_pytorch_model.safetensors of "
-            f"an AutoencoderKL, got {path} ({_first_line(error)}); save it there with "
+            f"an AutoencoderKL, got {folder} ({_first_line(error)}); save it there with "
             f"save_pretrained") from error
-    return model.float()
+    return model
 
 
 def _download(cls, name):
-    """ema or mse, from the cache and else from the hub. Raises OSError if it is in neither."""
-    try:
-        return cls.from_pretrained(HUB[name], local_files_only=True, use_safetensors=True).float()
-    except Exception:  # not in the cache: any other fault will show again below
-        pass
-    try:
-        return cls.from_pretrained(HUB[name], use_safetensors=True).float()
-    except Exception as error:  # of diffusers, the hub's client or the network
-        raise OSError(
-            f"--vae {name} is {HUB[name]}, got neither a copy in Hugging Face's cache nor a "
-            f"download ({_first_line(error)}); connect once, or put a copy in a folder and give "
-            f"--vae FOLDER") from error
+    """ema or mse: from the cache, which needs no network, else from the hub. Raises UserError."""
+    for cached in (True, False):
+        try:
+            return cls.from_pretrained(HUB[name], local_files_only=cached, use_safetensors=True)
+        except Exception as error:  # of diffusers, the hub's client or the network
+            reason = _first_line(error)
+    raise UserError(f"cannot download {HUB[name]} for --vae {name}, which is not in Hugging Face's "
+                    f"cache ({reason}): connect once, or save it in a folder and give --vae FOLDER")
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the warnings of diffusers and the hub's client: what matters, load says itself."""
+    """Silences diffusers and the hub's client; load_vae reports what matters as a UserError."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

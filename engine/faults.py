@@ -106,8 +106,8 @@ class Signals:
         os.close(self.writer)
 
 
-def ignore_signals(_):
-    """For data loading processes: the training process decides when they end."""
+def ignore_signals():
+    """For processes that read data: the training process decides when they end."""
     for number in ASKED:
         signal.signal(number, signal.SIG_IGN)
 

@@ -10,7 +10,6 @@ Results of two protocols cannot be compared.
 """
 
 import http.client
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +26,15 @@ TINY = 3 * 32 * 32  # values of the largest image that the protocol pixels takes
 
 
 class Features(NamedTuple):
-    """What an image is reduced to; the protocol pixels has the first alone."""
+    """The features of a batch; the protocol pixels has only the first."""
 
-    pool: torch.Tensor  # (B, D)
+    pool: torch.Tensor  # (B, D), D = dimension(protocol, image size)
     spatial: torch.Tensor | None = None  # (B, SPATIAL)
     logits: torch.Tensor | None = None  # (B, CLASSES) float64, without the bias
 
 
 def dimension(protocol, image_size):
-    """D, the values that stand for an image of size (H, W). Raises UserError for too many."""
+    """D, the length of a pool feature of images of size (H, W). Raises UserError for too many."""
     if protocol != "pixels":
         return POOL
     height, width = image_size
@@ -48,14 +47,14 @@ def dimension(protocol, image_size):
 class Extractor:
     """uint8 images (B, 3, H, W) -> Features by one protocol, on the world's device, in float32.
 
-    inception: a file of pytorch-fid's weights; by default the one in the torch hub cache, which
-    is downloaded if missing. All processes take part. Raises UserError if there is none.
+    inception: a file of pytorch-fid's weights; by default the one in torch's hub cache, downloaded
+    if it is missing. Every rank must call it. Raises UserError without weights.
     """
 
     def __init__(self, protocol, world, *, inception=None):
         self.protocol, self.world = protocol, world
         if protocol != "pixels":
-            self.net = load_inception(weight_file(world, inception)).to(world.device)
+            self.net = load_inception(inception or find_weights(world)).to(world.device)
             self.class_weights = self.net.fc.weight.double().T  # (POOL, CLASSES)
             self.net.fc = torch.nn.Identity()
             self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_map)
@@ -97,36 +96,47 @@ def resize_like_tensorflow(images, size=299):
     return blend(blend(images, 3), 2)
 
 
-def weight_file(world, path=None):
-    """Where pytorch-fid's Inception weights are, downloaded by rank 0 if need be.
+def find_weights(world):
+    """The file of pytorch-fid's weights in torch's hub cache; rank 0 downloads it if it is missing.
 
-    Raises UserError, on every process, if they are neither there nor to be had.
+    Raises UserError on every rank if that fails. (pytorch-fid's own fid_inception_v3 lets every
+    process download, unpickles whatever is in the cache, and draws initial values.)
     """
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"--inception must be a file of Inception weights, got {path} (no such "
-                            f"file); name another, or leave it out to use the torch hub cache")
-        return Path(path)
     from pytorch_fid.inception import FID_WEIGHTS_URL  # takes a second to import
 
     path = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[1])
-    problem = None
-    if world.main and not path.is_file():
+
+    def download():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path))
         except (OSError, http.client.HTTPException) as error:
-            problem = error
-    problem = world.agree(problem and str(problem))
-    if problem or not path.is_file():
-        raise UserError(f"the Inception weights must be cached or downloadable, and are neither "
-                        f"({problem or 'missing on this machine'}); put {path.name} from "
-                        f"{FID_WEIGHTS_URL} into {path.parent}, or name it with --inception")
+            raise UserError(f"cannot download the Inception weights ({error}): put {path.name} "
+                            f"from {FID_WEIGHTS_URL} into {path.parent}, or name it with "
+                            f"--inception") from error
+
+    world.on_main(lambda: path.is_file() or download())
     return path
 
 
-def inception_network():
-    """pytorch-fid's Inception, its patched pooling and 1008 classes, without values: on meta."""
+def load_inception(path):
+    """pytorch-fid's Inception, with its pooling and 1008 classes, and the weights of a file.
+
+    The network is built without values, which would cost time and random numbers. Raises UserError
+    if the file is missing, torn, or of another network.
+    """
+    try:
+        net = build_inception()
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+    except Exception as error:  # torch.load raises errors of many kinds
+        raise UserError(f"--inception must be a file of pytorch-fid's Inception weights, got "
+                        f"{path} (missing, torn, or of another network); get it again, or leave "
+                        f"the option out to download it") from error
+    return net.float().eval().requires_grad_(False)
+
+
+def build_inception():
+    """pytorch-fid's Inception on the meta device: without values."""
     from pytorch_fid import inception
     from torchvision.models import inception_v3
 
@@ -139,18 +149,3 @@ def inception_network():
         net.Mixed_7b = inception.FIDInceptionE_1(1280)
         net.Mixed_7c = inception.FIDInceptionE_2(2048)
     return net
-
-
-def load_inception(path):
-    """The network with the weights of a file. Raises UserError for one that does not fit.
-
-    The file's tensors become the network's: initial values would cost time and random numbers.
-    """
-    net = inception_network()
-    try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
-    except (OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
-            pickle.UnpicklingError) as error:
-        raise UserError(f"the Inception weights must be pytorch-fid's, got {path} (torn, or of "
-                        f"another network); remove that file and get it again") from error
-    return net.float().eval().requires_grad_(False)

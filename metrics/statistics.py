@@ -1,8 +1,9 @@
-"""Sums over images from which metrics are computed, each process adding its own."""
+"""Sums over images, from which metrics are computed; each rank adds its own images."""
 
 import torch
 
 from engine.options import UserError
+from metrics.distances import NEIGHBOURS
 from metrics.inception import CLASSES, POOL, SPATIAL, dimension
 
 SPLIT = 5000  # images per split of the Inception Score
@@ -11,7 +12,7 @@ SPLIT = 5000  # images per split of the Inception Score
 class Moments:
     """Count, mean (D,) and covariance (D, D), in float64, of rows that come in batches.
 
-    Kept is the scatter about the running mean; sums of squares would cancel.
+    It keeps the scatter about the running mean; sums of squares would cancel.
     """
 
     def __init__(self, dim, device):
@@ -20,7 +21,7 @@ class Moments:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def add(self, rows):
-        """Take in rows (B, D)."""
+        """Add rows (B, D)."""
         rows, before = rows.double(), self.count
         mean = rows.mean(0)
         centred, shift = rows - mean, mean - self.mean
@@ -30,7 +31,7 @@ class Moments:
         self.scatter.addr_(shift, shift, alpha=before * len(rows) / self.count)
 
     def merge(self, world):
-        """Make these the moments of all processes' rows together."""
+        """Make these the moments of the rows of all ranks."""
         count = int(world.total(torch.tensor(self.count, device=self.mean.device)))
         mean = world.total(self.mean * (self.count / count))
         shift = self.mean - mean
@@ -43,10 +44,11 @@ class Moments:
 
 
 class Statistics:
-    """All that the metrics need to know of count images of image_size (H, W), in one pass.
+    """What the metrics need of count images of image_size (H, W), gathered in one pass.
 
-    spatial, scores, points: for sFID, the Inception Score, precision and recall; a reference's
-    ``wants`` says which. Memory is constant but for the points, 8 KiB an image.
+    spatial, scores, points: gather for sFID, the Inception Score, precision and recall, as a
+    reference ``wants``; what is not gathered is None. Memory is constant but for points, 8 KiB an
+    image. Raises UserError for fewer than 2 images.
     """
 
     def __init__(self, extractor, count, image_size, *, spatial=False, scores=False, points=False):
@@ -56,13 +58,14 @@ class Statistics:
         self.extractor, self.count, self.merged = extractor, count, False
         self.pool = Moments(dimension(extractor.protocol, image_size), device)
         self.spatial = Moments(SPATIAL, device) if spatial else None
-        self.points = torch.zeros(count, POOL, device=device) if points else None
+        self.points = (torch.zeros(count, POOL, device=device)
+                       if points and count > NEIGHBOURS else None)
         splits = (count - 1) // SPLIT + 1  # a row each: sums of p, of p log p, and of 1
         self.scores = (torch.zeros(splits, CLASSES + 2, dtype=torch.float64, device=device)
                        if scores else None)
 
     def add(self, images, first):
-        """Take in uint8 images (B, 3, H, W): number first, first + 1, ... of the whole."""
+        """Add uint8 images (B, 3, H, W), which have the numbers first, first + 1, ..."""
         features = self.extractor(images)
         self.pool.add(features.pool)
         if self.spatial is not None:
@@ -76,8 +79,17 @@ class Statistics:
             numbers = torch.arange(first, first + len(images), device=p.device)
             self.scores.index_add_(0, numbers // SPLIT, sums)
 
+    def add_all(self, batches, title):
+        """Add this rank's batches, of (first, images), under a progress bar; returns self."""
+        world = self.extractor.world
+        with world.progress(self.count, desc=title, unit="image") as bar:
+            for first, images in batches:
+                self.add(images, first)
+                bar.update(min(len(images) * world.size, bar.total - bar.n))
+        return self
+
     def merge(self):
-        """Join the parts of all processes, on each of them; later calls do nothing."""
+        """Join the parts of all ranks, on each of them; later calls do nothing."""
         if self.merged:
             return
         self.merged, world = True, self.extractor.world

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
+from torch import nn
+
+from engine.options import UserError
+from metrics.inception import build_inception
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,3 +73,114 @@ def tiny(digits, run_dir):
     return ["--data-path", digits, "--run-dir", run_dir, "--vae", "none", "--image-size", 8,
             "--model", "DiT-T/4", "--global-batch-size", 16, "--num-workers", 0, "--lr", 1e-3,
             "--ema-decay", 0.9, "--log-every", 4, "--sample-every", 0, "--ckpt-every", 10]
+
+
+# ---- images, a VAE and Inception weights -----------------------------------------------------
+
+PHOTO = Image.fromarray(load_sample_images().images[0])  # a real photograph, 640 x 427
+
+
+def refused(*words):
+    """Raises a UserError of one line with these words, in this order."""
+    return pytest.raises(UserError, match=".*".join(map(re.escape, map(str, words))))
+
+
+def flip_bit(path, position):
+    """Flip the lowest bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def save_folder(path, per_class=5, size=32):
+    """A class folder each of 'b' and 'a' with pieces of the photograph."""
+    for offset, name in enumerate("ba"):
+        (path / name).mkdir(parents=True)
+        for i in range(per_class):
+            x, y = 40 * i, 60 * offset
+            PHOTO.crop((x, y, x + size + i, y + size)).save(path / name / f"{i}.png")
+    return path
+
+
+def save_odd_files(folder):
+    """Photographs in every mode that ImageNet holds, and some that it does not."""
+    square = PHOTO.crop((0, 0, 32, 32))
+    folder.mkdir(parents=True, exist_ok=True)
+    square.convert("L").save(folder / "grey.jpg")
+    square.convert("CMYK").save(folder / "cmyk.jpg")
+    square.convert("P").save(folder / "palette.png")
+    square.convert("P").save(folder / "transparent.gif", transparency=3)
+    square.convert("1").save(folder / "bits.png")
+    square.convert("LA").save(folder / "grey-alpha.png")
+    alpha = Image.linear_gradient("L").resize((32, 32))
+    Image.merge("RGBA", (*square.split(), alpha)).save(folder / "alpha.png")
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(deep).save(folder / "sixteen.png")
+    Image.fromarray(deep).save(folder / "sixteen.tiff")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated
+    square.save(folder / "rotated.jpg", exif=exif, quality=95)
+    return sorted(folder.iterdir())
+
+
+def save_small_vae(path, **changes):
+    """A folder with an AutoencoderKL of 67 thousand random weights, with SD's factor of 8."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**{
+        "block_out_channels": (8, 8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "latent_channels": 4,
+        "norm_num_groups": 4, **changes}).save_pretrained(path)
+    return path
+
+
+def pictures(count, size, seed):
+    """Images (count, 3, size, size), uint8, of different colour and coarseness."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for _ in range(count):
+        cells = int(torch.randint(2, size // 2, (), generator=generator))
+        colour = 0.2 + 0.8 * torch.rand(1, 3, 1, 1, generator=generator)
+        noise = torch.rand(1, 3, cells, cells, generator=generator)
+        images.append(F.interpolate(noise, (size, size), mode="bilinear") * colour * 255)
+    return torch.cat(images).to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def torch_home(tmp_path_factory):
+    """A TORCH_HOME with random weights where pytorch-fid and torch-fidelity look for theirs.
+
+    The published ones cannot be had without a network. Filters have no mean and batch norms hold
+    the statistics of a few pictures, so that features and classes differ between pictures.
+    """
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
+    generator = torch.Generator().manual_seed(0)
+    net = build_inception().to_empty(device="cpu").train()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = torch.randn(module.weight.shape, generator=generator)
+            weight -= weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))
+            module.weight.data = weight * (2 / weight[0].numel()) ** 0.5
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.data.normal_(1, 0.1, generator=generator)
+            module.bias.data.normal_(0, 0.1, generator=generator)
+            module.reset_running_stats()
+            module.momentum = 1.0  # the running statistics become the batch's
+    net.fc.weight.data.mul_(4)
+    net.fc.bias.data.normal_(0, 1, generator=generator)
+    with torch.no_grad():
+        net(pictures(8, 150, seed=0).float() / 127.5 - 1)
+    home = tmp_path_factory.mktemp("torch")
+    folder = home / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = folder / FID_WEIGHTS_URL.rsplit("/", 1)[1]
+    torch.save(net.state_dict(), path)
+    os.link(path, folder / path.name.replace("pt_inception", "weights-inception"))
+    return home
+
+
+@pytest.fixture(scope="session")
+def inception_weights(torch_home):
+    return next(torch_home.glob("hub/checkpoints/pt_inception*"))

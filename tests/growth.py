@@ -87,9 +87,9 @@ def options(folder, data, steps, every):
     pixels = ["--image-size", 8, "--vae", "none"]
     path, extra = folder / "digits", []
     if data == "latents":
-        import test_vae
+        import conftest
 
-        test_vae.save_small_vae(folder / "vae")
+        conftest.save_small_vae(folder / "vae")
         pixels = ["--image-size", 16, "--vae", folder / "vae"]
         path, extra = folder / "latents", ["--encoded-data"]
         script("encode_imagenet", "--data-path", folder / "digits", "--out-path", path, *pixels,

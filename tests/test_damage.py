@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def read_shards(folder):
     found = LatentShards(folder)
     found.verify()
     rows = torch.arange(len(found))
-    return [plain(found[rows, torch.full_like(rows, mirror, dtype=torch.bool)])
+    return [plain(found.read((rows, torch.full_like(rows, mirror, dtype=torch.bool))))
             for mirror in (False, True)], found.classes, found.scale, found.vae, found.image_size
 
 
@@ -58,8 +59,8 @@ def read_reference(path):
     found = Reference.load(path, "pixels", (8, 8), option="--ref")
     verify_npz("--ref", path, WORLD)
     images = NpzImages(path, option="--samples")
-    images.check(WORLD)
-    return plain([*found.pool, *(batch for _, batch in images.batches(7, WORLD))]), found.count
+    batches = [batch for _, batch in images.numbered_batches(7, WORLD)]
+    return plain([*found.pool, *batches]), found.count
 
 
 def plain(value):
@@ -157,11 +158,12 @@ def test_damaged_references_and_samples_are_refused(reference, trained, tmp_path
     samples, new = ["--samples", reference, "--protocol", "pixels"], tmp_path / "new.npz"
     evaluate = ["--fid-ref", reference, "--protocol", "pixels", "--no-save-images"]
     position = reference.read_bytes().index(b"arr_0.npy") + 8000
+    whole = shutil.copy(reference, tmp_path / "whole.npz")
     with flipped(reference, position, 3):
         with pytest.raises(UserError, match="--samples must .*damaged: arr_0.npy"):
             call("evaluate_fid", *samples, "--make-ref", new)
         with pytest.raises(UserError, match="--ref must .*damaged: arr_0.npy"):
-            call("evaluate_fid", *samples, "--ref", reference)
+            call("evaluate_fid", *samples[2:], "--samples", whole, "--ref", reference)
         with pytest.raises(UserError, match="--fid-ref must .*damaged: arr_0.npy"):
             call("sample", "--ckpt", trained, "--num-fid-samples", 4, *evaluate)
     assert not new.exists()

@@ -1,17 +1,17 @@
 """evaluate_fid.py as users run it, against pytorch-fid and torch-fidelity on random weights."""
 
 import json
-import re
+import runpy
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import run_script
+from conftest import ROOT, call, pictures, run_script
 from PIL import Image
-from pytorch_fid.fid_score import calculate_fid_given_paths
-from test_fid import pictures, write_weights
+from pytorch_fid.fid_score import compute_statistics_of_path
+from pytorch_fid.inception import InceptionV3
 from tqdm import tqdm
 
 import evaluate_fid
@@ -28,13 +28,11 @@ def save(images, folder):
 
 
 @pytest.fixture(scope="module")
-def torch_home(tmp_path_factory):
-    """A TORCH_HOME with Inception weights, in force for the whole file."""
-    home = tmp_path_factory.mktemp("home")
-    write_weights(home)
+def home(torch_home):
+    """TORCH_HOME with Inception weights, for the whole file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_HOME", str(home))
-        yield home
+        patch.setenv("TORCH_HOME", str(torch_home))
+        yield torch_home
 
 
 @pytest.fixture(scope="module")
@@ -66,32 +64,33 @@ def refusal(capfd, monkeypatch, *options):
 # ---- the numbers of others -----------------------------------------------------------------
 
 
-def test_pytorch_fid_protocol_gives_pytorch_fids_number(torch_home, folders, capfd):
-    """To 1e-6: pytorch-fid's own is a few 1e-9 uncertain where covariances are singular."""
-    a, b = folders
-    result, err = evaluate(capfd, "--samples", a, "--ref", b, "--batch-size", 3)
-    expected = calculate_fid_given_paths([str(a), str(b)], 4, "cpu", 2048, 0)
-    assert result["fid"] == pytest.approx(expected, rel=1e-6)
-    assert set(result) == {"protocol", "num_samples", "fid", "num_reference", "samples", "ref"}
-    assert result["protocol"] == "pytorch-fid" and result["ref"] == str(b)
-    assert (result["num_samples"], result["num_reference"]) == (5, 6)
-    assert "FID" in err and f"{result['fid']:.4f}" in err
+@pytest.mark.slow
+def test_pytorch_fid_protocol_gives_pytorch_fids_number(home, folders, tmp_path, capfd):
+    """Its statistics of both folders and their distance; test_distances.py compares its formula,
+    which takes half a minute in 2048 dimensions, in fewer."""
+    ours, theirs = [], []
+    model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
+    for folder in folders:
+        path = tmp_path / f"{folder.name}.npz"
+        evaluate(capfd, "--samples", folder, "--make-ref", path, "--batch-size", 3)
+        with np.load(path) as file:
+            ours.append((file["mu"], file["sigma"]))
+        theirs.append(compute_statistics_of_path(str(folder), model, 4, 2048, "cpu", 0))
+        np.testing.assert_allclose(ours[-1][1], theirs[-1][1], atol=1e-6 * theirs[-1][1].max())
+    assert frechet_distance(*ours) == pytest.approx(frechet_distance(*theirs), rel=1e-6)
 
 
 @pytest.fixture(scope="module")
-def adm(torch_home, folders, tmp_path_factory):
-    """A reference of folder b, made by the script, and folder a's result against it."""
-    a, b = folders
+def adm(home, folders, tmp_path_factory):
+    """A reference of folder b, made by the script, and the options that compare folder a."""
     path = tmp_path_factory.mktemp("reference") / "new" / "ref.npz"
-    options = ["--protocol", "adm", "--num-workers", "0"]
-    args = evaluate_fid.parse_args(["--samples", str(b), "--make-ref", str(path), *options])
-    evaluate_fid.main(args)
-    done = run_script("evaluate_fid.py", "--samples", a, "--ref", path, *options)
-    assert done.returncode == 0, done.stderr
-    return path, json.loads(done.stdout)
+    options = ["--protocol", "adm", "--num-workers", 0]
+    call("evaluate_fid", "--samples", folders[1], "--make-ref", path, *options)
+    return path, ["--samples", folders[0], "--ref", path, *options]
 
 
-def test_made_reference_has_adms_layout(adm, folders):
+@pytest.mark.slow
+def test_made_reference_has_adms_layout(adm):
     with np.load(adm[0]) as file:
         assert file["mu"].shape == (2048,) and file["sigma"].shape == (2048, 2048)
         assert file["mu_s"].shape == (2023,) and file["sigma_s"].shape == (2023, 2023)
@@ -101,31 +100,26 @@ def test_made_reference_has_adms_layout(adm, folders):
     assert [path.name for path in adm[0].parent.iterdir()] == ["ref.npz"]
 
 
-def test_adm_protocol_gives_torch_fidelitys_numbers(adm, folders):
+@pytest.mark.slow
+def test_adm_protocol_gives_torch_fidelitys_numbers_with_one_and_three_processes(adm, folders,
+                                                                                 capfd):
+    """Of 5 samples and 6 reference images in batches of 2, one share holds a single image."""
     a, b = folders
     expected = torch_fidelity.calculate_metrics(
         input1=str(a), input2=str(b), cuda=False, fid=True, isc=True, prc=True, isc_splits=1,
         samples_shuffle=False, feature_extractor="inception-v3-compat", cache=False, verbose=False)
-    result = adm[1]
+    result, _ = evaluate(capfd, *adm[1])
     assert result["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     assert result["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
     assert result["precision"] == pytest.approx(expected["precision"], rel=1e-4)
     assert result["recall"] == pytest.approx(expected["recall"], rel=1e-4)
     assert result["inception_score"] > 1.5 and result["sfid"] > 1
-    assert result["num_reference_images"] == 6
-
-
-def test_three_processes_give_the_numbers_of_one(adm, folders):
-    """5 samples and 6 reference images, in batches of 2: one share holds a single image."""
-    path, alone = adm
-    done = run_script("evaluate_fid.py", "--samples", folders[0], "--ref", path, "--protocol",
-                      "adm", "--batch-size", 2, "--num-workers", 1, processes=3)
+    assert result["num_reference_images"] == 6 and result["num_samples"] == 5
+    done = run_script("evaluate_fid.py", *adm[1], "--batch-size", 2, processes=3)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result.keys() == alone.keys()
-    for key, value in alone.items():
-        assert result[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float)
-                               else value)
+    assert json.loads(done.stdout) == {
+        key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
+        for key, value in result.items()}
 
 
 # ---- pixels --------------------------------------------------------------------------------
@@ -140,25 +134,20 @@ def test_pixels_of_shifted_images_are_apart_by_the_square_of_the_shift(tmp_path,
     assert result["fid"] == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capfd):
     """They printed "FID 1.3243", of three channels, and "frechet 0.364", of their mean."""
     images = pictures(30, 8, seed=7)
     np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    run_script("examples/digits.py", "write", tmp_path / "digits")
-    judged = json.loads(run_script("examples/digits.py", "judge", tmp_path / "a.npz").stdout)
+    digits = runpy.run_path(ROOT / "examples" / "digits.py")
+    digits["main"](digits["parse_args"](["write", str(tmp_path / "digits")]))
+    capfd.readouterr()
+    digits["main"](digits["parse_args"](["judge", str(tmp_path / "a.npz")]))
+    judged = json.loads(capfd.readouterr().out)
     result, err = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "digits",
                            "--image-size", 8, "--protocol", "pixels")
     assert judged["frechet_distance_of_pixels"] == round(result["fid"], 4) > 1
     assert f"Frechet distance of pixels {result['fid']:>13.4f}" in err and "FID" not in err
-
-
-def test_two_processes_give_the_numbers_of_one(tmp_path, capfd):
-    a, b = (save(pictures(n, 8, seed=n), tmp_path / str(n)) for n in (21, 9))
-    options = ["--samples", a, "--ref", b, "--protocol", "pixels", "--batch-size", 5]
-    alone, _ = evaluate(capfd, *options)
-    done = run_script("evaluate_fid.py", *options, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["fid"] == pytest.approx(alone["fid"], rel=1e-9)
 
 
 def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd):
@@ -228,19 +217,19 @@ def spoil(folder, kind):
             path.unlink()
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("size", "images of one size, got .*000001.png of 9 x 8 after 8 x 8; .*--image-size"),
-    ("mode", "RGB images, got .*000002.png of mode L; .*--image-size"),
-    ("text", "readable images, got .*000001.png .*; repair or remove"),
-    ("few", "2 images or more, for a covariance, got 1 in")])
+@pytest.mark.parametrize("kind, words", [
+    ("size", ["000001.png", "(8, 9)", "--image-size"]),
+    ("mode", ["000002.png", "mode L", "--image-size"]),
+    ("text", ["000001.png"]), ("few", ["2 images or more", "got 1"])])
 @pytest.mark.parametrize("option", ["--samples", "--ref"])
-def test_images_that_cannot_be_evaluated_are_refused(option, kind, message, tmp_path, capfd,
+def test_images_that_cannot_be_evaluated_are_refused(option, kind, words, tmp_path, capfd,
                                                      monkeypatch):
     good, bad = (save(pictures(3, 8, seed=9), tmp_path / name) for name in ("good", "bad"))
     spoil(bad, kind)
     other = {"--samples": "--ref", "--ref": "--samples"}[option]
-    line = refusal(capfd, monkeypatch, option, bad, other, good)  # before weights are looked for
-    assert re.search(f"error: {option} must hold {message}", line), line
+    monkeypatch.setattr(World, "progress", quiet)
+    line = refusal(capfd, monkeypatch, option, bad, other, good, "--protocol", "pixels")
+    assert all(word in line for word in [f"error: {option}", *words]), line
 
 
 def test_an_image_torn_behind_its_header_is_refused_by_its_name(tmp_path, capfd, monkeypatch):
@@ -250,7 +239,7 @@ def test_an_image_torn_behind_its_header_is_refused_by_its_name(tmp_path, capfd,
     monkeypatch.setattr(World, "progress", quiet)
     line = refusal(capfd, monkeypatch, "--samples", folder, "--protocol", "pixels",
                    "--make-ref", tmp_path / "ref.npz")
-    assert "--samples must hold readable images, got" in line and "000001.png" in line
+    assert "--samples" in line and "000001.png" in line
     assert not list(tmp_path.glob("*ref*"))
 
 
@@ -258,23 +247,18 @@ def quiet(world, total, **options):
     return tqdm(total=total, disable=True)
 
 
-@pytest.mark.parametrize("options, message", [
-    ([], "--ref or --make-ref must be given, and not both"),
-    (["--ref", "x.npz", "--make-ref", "y.npz"], "--ref or --make-ref must be given, and not both"),
-    (["--ref", "missing.npz"], "--ref must be a whole .npz file"),
-    (["--samples", "missing", "--ref", "x.npz"], "--samples must be a folder or an .npz file"),
-    (["--make-ref", "statistics"], "--make-ref must be a new file that ends in .npz"),
-    (["--make-ref", "kept.npz"], "--make-ref must be a new file that ends in .npz"),
-    (["--ref", "kept.npz"], "--ref must have the keys mu and sigma, got kept.npz with arr_0"),
-    (["--ref", "samples", "--inception", "none.pth"], "--inception must be a file"),
-    (["--ref", "samples", "--protocol", "clean"], "invalid choice"),
-    (["--ref", "samples", "--batch-size", "0"], "--batch-size: must be a whole number")])
-def test_wrong_options_are_refused_in_one_line(options, message, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("options, word", [
+    ([], "--ref or --make-ref"), (["--ref", "x.npz", "--make-ref", "y.npz"], "--ref or --make-ref"),
+    (["--ref", "missing.npz"], "--ref"), (["--samples", "missing", "--ref", "x.npz"], "--samples"),
+    (["--make-ref", "statistics"], "--make-ref"), (["--make-ref", "kept.npz"], "--make-ref"),
+    (["--ref", "kept.npz"], "--ref"),
+    (["--ref", "samples", "--inception", "none.pth"], "--inception")])
+def test_wrong_options_are_refused_in_one_line(options, word, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(pictures(3, 8, seed=9), tmp_path / "samples")
     np.savez("kept.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
     before = (tmp_path / "kept.npz").read_bytes()
-    assert message in refusal(capfd, monkeypatch, "--samples", "samples", *options)
+    assert f"error: {word}" in refusal(capfd, monkeypatch, "--samples", "samples", *options)
     assert (tmp_path / "kept.npz").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.npz", "samples"]
 
@@ -289,5 +273,6 @@ def test_weights_neither_cached_nor_downloadable_are_named_with_their_place(tmp_
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folder = save(pictures(3, 8, seed=9), tmp_path / "a")
     line = refusal(capfd, monkeypatch, "--samples", folder, "--ref", folder)
-    assert "put pt_inception-2015-12-05-6726825d.pth from https://" in line
-    assert f"into {tmp_path / 'home' / 'hub' / 'checkpoints'}, or name it with --inception" in line
+    for word in ("pt_inception-2015-12-05-6726825d.pth", "https://", "--inception",
+                 str(tmp_path / "home" / "hub" / "checkpoints")):
+        assert word in line

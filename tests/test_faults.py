@@ -20,7 +20,7 @@ from conftest import ROOT, call, command
 from soak import Child, differences, ranks, wait_for_step
 
 from dataset.images import ImageFolder
-from dataset.loader import Batches, load_batches
+from dataset.loader import BatchSampler, load_batches
 from engine.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from engine.distributed import World, run_main
 from engine.faults import ASKED, Guard, Signals, propagate_nonfinite
@@ -509,10 +509,10 @@ def test_a_full_disk_is_one_line_and_older_files_stay(digits, tmp_path, uninterr
 def test_readers_leave_the_end_to_the_training_process(digits, capfd):
     """A signal to the whole process group, as from a terminal, reaches the workers, too."""
     images = ImageFolder(digits, 8)
-    batches = Batches(200, 10, seed=0, flip=False, world=WORLD, stop=10**6)
+    batches = BatchSampler(200, 10, seed=0, flip=False, world=WORLD, stop=10**6)
     loaded = load_batches(images, batches, workers=1, device=torch.device("cpu"))
     next(loaded)
-    reader, = [child for child in multiprocessing.active_children() if child.daemon]
+    reader, = multiprocessing.active_children()
     for number in ASKED:
         os.kill(reader.pid, number)
     for _ in range(20):

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import growth
 import pytest
 import torch
-from conftest import ROOT, call, run_script, tiny
+from conftest import ROOT, call, run_script, save_folder, save_small_vae, tiny
 from PIL import Image
-from test_data import save_folder
-from test_vae import save_small_vae
 
+import metrics.reference
 import models
 import train
 from dataset.images import NpzImages
@@ -237,9 +236,11 @@ def test_evaluation_while_training_changes_nothing_but_the_metrics(digits, tmp_p
     call("sample", "--ckpt", tmp_path / "with" / "checkpoints" / "0000004.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
     samples = Statistics(Extractor("pixels", WORLD), 60, (8, 8))
-    samples.add(next(NpzImages(tmp_path / "samples.npz", option="").batches(60, WORLD))[1], 0)
-    reference = Reference.load(evaluates[3], "pixels", (8, 8), option="--ref")
-    assert measured[-1]["fid"] == pytest.approx(evaluate(samples, reference)["fid"], rel=1e-9)
+    images = NpzImages(tmp_path / "samples.npz", option="")
+    samples.add_all(images.numbered_batches(60, WORLD), "samples")
+    reference = Reference.load(evaluate[3], "pixels", (8, 8), option="--ref")
+    assert measured[-1]["fid"] == pytest.approx(
+        metrics.reference.evaluate(samples, reference)["fid"], rel=1e-9)
 
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(digits, tmp_path):

@@ -1,0 +1,84 @@
+"""Distances against closed forms, known points and pytorch-fid."""
+
+import numpy as np
+import pytest
+import torch
+from pytorch_fid.fid_score import calculate_frechet_distance
+
+from metrics.distances import frechet_distance, precision, recall
+
+
+def gaussian(dim, rank, seed):
+    """A mean (dim,) and a covariance (dim, dim) of that rank."""
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((dim, rank))
+    return rng.standard_normal(dim), root @ root.T
+
+
+@pytest.mark.parametrize("by_product", [False, True])
+def test_equal_covariances_give_the_squared_distance_of_the_means(by_product):
+    mean, covariance = gaussian(40, 60, seed=0)
+    shift = np.linspace(-1, 2, 40)
+    distance = frechet_distance((mean, covariance), (mean + shift, covariance),
+                                by_product=by_product)
+    assert distance == pytest.approx(shift @ shift, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 40])
+def test_a_set_has_no_distance_from_itself(rank):
+    pair = gaussian(40, rank, seed=1)
+    assert 0 <= frechet_distance(pair, pair) <= 1e-12 * (1 + np.trace(pair[1]))
+
+
+@pytest.mark.parametrize("zeros", [0, 30, 39])
+def test_commuting_covariances_give_the_closed_form_however_singular(zeros):
+    """sum (sqrt a - sqrt b)^2 for eigenvalues a, b on common axes; a has zeros where b has none."""
+    rng = np.random.default_rng(2)
+    axes, _ = np.linalg.qr(rng.standard_normal((40, 40)))
+    a, b = rng.uniform(0.1, 3, (2, 40))
+    a[:zeros], b[-1] = 0, 0
+    pairs = [(np.zeros(40), axes * values @ axes.T) for values in (a, b)]
+    expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert frechet_distance(*pairs) == pytest.approx(expected, rel=1e-11)
+
+
+def test_regular_covariances_give_pytorch_fids_number():
+    pairs = gaussian(128, 400, seed=3), gaussian(128, 300, seed=4)
+    expected = calculate_frechet_distance(*pairs[0], *pairs[1])
+    assert frechet_distance(*pairs) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(*pairs, by_product=True) == pytest.approx(expected, rel=1e-8)
+
+
+def test_singular_covariances_give_pytorch_fids_number_by_product():
+    """pytorch-fid takes roots of rounding errors there, which is part of its number."""
+    pairs = gaussian(256, 9, seed=5), gaussian(256, 11, seed=6)
+    expected = calculate_frechet_distance(*pairs[0], *pairs[1])
+    assert frechet_distance(*pairs, by_product=True) == pytest.approx(expected, rel=2e-8)
+
+
+def test_precision_and_recall_of_known_points():
+    """k = 1 on a line. Balls of 0, 1, 5: to the nearest neighbour, radii 1, 1, 4."""
+    reference = torch.tensor([[0.0], [1.0], [5.0]])
+    samples = torch.tensor([[-0.5], [-1.5], [9.5], [2.0], [8.0]])
+    # Samples within [-1, 2] or [1, 9]: -0.5, 2, 8. Their balls: radii 1, 1, 1.5, 2.5, 1.5, so
+    # [-1.5, .5], [-2.5, -.5], [8, 11], [-.5, 4.5], [6.5, 9.5]: of the reference 0 and 1.
+    assert precision(samples, reference, k=1) == pytest.approx(3 / 5)
+    assert recall(samples, reference, k=1) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("held", [1, 50, 2**25])
+def test_precision_and_recall_are_those_of_a_search_in_any_chunks(held, monkeypatch):
+    monkeypatch.setattr("metrics.distances.DISTANCES", held)
+    generator = torch.Generator().manual_seed(7)
+    samples = 100 + torch.randn(23, 4, generator=generator)  # far off, where digits are few
+    reference = 100.5 + torch.randn(17, 4, generator=generator)
+
+    def share(points, others):
+        far = torch.cdist(others.double(), others.double()).sort().values[:, 3]
+        near = torch.cdist(points.double(), others.double())
+        return (near <= far).any(1).double().mean().item()
+
+    expected = share(samples, reference), share(reference, samples)
+    found = precision(samples, reference), recall(samples, reference)
+    assert found == pytest.approx(expected)
+    assert 0 < expected[0] < 1

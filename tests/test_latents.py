@@ -1,0 +1,238 @@
+"""Shards of latents: what is written, served and refused."""
+
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import flip_bit, refused, save_folder
+
+from dataset.images import ImageFolder
+from dataset.latents import (
+    DTYPES,
+    ArrayWriter,
+    LatentShards,
+    ShardFiles,
+    checksum,
+    sealed,
+    write_shard,
+)
+from dataset.loader import BatchSampler, load_batches
+from dataset.vae import Pixels
+from engine.files import write_json
+
+CPU = torch.device("cpu")
+SHAPE = (4, 8, 8)
+COUNTS = [6, 0, 5]
+INFO = {"format_version": 1, "classes": ["a", "b", "c"], "image_size": 64, "crop": "adm-center",
+        "latent_shape": list(SHAPE), "vae": "ema", "scale": 0.18215, "dtype": "float16",
+        "flip": True, "shards": COUNTS, "count": 11}
+
+
+def stored(mirrored=False, dtype=torch.float16):
+    """The moments of the shards below, (11, 2, 4, 8, 8)."""
+    generator = torch.Generator().manual_seed(int(mirrored))
+    return torch.randn(sum(COUNTS), 2, *SHAPE, generator=generator).to(dtype)
+
+
+def describe(path, **changes):
+    """Write dataset.json as encode_imagenet.py does, with these changes."""
+    sums = {file.name: checksum(file) for file in path.glob("*.npy")}
+    write_json(path / "dataset.json", sealed({**INFO, "crc32": sums, **changes}))
+
+
+def save_shards(path, dtype="float16"):
+    """A data set of 11 latents in shards of 6, 0 and 5; image i has label i % 3."""
+    path.mkdir(parents=True)
+    kind, starts = DTYPES[dtype], np.cumsum([0, *COUNTS])
+    for index, (start, stop) in enumerate(zip(starts, starts[1:])):
+        parts = [(torch.arange(a, b) % 3, stored(dtype=kind)[a:b], stored(True, kind)[a:b], [])
+                 for a, b in ((start, start + 2), (start + 2, stop)) if stop > start]
+        parts = parts or [(torch.arange(0), stored(dtype=kind)[:0], stored(dtype=kind)[:0], [])]
+        write_shard(ShardFiles(path, index), parts, latent_shape=SHAPE, dtype=dtype, flip=True)
+    describe(path, dtype=dtype)
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return save_shards(tmp_path / "shards")
+
+
+def test_shards_are_plain_npy_files(shards):
+    files = ShardFiles(shards, 0)
+    assert files.moments.name == "shard-00000.npy"
+    assert np.array_equal(np.load(files.moments, allow_pickle=False), stored()[:6].numpy())
+    assert np.array_equal(np.load(files.flip, allow_pickle=False), stored(True)[:6].numpy())
+    assert np.load(files.labels, allow_pickle=False).tolist() == [0, 1, 2, 0, 1, 2]
+    assert not list(shards.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_shards_serve_any_rows_and_their_mirrors(tmp_path, dtype):
+    found = LatentShards(save_shards(tmp_path / "shards", dtype))
+    assert len(found) == 11 and found.classes == ["a", "b", "c"] and found.flip
+    assert (found.image_size, found.latent_shape, found.scale) == (64, SHAPE, 0.18215)
+    rows = torch.tensor([10, 0, 6, 5, 5, 10])
+    mirrored = torch.tensor([True, False, True, False, True, False])
+    moments, labels = found.read((rows, mirrored))
+    kind = DTYPES[dtype]
+    assert moments.dtype == kind and moments.shape == (6, 2, *SHAPE)
+    expected = torch.where(mirrored[:, None, None, None, None], stored(True, kind)[rows],
+                           stored(dtype=kind)[rows])
+    assert torch.equal(moments, expected) and labels.tolist() == (rows % 3).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_serves_shards_in_order(shards, workers):
+    found = LatentShards(shards)
+    sampler = BatchSampler(11, 4, seed=1, flip=True, stop=5, world=SimpleNamespace(rank=0, size=1))
+    served = list(load_batches(found, sampler, workers=workers, device=CPU))
+    assert len(served) == 5
+    for (moments, labels), batch in zip(served, sampler, strict=True):
+        assert torch.equal(moments, found.read(batch)[0])
+        assert torch.equal(labels, batch[0] % 3)
+
+
+def damage(shards, how):
+    """Damage a data set; returns a word that the message must hold."""
+    files = ShardFiles(shards, 2)
+    whole = files.moments.read_bytes()
+    if how == "missing":
+        files.moments.unlink()
+    elif how == "truncated":
+        files.moments.write_bytes(whole[:-1])
+    elif how == "too long":
+        files.moments.write_bytes(whole + b"0")
+    elif how == "of another dtype":
+        np.save(files.moments, stored()[6:].float().numpy())
+    elif how == "of another shape":
+        np.save(files.moments, stored()[6:, :1].numpy())
+    elif how == "in Fortran order":
+        np.save(files.moments, np.asfortranarray(stored()[6:].numpy()))
+    elif how == "pickled":
+        np.save(files.moments, np.array([print] * 5), allow_pickle=True)
+    elif how == "no array":
+        files.moments.write_bytes(b"PK\x03\x04 something else")
+    elif how == "hostile":
+        files.moments.write_bytes(whole[:10] + (b"-" * 117 + b"1") + whole[128:])
+    elif how == "huge":
+        header = whole[:128].replace(b"(5, ", b"(5" + b"0" * 17 + b", ")
+        files.moments.write_bytes(header[:127] + b"\n" + whole[128:])
+    elif how == "a folder":
+        files.moments.unlink()
+        files.moments.mkdir()
+    elif how == "without mirrors":
+        files.flip.unlink()
+        return files.flip.name
+    elif how == "without labels":
+        files.labels.unlink()
+        return files.labels.name
+    elif how in ("labels too high", "labels below 0"):
+        np.save(files.labels, np.array([0, 1, 2, 0, 3 if "high" in how else -1]))
+        return files.labels.name
+    return files.moments.name
+
+
+@pytest.mark.parametrize("how", [
+    "missing", "truncated", "too long", "of another dtype", "of another shape", "in Fortran order",
+    "pickled", "no array", "hostile", "huge", "a folder", "without mirrors", "without labels",
+    "labels too high", "labels below 0"])
+def test_a_damaged_or_foreign_shard_is_refused_by_name(shards, how):
+    name = damage(shards, how)
+    with refused(name):
+        LatentShards(shards)
+
+
+@pytest.mark.parametrize("change", [
+    {"format_version": 2}, {"crop": "random"}, {"crc32": 5}, {"crc32": {}}, "changed", "missing",
+    "list", "", "{", "[" * 100000, "\xff"])
+def test_a_dataset_json_that_is_not_ours_is_refused(shards, change):
+    path = shards / "dataset.json"
+    info = json.loads(path.read_text())
+    if isinstance(change, dict):
+        path.write_text(json.dumps(info | change if "crc32" in change else sealed(info | change)))
+    elif change == "changed":
+        path.write_text(json.dumps(info | {"classes": ["a", "b", "d"]}))
+    elif change == "missing":
+        path.write_text(json.dumps({name: info[name] for name in info if name != "crc32"}))
+    else:
+        path.write_bytes(b"[]" if change == "list" else change.encode("latin-1"))
+    with refused(path, "repeat"):
+        LatentShards(shards)
+
+
+def test_shards_and_images_are_not_mistaken_for_each_other(shards, tmp_path):
+    with refused("holds latent shards", "--encoded-data"):
+        ImageFolder(shards, 64)
+    with refused("without dataset.json", "leave out --encoded-data"):
+        LatentShards(save_folder(tmp_path / "images"))
+
+
+def test_an_unfinished_encoding_is_refused(shards):
+    (shards / "dataset.json").rename(shards / "encoding.json")
+    with refused("cut short", "repeat the encode_imagenet.py command"):
+        LatentShards(shards)
+
+
+@pytest.mark.parametrize("name", ["moments", "labels", "flip"])
+def test_a_flipped_bit_is_found_by_checksum(shards, name):
+    assert LatentShards(shards).verify() is None
+    path = getattr(ShardFiles(shards, 2), name)
+    flip_bit(path, -16)
+    with refused(path, "damaged", "encode_imagenet.py"):
+        LatentShards(shards).verify()
+
+
+def test_a_large_set_is_verified_by_its_labels_alone(shards, monkeypatch):
+    """All of ImageNet would take minutes at each start: the log says how to do it."""
+    monkeypatch.setattr("dataset.latents.VERIFIED", 0)
+    flip_bit(ShardFiles(shards, 0).moments, -20)
+    note = LatentShards(shards).verify()
+    assert "latents were not: repeat the encode_imagenet.py" in note and "\n" not in note
+    flip_bit(ShardFiles(shards, 0).labels, -8)
+    with refused("shard-00000.labels.npy"):
+        LatentShards(shards).verify()
+
+
+def test_options_that_do_not_suit_the_shards_are_refused(shards):
+    def space(scale=0.18215, shape=SHAPE):
+        return SimpleNamespace(name="mse", scale=scale, latent_shape=lambda size: shape)
+
+    found = LatentShards(shards)
+    found.check(space=space(), image_size=64, flip=True)
+    with refused("--image-size", "64", "got 128"):
+        found.check(space=space(), image_size=128, flip=False)
+    with refused("--vae", "ema", "0.18215", "got mse", "0.13025"):
+        found.check(space=space(0.13025), image_size=64, flip=False)
+    with refused("--vae", "got none"):
+        found.check(space=Pixels(), image_size=64, flip=False)
+    describe(shards, flip=False)
+    with refused("--flip"):
+        LatentShards(shards).check(space=space(), image_size=64, flip=True)
+
+
+def test_a_data_set_of_imagenets_length_starts_within_seconds(tmp_path):
+    """1,281,167 latents as encode_imagenet.py deals them; sparse files: 21 GB long, 10 MB big."""
+    counts = [8192] * 156 + [3215]
+    for index, count in enumerate(counts):
+        files = ShardFiles(tmp_path, index)
+        for file, dtype, row in ((files.moments, "float16", (2, 4, 32, 32)),
+                                 (files.labels, "int64", ())):
+            array = ArrayWriter(file, row, dtype)
+            array.rows = count
+            array.close()
+            os.truncate(file, 128 + count * int(np.prod(row)) * np.dtype(dtype).itemsize)
+    write_json(tmp_path / "dataset.json", sealed({
+        **INFO, "classes": [f"{i:04d}" for i in range(1000)], "image_size": 256, "crc32": {},
+        "latent_shape": [4, 32, 32], "flip": False, "shards": counts, "count": 1281167}))
+    start = time.monotonic()
+    found = LatentShards(tmp_path)
+    sampler = BatchSampler(len(found), 256, seed=1, flip=False, start=400_000, stop=400_002,
+                           world=SimpleNamespace(rank=0, size=1))
+    served = list(load_batches(found, sampler, workers=1, device=CPU))
+    assert time.monotonic() - start < 5
+    assert len(found) == 1281167 and served[0][0].shape == (256, 2, 4, 32, 32)

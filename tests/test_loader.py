@@ -1,0 +1,178 @@
+"""The order of the training data, and prefetching by processes and threads."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, refused, save_folder
+
+from dataset.images import ImageFolder
+from dataset.loader import BatchSampler, load_batches, map_ahead, prefetch, read_images
+from engine.options import UserError
+
+ALONE = SimpleNamespace(rank=0, size=1)
+CPU = torch.device("cpu")
+
+
+# ---- the order -------------------------------------------------------------------------------
+
+
+def order(**changes):
+    return BatchSampler(**{"count": 103, "global_batch": 20, "seed": 1, "start": 0, "stop": 10,
+                           "flip": True, "world": ALONE, **changes})
+
+
+def test_an_epoch_covers_the_set_once_and_the_next_is_another():
+    steps = [rows.tolist() for rows, _ in order()]
+    first, second = sum(steps[:5], []), sum(steps[5:], [])
+    assert len(set(first)) == len(set(second)) == 100 and first != second
+    assert max(first + second) == 102
+
+
+def test_ranks_are_disjoint_and_make_up_the_global_batch():
+    whole = list(order())
+    parts = [list(order(world=SimpleNamespace(rank=rank, size=4))) for rank in range(4)]
+    for step, (rows, mirrored) in enumerate(whole):
+        for rank in range(4):
+            assert torch.equal(parts[rank][step][0], rows[rank::4])
+            assert torch.equal(parts[rank][step][1], mirrored[rank::4])
+
+
+def test_the_order_starts_at_any_step():
+    for ours, theirs in zip(list(order())[7:], order(start=7), strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_half_of_the_images_are_mirrored_if_asked():
+    flips = torch.cat([mirrored for _, mirrored in order(stop=100)])
+    assert 900 < flips.sum() < 1100  # 2000 coins: false alarm 1e-5
+    assert not any(mirrored.any() for _, mirrored in order(flip=False))
+
+
+def test_fewer_images_than_a_batch_are_refused():
+    with refused("--global-batch-size", "19", "20"):
+        order(count=19)
+
+
+# ---- prefetching -----------------------------------------------------------------------------
+
+
+class Squares:
+    """A data set as a user would write it: no files, no threads."""
+
+    classes = ["even", "odd"]
+
+    def __len__(self):
+        return 103
+
+    def batches(self, sampler, workers):
+        for rows, mirrored in sampler:
+            yield torch.where(mirrored, -rows, rows) ** 2, rows % 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_is_a_class_with_batches(workers):
+    served = list(load_batches(Squares(), order(flip=False), workers=workers, device=CPU))
+    assert len(served) == 10
+    for (x, y), (rows, _) in zip(served, order(flip=False)):
+        assert torch.equal(x, rows**2) and torch.equal(y, rows % 2)
+
+
+def test_prefetch_takes_two_items_ahead_and_yields_all():
+    taken = []
+    items = prefetch(taken.append(i) or i for i in range(9))
+    assert next(items) == 0
+    time.sleep(0.2)
+    assert len(taken) <= 4 and list(items) == list(range(1, 9))
+
+
+def test_an_error_ahead_is_raised_at_its_item():
+    results = map_ahead(lambda x: 1 // x, [1, 1, 0, 1], threads=2, depth=4)
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+@pytest.fixture
+def torn(tmp_path):
+    """Ten images, of which row 3 is cut short."""
+    path = save_folder(tmp_path / "images") / "a" / "3.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    return ImageFolder(tmp_path / "images", 32)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_readers_serve_batches_of_any_length_in_order(torn, workers):
+    batches = [[(row, False) for row in rows] for rows in ([0], range(10), [9, 8, 7], [3, 1])]
+    served = list(read_images(torn.read, batches, workers=workers))
+    assert [batch for batch, _ in served] == batches
+    for batch, found in served:
+        for item, image in zip(batch, found, strict=True):
+            if item == (3, False):
+                assert isinstance(image, UserError) and "a/3.png" in str(image)
+            else:
+                assert np.array_equal(image, torn.read(item).numpy())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_names_the_unreadable_image(torn, workers):
+    sampler = BatchSampler(10, 10, seed=0, start=0, stop=1, flip=False, world=ALONE)
+    with refused("a/3.png"):
+        list(load_batches(torn, sampler, workers=workers, device=CPU))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A process that reads batches of 6 MB with 1 MB of shared memory (if this user may make a
+    mount namespace), and kills itself while its two readers go on: (did it read, their ids)."""
+    folder = tmp_path_factory.mktemp("killed")
+    save_folder(folder / "images", per_class=4)
+    code = (
+        "import multiprocessing, os, sys, time\n"
+        "from dataset.images import ImageFolder\n"
+        "from dataset.loader import read_images\n"
+        "images = ImageFolder(sys.argv[1], 256)\n"
+        "served = read_images(images.read, [[(i % 8, False) for i in range(32)]] * 9, workers=2)\n"
+        "print(sum(len(next(served)[1]) for _ in range(4)))\n"
+        "time.sleep(1)  # the readers fill the pipe\n"
+        "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "os.kill(os.getpid(), 9)\n")
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"',
+             "sh"]
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"]).returncode:
+        small = []
+    with open(folder / "out", "w") as out:  # no pipe, which the readers would hold open
+        subprocess.run([*small, sys.executable, "-c", code, folder / "images"], stdout=out,
+                       timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    read, *readers = (folder / "out").read_text().split()
+    return bool(small), int(read), readers
+
+
+@pytest.mark.slow
+def test_readers_need_no_shared_memory(killed):
+    """Docker gives 64 MB, in which eight readers had two batches of 6 MB each: feeding them failed
+    with a traceback, and the run hung."""
+    small, read, _ = killed
+    if not small:
+        pytest.skip("needs a mount namespace, which this user may not make")
+    assert read == 128
+
+
+@pytest.mark.slow
+def test_readers_end_with_a_process_that_is_killed(killed):
+    """They hung on the pipe that it emptied no more, and held the lock of its folder."""
+    readers = [Path("/proc", pid) for pid in killed[2]]
+    end = time.monotonic() + 10
+    while any(map(Path.exists, readers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    alive = [path.name for path in readers if path.exists()]
+    for pid in alive:
+        os.kill(int(pid), 9)
+    assert len(readers) == 2 and not alive

@@ -1,0 +1,71 @@
+"""References, what is computed against them, and what a reader is told."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import pictures
+
+from engine.distributed import World
+from engine.options import UserError
+from metrics import reference as module
+from metrics.distances import frechet_distance
+from metrics.inception import POOL, Extractor
+from metrics.reference import METRICS, Metric, Reference, evaluate, metric_names, notes
+from metrics.statistics import Statistics
+
+ALONE = World(0, 1, torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"mu": np.zeros(12)}, "keys mu and sigma, got .* with mu"),
+    ({"mu": np.zeros(12), "sigma": np.eye(11)}, r"sigma \(12, 12\), .* got \(12,\) and \(11, 11\)"),
+    ({"mu": np.full(12, np.nan), "sigma": np.eye(12)}, "finite"),
+    ({"mu": np.array([{}] * 12), "sigma": np.eye(12)}, "plain arrays")])
+def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "ref.npz", **arrays)
+    with pytest.raises(UserError, match=f"--fid-ref must .*{message}"):
+        Reference.load(tmp_path / "ref.npz", "pixels", (2, 2), option="--fid-ref")
+
+
+def test_notes_name_what_is_left_out_and_what_weakens_the_result(tmp_path):
+    inception = {"mu": np.zeros(POOL), "sigma": np.eye(POOL)}
+    np.savez(tmp_path / "ref.npz", **inception, num_images=np.array(900),
+             protocol=np.array("pytorch-fid"))
+    reference = Reference.load(tmp_path / "ref.npz", "adm", (8, 8), option="--ref")
+    assert reference.wants == {"spatial": False, "scores": True, "points": False}
+    sfid, shares, protocol, few = notes(reference, "adm", 899)
+    assert "left out: sfid;" in sfid and "mu_s" in sfid
+    assert "left out: precision, recall;" in shares and "arr_0" in shares
+    assert "made with --protocol pytorch-fid, not adm" in protocol
+    assert "899 samples where the reference suggests 900" in few and "raise" in few
+    assert len(notes(reference, "adm", 900)) == 3
+    reference = Reference("ref", reference.pool, scores=False)
+    assert "suggests 50000" in notes(reference, "pytorch-fid", 49999)[0]
+    assert not notes(reference, "pytorch-fid", 50000)
+
+
+@pytest.mark.parametrize("protocol", ["pytorch-fid", "adm"])
+def test_only_pytorch_fids_protocol_takes_its_rounding_errors(protocol):
+    rows = np.random.default_rng(0).standard_normal((2, 5, 60))
+    pairs = [(part.mean(0), np.cov(part.T)) for part in rows]
+    samples = SimpleNamespace(pool=SimpleNamespace(numpy=lambda: pairs[0]),
+                              extractor=SimpleNamespace(protocol=protocol))
+    found = METRICS["fid"].value(samples, SimpleNamespace(pool=pairs[1]))
+    assert found == frechet_distance(*pairs, by_product=protocol == "pytorch-fid")
+    assert found != frechet_distance(*pairs, by_product=protocol != "pytorch-fid")
+
+
+def test_a_metric_is_a_function_and_its_line(monkeypatch):
+    def mean_distance(samples, reference):
+        """The distance of the means alone."""
+        return float(np.linalg.norm(samples.pool.numpy()[0] - reference.pool[0]))
+
+    monkeypatch.setitem(module.METRICS, "mean", Metric("Distance of means", "pool", mean_distance))
+    extractor = Extractor("pixels", ALONE)
+    parts = [Statistics(extractor, 6, (8, 8)).add_all([(0, pictures(6, 8, seed))], "")
+             for seed in (1, 2)]
+    result = evaluate(parts[0], Reference.of(parts[1], "reference"))
+    assert result["mean"] > 0 and result["fid"] >= result["mean"] ** 2
+    assert metric_names("pixels")["mean"] == "Distance of means"

@@ -1,0 +1,70 @@
+"""Statistics in any batches, and the Inception Score of them."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import refused
+
+from engine.distributed import World
+from metrics.distances import inception_score
+from metrics.inception import CLASSES, POOL, SPATIAL, Features
+from metrics.statistics import Moments, Statistics
+
+ALONE = World(0, 1, torch.device("cpu"), "fp32")
+
+
+def test_moments_of_batches_are_those_of_the_whole():
+    rows = np.random.default_rng(8).standard_normal((50, 6)) * [1, 2, 3, 4, 5, 0] + 1e6
+    moments = Moments(6, "cpu")
+    for part in np.split(rows, [1, 8, 30]):
+        moments.add(torch.from_numpy(part))
+    mean, covariance = moments.numpy()
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False), rtol=1e-10, atol=1e-10)
+
+
+class FakeExtractor:
+    """Image i has its first pixel's value as class; features are pixels."""
+
+    protocol, world = "adm", ALONE
+
+    def __call__(self, images):
+        logits = 200 * F.one_hot(images[:, 0, 0, 0].long(), CLASSES).double()
+        pool = torch.zeros(len(images), POOL)
+        pool[:, :12] = images.flatten(1) / 255
+        return Features(pool, torch.zeros(len(images), SPATIAL), logits)
+
+
+def measure(images, order=None):
+    statistics = Statistics(FakeExtractor(), len(images), (2, 2), scores=True, points=True)
+    for first in order or range(0, len(images), 2):
+        statistics.add(images[first:first + 2], first)
+    return statistics
+
+
+def images_of_classes(*classes):
+    return torch.tensor(classes, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+
+
+@pytest.mark.parametrize("classes, expected", [
+    ((5, 5, 5, 5), 1),  # nothing but one class
+    ((0, 1, 2, 3, 0, 1, 2, 3), 4),  # four classes, evenly
+    ((7, 3), 2)])
+def test_inception_score_of_certain_predictions_counts_the_classes(classes, expected):
+    scores = measure(images_of_classes(*classes)).scores
+    assert inception_score(scores) == pytest.approx(expected, rel=1e-9)
+
+
+def test_inception_score_splits_in_the_given_order_however_batches_come(monkeypatch):
+    monkeypatch.setattr("metrics.statistics.SPLIT", 3)
+    images = images_of_classes(0, 1, 2, 4, 4, 4, 9, 8)  # splits of 3, 1 and 2 classes
+    in_order, shuffled = measure(images), measure(images, order=[4, 0, 6, 2])
+    assert inception_score(in_order.scores) == pytest.approx((3 + 1 + 2) / 3, rel=1e-9)
+    assert inception_score(shuffled.scores) == pytest.approx((3 + 1 + 2) / 3, rel=1e-9)
+    assert torch.equal(in_order.points, shuffled.points)
+
+
+def test_fewer_than_two_images_are_refused():
+    with refused("2 images or more", "got 1"):
+        Statistics(FakeExtractor(), 1, (2, 2))
