@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import save_small_vae
 from test_data import PHOTO, save_odd_files
-from test_vae import save_small_vae
 
 import encode_imagenet
 from dataset.images import ImageFolder

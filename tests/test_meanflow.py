@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import assert_official, golden, golden_network
 from naive import naive_step
-from test_models import assert_equal, golden, golden_network
 
 from meanflow import Draws, MeanFlow, sample, schedule
 
@@ -51,16 +51,16 @@ def test_step_equals_the_official_implementation(case, dtype):
                   int(settings["batch"] * settings["data_proportion"]))
     out = flow.loss(net, numbers["x"], numbers["labels"], draws)
     out.loss.backward()
-    assert_equal(out.error, numbers["sq_err"])
-    assert_equal(out.velocity_error, numbers["v_loss"])
-    assert_equal(out.loss.detach(), numbers["loss"])
+    assert_official(out.error, numbers["sq_err"])
+    assert_official(out.velocity_error, numbers["v_loss"])
+    assert_official(out.loss.detach(), numbers["loss"])
     gradients = {key: p.grad for key, p in net.named_parameters()}
     compared = 0
     for key, value in numbers.items():
         if key.startswith("grad."):
-            assert_equal(gradients[key[5:]], value)
+            assert_official(gradients[key[5:]], value)
         elif key.startswith("gradsub."):
-            assert_equal(gradients[key[8:]].flatten()[::7], value)
+            assert_official(gradients[key[8:]].flatten()[::7], value)
         compared += key.startswith(("grad.", "gradsub."))
     assert compared == len(gradients) == 45
 
@@ -69,7 +69,7 @@ def test_step_equals_the_official_implementation(case, dtype):
 def test_samples_equal_the_official_implementation(dtype):
     net, numbers = golden_network(dtype), golden("sample", dtype)
     for name, steps in (("1", 1), ("2", 2), ("2", (1, 0.5, 0)), ("4", (1.0, 0.9, 0.5, 0.2, 0.0))):
-        assert_equal(sample(net, numbers["noise"], numbers["labels"], steps=steps),
+        assert_official(sample(net, numbers["noise"], numbers["labels"], steps=steps),
                      numbers[f"z0_{name}step"])
 
 

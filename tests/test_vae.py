@@ -6,21 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import save_small_vae
 from safetensors.torch import load_file, save_file
 
 from dataset.vae import StableDiffusionVAE, load_vae, posterior_sample, to_uint8
-
-
-def save_small_vae(path, **changes):
-    """A folder with an AutoencoderKL of 67 thousand random weights, with SD's factor of 8."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(**{
-        "block_out_channels": (8, 8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "latent_channels": 4,
-        "norm_num_groups": 4, **changes}).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
