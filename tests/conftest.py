@@ -122,6 +122,12 @@ def tiny(digits, run_dir):
 
 
 @pytest.fixture(scope="session")
+def guided():
+    """Options, beside those of tiny, of a run of eight steps with all passes of guidance."""
+    return ["--max-steps", 8, "--cfg", 2, "--kappa", 0.5]
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory, digits):
     """The checkpoint of a tiny run: 12 steps in pixel space."""
     folder = tmp_path_factory.mktemp("trained")
