@@ -80,8 +80,8 @@ def test_a_missing_c_compiler_is_named(digits, tmp_path, monkeypatch):
 def test_a_compiled_run_in_bfloat16_follows_the_plain_one(digits, tmp_path, monkeypatch):
     """What a GPU runs by default, but for the code that the compiler makes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    last = {}
-    for name, extra in (("plain", ["--no-compile"]), ("fast", ["--compile", "--precision", "bf16"])):
+    last, fast = {}, ["--compile", "--precision", "bf16"]
+    for name, extra in (("plain", ["--no-compile"]), ("fast", fast)):
         call("train", *tiny(digits, tmp_path / name), "--max-steps", 8, "--cfg", 2, "--kappa", 0.5,
              *extra)
         *_, last[name] = map(json.loads, (tmp_path / name / "metrics.jsonl").open())
