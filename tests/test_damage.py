@@ -88,7 +88,7 @@ def flipped(path, position, bit):
 
 @pytest.fixture
 def subjects(trained, shards, reference):
-    """(file, reader, what it reads, flips, share of the flips in the last bytes, count of these)."""
+    """(file, reader, what it reads, flips, share of them in the last bytes, count of these)."""
     info, first = shards / "dataset.json", ShardFiles(shards, 1)
     return [(trained, read_checkpoint, trained, 60, 0.5, 5000),
             (reference, read_reference, reference, 60, 0.5, 1000),
