@@ -14,7 +14,7 @@ import train
 from engine.distributed import data_parallel
 from engine.options import UserError
 from meanflow import MeanFlow
-from models import DiT
+from models import DiT, DiT_models
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,14 @@ def fail_in(monkeypatch, which):
         return original(function, **options, backend=backend)
     original = torch.compile
     monkeypatch.setattr(torch, "compile", compile)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow():
+    """One block in this process's networks, which compiles in a quarter of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DiT_models["DiT-T/4"].keywords, "depth", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
