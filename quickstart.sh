@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # From nothing to pictures: makes .venv if it is missing, writes 1,797 real handwritten digits as an
 # image folder, trains on them for a few minutes and samples every class in one and in two steps.
-# A trial takes other values from the environment: STEPS of training, the folders DATA and RUN, and
-# PYTHON, whose packages are used as they are.
+# Tests set QUICKSTART_STEPS of training, the folders QUICKSTART_DATA and QUICKSTART_RUN, and
+# QUICKSTART_PYTHON, whose packages are used as they are.
 set -euo pipefail
 cd "$(dirname "$0")"
-if [ -z "${PYTHON:-}" ]; then
+if [ -z "${QUICKSTART_PYTHON:-}" ]; then
     source environment.sh
     prepare requirements.txt
-    PYTHON="$PWD/.venv/bin/python"
+    QUICKSTART_PYTHON="$PWD/.venv/bin/python"
 fi
-export PATH="$(dirname "$PYTHON"):$PATH"
-data=${DATA:-data/digits} run=${RUN:-results/quickstart} training_steps=${STEPS:-1950}
+export PATH="$(dirname "$QUICKSTART_PYTHON"):$PATH"
+data=${QUICKSTART_DATA:-data/digits}
+run=${QUICKSTART_RUN:-results/quickstart}
+training_steps=${QUICKSTART_STEPS:-1950}
 checkpoint=$run/checkpoints/$(printf %07d "$training_steps").pt
 
 # One process per GPU, or two on the CPU; a power of two, over which batches divide
@@ -33,7 +35,7 @@ show $torchrun train.py --data-path "$data" --vae none --image-size 8 --model Di
     --ema-decay 0.997 --max-steps $training_steps --num-workers 0 --no-compile --log-every 150 \
     --sample-every 650 --run-dir "$run"
 for steps in 1 2; do
-    show $torchrun sample.py --ckpt "$checkpoint" --num-fid-samples 1797 \
+    show python sample.py --ckpt "$checkpoint" --num-fid-samples 1797 \
         --num-sampling-steps $steps --per-proc-batch-size 300 --sample-dir "$run/$steps-step"
 done
 show python evaluate_fid.py --samples "$run/1-step.npz" --ref "$data" --image-size 8 \

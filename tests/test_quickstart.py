@@ -13,9 +13,9 @@ from PIL import Image
 @pytest.mark.slow
 def test_the_quickstart_trains_samples_and_evaluates(tmp_path):
     """Without a warning: a newcomer saw PyTorch's own between the first lines."""
-    places = {"PYTHON": sys.executable, "DATA": str(tmp_path / "digits"),
-              "RUN": str(tmp_path / "run"), "STEPS": "3"}
-    done = subprocess.run(["bash", ROOT / "quickstart.sh"], env=os.environ | places, text=True,
+    settings = {"QUICKSTART_PYTHON": sys.executable, "QUICKSTART_DATA": str(tmp_path / "digits"),
+                "QUICKSTART_RUN": str(tmp_path / "run"), "QUICKSTART_STEPS": "3"}
+    done = subprocess.run(["bash", ROOT / "quickstart.sh"], env=os.environ | settings, text=True,
                           capture_output=True)
     assert done.returncode == 0 and "Warning:" not in done.stderr, done.stderr
     for name in ("run/1-step.png", "run/2-step.png", "run/samples/0000003.png"):
