@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and run_tests.sh: makes .venv, once, and installs a requirements file
-# into it whenever that file has changed.
+# Sourced by quickstart.sh and run_tests.sh: makes .venv if it is missing, and installs a
+# requirements file into it whenever a requirements file has changed.
 
 prepare() {  # prepare REQUIREMENTS_FILE
     if [ ! -x .venv/bin/python ]; then
@@ -10,7 +10,7 @@ prepare() {  # prepare REQUIREMENTS_FILE
             python=
         done
         if [ -z "$python" ]; then
-            echo "Python 3.10 or newer is needed, and neither python3 nor python is one" >&2
+            echo "Found no Python 3.10 or newer as python3 or python: install one" >&2
             exit 2
         fi
         "$python" -m venv .venv
@@ -19,7 +19,7 @@ prepare() {  # prepare REQUIREMENTS_FILE
     wanted=$(cat requirements*.txt)
     if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing $1 into .venv (minutes, seconds with uv; several GB with CUDA)" >&2
-        # uv takes seconds where pip takes minutes; it does not know pip's settings, though
+        # uv is faster than pip but ignores pip's settings: if it fails, pip tries
         { command -v uv && uv pip install --quiet --python .venv/bin/python -r "$1"; } >/dev/null ||
             .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
         echo "$wanted" > "$installed"

@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random in one step, for a batch of B rows whose first ``equal`` have r = t."""
+    """All random numbers of a step. B rows, of which the first ``equal`` have r = t."""
 
     r: torch.Tensor  # (B,) in [0, 1], never above t
     t: torch.Tensor  # (B,) in [0, 1], 1 is noise
@@ -47,9 +47,9 @@ class Draws:
     equal: int  # count of leading rows with r = t
 
     def part(self, i, n):
-        """Rows i, i + n, i + 2n, ... : the share of process (or micro-batch) i of n.
+        """Rows i, i + n, i + 2n, ... : the share of rank (or micro-batch) i of n.
 
-        Rows with r = t lead the whole, so they lead every part, in equal shares.
+        The rows with r = t come first in the whole, so they come first in every part.
         """
         rows = slice(i, None, n)
         equal = len(range(i, self.equal, n))
@@ -61,18 +61,22 @@ class Loss(NamedTuple):
 
     loss: torch.Tensor  # scalar, adaptively weighted; at p = 1 about 1 whatever the network does
     error: torch.Tensor  # (B,) |u - target|^2, unweighted: the number to watch
-    velocity_error: torch.Tensor  # (B,) |u - v|^2 against the unguided velocity
+    velocity_error: torch.Tensor  # (B,) |u - v|^2: where r = t, the error of flow matching
 
 
 class MeanFlow:
-    """The training objective.
+    """The training objective: ``draw``, then ``loss``.
 
-    num_classes: the null label is num_classes. ratio: share of rows with r < t, in [0, 1]; 0 is
-    plain flow matching. p_mean, p_std: of the logit-normal times; time_sampler: "logit_normal" or
-    "uniform". cfg: effective guidance scale omega' = omega / (1 - kappa); 1 with kappa = 0 is no
-    guidance. kappa: weight of the network's own conditional velocity, in [0, 1). cfg_interval:
-    closed interval of t in which guidance acts. label_drop: probability of a null label. p, c:
-    power and constant of the adaptive weight 1 / (error + c)^p (Eq. 22).
+    num_classes: the classes are 0 .. num_classes - 1, and num_classes is the null label.
+    ratio: share of rows with r < t, in [0, 1]; 0 is plain flow matching.
+    p_mean, p_std: mean and standard deviation of the logit-normal times, p_std > 0.
+    time_sampler: "logit_normal" or "uniform".
+    cfg: effective guidance scale omega' = omega / (1 - kappa), 0 or more; 1 with kappa = 0 means no
+        guidance.
+    kappa: weight of the network's own conditional velocity, in [0, 1).
+    cfg_interval: closed interval of t, within [0, 1], in which guidance acts.
+    label_drop: probability of the null label, in [0, 1].
+    p, c: power, 0 or more, and positive constant of the adaptive weight 1 / (error + c)^p (Eq. 22).
 
     Raises ValueError for a setting out of its range.
     """
@@ -105,7 +109,7 @@ class MeanFlow:
         self.label_drop, self.p, self.c = label_drop, p, c
         load_forward_mode()
 
-    # ---- randomness: all of it is here -------------------------------------------------------
+    # ---- the draws: all randomness is here ---------------------------------------------------
 
     def draw(self, shape, *, device=None, generator=None):
         """Draws for a batch of this shape (B, ...), float32, on device."""
@@ -117,8 +121,8 @@ class MeanFlow:
     def draw_times(self, batch, *, device=None, generator=None):
         """r, t (B,) and the count of leading rows with r = t.
 
-        Two independent draws are sorted and only then the leading rows get r := t, so there t is
-        the larger of the two and not a single draw, as in the official code.
+        As in the official code, t is the larger of two independent draws on every row, also where
+        r = t: the draws are sorted first.
         """
         if self.time_sampler == "uniform":
             pair = torch.rand(2, batch, device=device, generator=generator)
@@ -131,10 +135,11 @@ class MeanFlow:
         return r, t, equal
 
     def draw_dropped(self, batch, *, device=None, generator=None):
-        """(B,) bool. As many leading rows as a Bernoulli mask has ones lose their label.
+        """(B,) bool: which rows lose their label. Their number is binomial, and as in the official
+        code they are the leading rows.
 
-        So with label_drop below 1 - ratio the null label is trained at r = t (all but surely),
-        which is all that guidance asks of it.
+        With label_drop well below 1 - ratio these rows have r = t, and guidance evaluates the null
+        label at r = t only.
         """
         count = (torch.rand(batch, device=device, generator=generator) < self.label_drop).sum()
         return torch.arange(batch, device=device) < count
@@ -142,17 +147,17 @@ class MeanFlow:
     # ---- the loss: a function of weights, data and draws -------------------------------------
 
     def loss(self, net, x, y, draws, *, forward=None):
-        """Loss of the data x (B, ...) with labels y (B,) under these draws.
+        """The Loss of data x (B, ...) with labels y (B,) int64 under these draws.
 
-        net is the bare network: it serves the passes without gradient, which work neither through
-        DistributedDataParallel nor with fused attention. ``forward`` (default: net) carries the
-        gradient and may be the wrapped or compiled network.
+        net is the bare network. It makes the passes without gradient: torch.func.jvp does not work
+        through DistributedDataParallel. ``forward`` (default: net) makes the pass with gradient and
+        may be the wrapped or compiled network.
         """
         t = per_row(draws.t, x)
         z = (1 - t) * x + t * draws.eps
         v = draws.eps - x
         y_input = torch.where(draws.dropped, self.num_classes, y)
-        forward = net if forward is None else forward  # a compiled module has no truth value
+        forward = net if forward is None else forward
         u = forward(z, draws.r, draws.t, y_input).to(z.dtype)
         target = self.target(net, z, v, y, draws, u.detach())
         error = (u - target).square().flatten(1).sum(1)
@@ -163,13 +168,14 @@ class MeanFlow:
     def target(self, net, z, v, y, draws, u):
         """The regression target v_g - (t-r) du/dt (Eq. 10, 19), (B, ...), without gradient.
 
-        y are the labels before the drop, u is the network's output after it.
+        z, v, u: (B, ...). y (B,): the labels before the drop; u: the network's output with the
+        labels after it.
         """
         v_g = self.guided_velocity(net, z, v, y, draws, u)
         v_g = torch.where(per_row(draws.dropped, v), v, v_g)  # null label: plain velocity
         if draws.equal == len(y):
             return v_g
-        # Only rows with r < t need the derivative: they are the tail, one static slice
+        # Only the rows with r < t need the derivative: they are the tail, one static slice
         y = torch.where(draws.dropped, self.num_classes, y)
         tail = [a[draws.equal:] for a in (z, draws.r, draws.t, y, v_g)]
         z, r, t, _, tangent = tail
@@ -180,10 +186,10 @@ class MeanFlow:
     def guided_velocity(self, net, z, v, y, draws, u):
         """v_g = omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y) (Eq. 20).
 
-        Outside the interval on t it is v. Passes whose coefficient vanishes are not made: none
-        for cfg = 1 and kappa = 0, no null pass for cfg = 1, no labelled pass for kappa = 0. The
-        labelled pass runs on the rows with r < t alone: where r = t it is u itself, but for rows
-        with a dropped label, which have no use for v_g.
+        (B, ...) like z, v and u. Where t is outside cfg_interval it is v. Passes with coefficient 0
+        are skipped: both for cfg = 1 and kappa = 0, the null pass for cfg = 1, the labelled pass
+        for kappa = 0. The labelled pass runs only on the rows with r < t: on the others u(z, t, t,
+        y) is u itself, except where the label is dropped, and those rows do not use v_g.
         """
         if self.cfg == 1 and self.kappa == 0:
             return v
@@ -200,32 +206,33 @@ class MeanFlow:
         return torch.where(per_row(inside, v), v_g, v)
 
     def velocity(self, net, z, t, y):
-        """u(z, t, t, y): the network's own instantaneous velocity."""
+        """u(z, t, t, y): the network's own instantaneous velocity, (B, ...) like z."""
         return net(z, t, t, y).to(z.dtype)
 
     def time_derivative(self, net, z, r, t, y, v_g):
-        """du/dt along the path: the Jacobian-vector product with tangent (v_g, 0, 1) (Eq. 8)."""
+        """du/dt along the path, (B, ...) like z: the Jacobian-vector product of u with tangent
+        (v_g, 0, 1) (Eq. 8)."""
         tangents = (v_g, torch.zeros_like(r), torch.ones_like(t))
-        # Fused attention has no forward-mode derivative: the plain formula instead
+        # Fused attention has no forward-mode derivative, the plain formula has one
         with sdpa_kernel(SDPBackend.MATH), ConstantWeights():
             _, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
         return du_dt.to(v_g.dtype)
 
     def weight(self, error):
-        """The adaptive weight 1 / (error + c)^p, without gradient (Eq. 22)."""
+        """The adaptive weight 1 / (error + c)^p (B,) of error (B,), without gradient (Eq. 22)."""
         return (error.detach() + self.c) ** -self.p
 
     def compile(self, **options):
         """Compile the passes without gradient; the options are those of torch.compile.
 
-        Forward mode must stand inside the compiled function: a compiled network under
-        ``torch.func.jvp`` breaks the graph (pytorch#187284). The forward with gradient is the
-        caller's to compile and to give to ``loss``.
+        The compiled function must contain the ``torch.func.jvp``: around a compiled network it
+        breaks the graph (pytorch#187284). The caller compiles the forward with gradient and gives
+        it to ``loss``.
         """
-        options = {"dynamic": False, **options}  # two or three shapes, each for the whole training
+        options = {"dynamic": False, **options}  # the batch, its tail and perhaps a longer one
         self.velocity = torch.compile(self.velocity, **options)
         derivative = torch.compile(self.time_derivative, **options)
-        # On copies of the rows: a view as the primal of a dual tensor fails in a compiled function
+        # Slices as inputs fail in a compiled torch.func.jvp: give it copies
         self.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
 
 
@@ -236,9 +243,10 @@ def per_row(a, x):
 
 @torch.no_grad()
 def sample(net, z1, y, *, steps=1):
-    """Data from noise z1 (B, ...) and labels y (B,): z_r = z_t - (t-r) u(z_t, r, t) (Eq. 12).
+    """Data (B, ...) from noise z1 (B, ...) and labels y (B,).
 
-    steps: a count of equal steps, or the times themselves, decreasing from 1 (noise) to 0 (data).
+    Each step is z_r = z_t - (t-r) u(z_t, r, t, y) (Eq. 12). steps: a count of equal steps, or the
+    times themselves, decreasing from 1 (noise) to 0 (data).
     Raises ValueError for a count below 1 or times that do not decrease within [0, 1].
     """
     times = schedule(steps)
@@ -250,7 +258,7 @@ def sample(net, z1, y, *, steps=1):
 
 
 def schedule(steps):
-    """A count of steps, or times -> the list of times, decreasing. Raises ValueError."""
+    """The list of times, decreasing, for a count of steps or such times. Raises ValueError."""
     if isinstance(steps, int):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
@@ -273,11 +281,11 @@ def load_forward_mode():
 
 
 class ConstantWeights(TorchFunctionMode):
-    """Forward mode in which the weights of linear layers and of convolutions are constants.
+    """Makes forward mode cheaper: the weights of linear layers and convolutions are constants.
 
-    PyTorch's own rule also adds the product of the input with the tangent of the weight. Nobody
-    varies the weight, but the matrix of zeros is written out and multiplied: three products in
-    place of two (torch 2.15, eager and compiled). For a convolution torch 2.11 cannot compile it.
+    PyTorch's own rule adds the product of the input with the tangent of the weight, which is zero
+    here. It writes the zeros and multiplies them: three matrix products instead of two (torch 2.15,
+    eager and compiled). For a convolution torch 2.11 cannot compile that rule.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -287,7 +295,7 @@ class ConstantWeights(TorchFunctionMode):
 
     @staticmethod
     def product(function, input, weight, bias=None, *args, **kwargs):
-        """function(input, weight, ...), whose tangent is that of its input times the weight."""
+        """function(input, weight, ...), with the tangent function(tangent of input, weight)."""
         x, tangent = forward_ad.unpack_dual(input)
         y = function(x, weight, bias, *args, **kwargs)
         if tangent is None:

@@ -50,12 +50,13 @@ class LabelEmbedder(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x (B, T, D) scaled by 1 + scale and shifted; shift and scale are (B, D)."""
+    """x (B, T, D) times 1 + scale, plus shift; shift and scale are (B, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class DiTBlock(nn.Module):
-    """A transformer block with adaptive layer norm: shift, scale and gate come from c."""
+    """A transformer block (B, T, D), (B, D) -> (B, T, D) with adaptive layer norm: the condition c
+    gives shift, scale and gate."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -189,7 +190,7 @@ SIZES = {
     "XL": (28, 1152, 16),  # 676.4 M
 }
 
-# "DiT-B/4" -> constructor, to which input_size, in_channels and num_classes may be given
+# The table: "DiT-B/4" -> constructor, to which input_size, in_channels and num_classes are given
 DiT_models = {
     f"DiT-{size}/{patch}": partial(
         DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch
@@ -200,7 +201,11 @@ DiT_models = {
 
 
 def build(config):
-    """The network, freshly initialised, that a config describes. Raises ValueError."""
+    """The network that a config describes, freshly initialised.
+
+    config: a dict with model, a name of the table, latent_shape (C, H, W), num_classes. Raises
+    ValueError for an unknown name and for sizes that do not fit together.
+    """
     if config["model"] not in DiT_models:
         raise ValueError(f"--model must be one of {', '.join(DiT_models)}, got {config['model']}")
     channels, height, _ = config["latent_shape"]

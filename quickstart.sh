@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to pictures: makes .venv if it is missing, writes 1,797 real handwritten digits as an
-# image folder, trains on them for a few minutes and samples every class in one and in two steps.
+# Makes .venv if it is missing, writes 1,797 real handwritten digits as an image folder, trains on
+# them for a few minutes, and samples every class in one step and in two. Rerun it to resume.
 # Tests set QUICKSTART_STEPS of training, the folders QUICKSTART_DATA and QUICKSTART_RUN, and
 # QUICKSTART_PYTHON, whose packages are used as they are.
 set -euo pipefail
@@ -16,7 +16,7 @@ run=${QUICKSTART_RUN:-results/quickstart}
 training_steps=${QUICKSTART_STEPS:-1950}
 checkpoint=$run/checkpoints/$(printf %07d "$training_steps").pt
 
-# One process per GPU, or two on the CPU; a power of two, over which batches divide
+# One process per GPU, or two on a CPU; rounded down to a power of two, which divides the batch
 processes=$(python -c 'import os, torch
 count = torch.cuda.device_count() or min(2, os.cpu_count())
 print(2 ** (count.bit_length() - 1))')
@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os
 print(max(1, os.cpu_count() // $processes))")}
 torchrun="torchrun --standalone --nproc_per_node=$processes"
 
-show() {  # print a command, then run it
+show() {  # print a command and run it
     printf '\n$ %s\n' "$*" >&2
     "$@"
 }

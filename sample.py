@@ -62,15 +62,15 @@ def parse_args(argv=None):
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"),
                         help="new folder for the PNG files")
     parser.add_argument("--save-images", action=argparse.BooleanOptionalAction, default=True,
-                        help="write them; without, only the metrics of --fid-ref are left")
+                        help="write the images; without, only measure them by --fid-ref")
     parser.add_argument("--per-proc-batch-size", type=int_range(1), default=25,
-                        help="images per batch, on which the rounding depends")
+                        help="images per batch; the rounding of an image depends on it")
     parser.add_argument("--seed", type=int_range(0), default=0,
                         help="fixes the images; no two seeds share one")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
-                        help="label of image i: i modulo the classes, or drawn at random")
+                        help="label of image i: i modulo the number of classes, or random")
     parser.add_argument("--fid-ref", type=Path, metavar="REF.npz",
-                        help="reference statistics: evaluate the images as they are made")
+                        help="reference statistics: measure the images while they are made")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                         help="how to evaluate; evaluate_fid.py --help says more")
     parser.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
@@ -103,14 +103,14 @@ def main(args):
             raise UserError(error) from error
         if args.save_images:
             open_sample_dir(args, wanted, net, world, stack)
-        generator = Generator(net.to(world.device), space, config, world, seed=args.seed,
-                              labels=args.labels, steps=args.num_sampling_steps)
-        make_images(args, generator, statistics)
+        sampler = ImageSampler(net.to(world.device), space, config, world, seed=args.seed,
+                               labels=args.labels, steps=args.num_sampling_steps)
+        make_images(args, sampler, statistics)
         world.barrier()
         if args.save_images and world.main:
             paths = [png(args.sample_dir, i) for i in range(args.num_fid_samples)]
             write_npz(beside(args, ".npz"), paths, world)
-            generator.picture(beside(args, ".png"))
+            sampler.picture(beside(args, ".png"))
         result = evaluation.metrics(statistics) if args.fid_ref else None
         if world.main:
             report(args, wanted, evaluation, result)
@@ -120,11 +120,11 @@ def main(args):
 
 
 def starts(indices, shape, *, seed, num_classes, labels="balanced"):
-    """Noise z1 (B, C, H, W) and labels y (B,) of the images with these indices, on the CPU.
+    """Noise z1 (B, C, H, W) and labels y (B,) int64 of the images with these indices, on the CPU.
 
-    Both are functions of a hash of (seed, index), so an image depends neither on the batch it is
-    in nor on the number of processes, and no two seeds share one. labels: "balanced" is index
-    modulo num_classes, "random" is uniform; the noise is the same for either.
+    Both depend on a hash of (seed, index) alone, so an image depends neither on its batch nor on
+    the number of ranks, and no two seeds share an image. labels: "balanced" is the index modulo
+    num_classes, "random" is uniform; both have the same noise.
     """
     z1, y = [], []
     for i in indices:
@@ -136,8 +136,8 @@ def starts(indices, shape, *, seed, num_classes, labels="balanced"):
 def _generator(seed, i):
     """The generator of an image's noise, seeded with all 256 bits of a hash.
 
-    PyTorch's CPU generator keeps 32 bits of a seed: of 100,000 images two would share theirs.
-    NumPy guarantees that this one's numbers never change.
+    PyTorch's CPU generator keeps 32 bits of a seed: two of 100,000 images would share theirs.
+    NumPy guarantees that the numbers of this generator never change.
     """
     return np.random.RandomState(np.frombuffer(_digest(seed, i, "noise"), "<u4"))
 
@@ -146,11 +146,11 @@ def _digest(seed, i, purpose):
     return hashlib.sha256(f"{seed} {i} {purpose}".encode()).digest()
 
 
-class Generator:
-    """Image i of a network, for any i, by ``images(rows)``.
+class ImageSampler:
+    """Makes image i of a network, for any i.
 
-    net: (z, r, t, y) -> u; space: what decodes; config: the run's, for shapes, classes and sizes;
-    labels: as in starts; steps: as in meanflow.sample.
+    net: (z, r, t, y) -> u; space: the VAE or pixels; config: of the checkpoint; labels: as in
+    starts; steps: as in meanflow.sample.
     """
 
     def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1):
@@ -159,23 +159,25 @@ class Generator:
 
     @torch.no_grad()
     def images(self, rows):
-        """uint8 (B, 3, H, W), on the world's device, of the images with these numbers."""
+        """The images of these numbers, uint8 (B, 3, H, W), on the device of this rank."""
         z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
                        num_classes=self.config["num_classes"])
-        with one_thread():
+        with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
                 x = sample(self.net, z1.to(self.world.device), y.to(self.world.device),
                            steps=self.steps)
             return self.space.decode(x)
 
     def batches(self, count, batch_size):
-        """This process's batches of the images 0 .. count - 1, as ranges: whole ones, dealt out in
-        turn, so that their content does not depend on the number of processes."""
+        """The batches of this rank, as ranges, of the images 0 .. count - 1.
+
+        Ranks take whole batches in turn: no batch depends on the number of ranks.
+        """
         firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
         return [range(first, min(first + batch_size, count)) for first in firsts]
 
     def picture(self, path):
-        """Eight rows of images, in as many columns as there are classes, but ten at most."""
+        """Write eight rows of images as one picture, a column per class, ten at most."""
         columns = min(self.config["num_classes"], 10)
         save_grid(path, self.images(range(8 * columns)), columns)
 
@@ -183,25 +185,25 @@ class Generator:
 # ---- making and writing -------------------------------------------------------------------------
 
 
-def make_images(args, generator, statistics):
+def make_images(args, sampler, statistics):
     """Make, measure and write the batches of this rank. Batches on disk are measured from there.
 
     Threads write while the next batches are made. They also wait for the copy from the GPU.
     """
-    world, jobs = generator.world, deque()
+    world, jobs = sampler.world, deque()
     with (world.progress(args.num_fid_samples, desc="sampling", unit="image") as bar,
           ThreadPoolExecutor(THREADS) as pool):
-        for rows in generator.batches(args.num_fid_samples, args.per_proc_batch_size):
+        for rows in sampler.batches(args.num_fid_samples, args.per_proc_batch_size):
             world.position = f"image {rows.start}"
             paths = [png(args.sample_dir, i) for i in rows]
             stored = args.save_images and all(path.exists() for path in paths)
-            if stored and statistics:
-                images = np.stack([read_image(path) for path in paths])
-                images = torch.from_numpy(images).permute(0, 3, 1, 2)
-            elif not stored:
-                images = generator.images(rows)
+            if not stored:
+                images = sampler.images(rows)
                 if args.save_images:
                     jobs.append(pool.submit(write_images, paths, images))
+            elif statistics:
+                images = np.stack([read_image(path) for path in paths])
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)
             if statistics:
                 statistics.add(images, rows.start)
             while len(jobs) > THREADS:  # bounds the memory
@@ -298,7 +300,7 @@ def check_sample_dir(args, wanted, net):
     try:
         stored = json.loads((folder / MARKER).read_text())
         if stored.get("weights") in (hash_of(tensor) for tensor in net.state_dict().values()):
-            stored["weights"] = wanted["weights"]  # until November 2026 it was of one tensor
+            stored["weights"] = wanted["weights"]  # earlier versions took the hash of one tensor
         fault = differences(stored, wanted)
         has_images = found != [folder / MARKER] or stored.keys() != wanted.keys()
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -8,7 +8,7 @@ One process, for instance on a laptop, and eight GPUs of one node:
 Several nodes: on each, torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
 --rdzv_endpoint=HOST:29500 train.py ... with --data-path and --run-dir on storage that all share.
 
-Repeating a command continues its run. The defaults are the paper's DiT-B/4 recipe.
+Repeating a command resumes its run. The defaults are the paper's DiT-B/4 recipe.
 """
 
 import argparse
@@ -44,17 +44,18 @@ from meanflow import MeanFlow
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, metric_names, notes
 from models import DiT_models, build
-from sample import Generator
+from sample import ImageSampler
 
-# Options that may change when a run is continued; all others make it another run
-FREE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
-        "sample_every", "num_workers", "compile", "grad_accum_steps", "checkpoint_activations",
-        "skip_nonfinite", "eval_every", "eval_samples", "fid_ref", "protocol")
+# Options that may change when a run is resumed
+MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
+              "sample_every", "num_workers", "compile", "grad_accum_steps",
+              "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
+              "protocol")
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 
 
 def parse_args(argv=None):
-    parser = Parser("Train a DiT with MeanFlow. Repeating a command continues its run.")
+    parser = Parser("Train a DiT with MeanFlow. Repeat a command to resume its run.")
     add_data_options(parser.add_argument_group("data"))
     add_method_options(parser.add_argument_group("method (arXiv 2505.13447)"))
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
@@ -74,8 +75,8 @@ def parse_args(argv=None):
 
 def add_data_options(group):
     group.add_argument("--data-path", type=Path, required=True,
-                       help="folder with one folder of images per class; with --encoded-data, of "
-                            "latents that encode_imagenet.py wrote")
+                       help="folder with one folder of images per class; with --encoded-data, "
+                            "the folder that encode_imagenet.py wrote")
     group.add_argument("--encoded-data", action="store_true", help="train on encoded latents")
     group.add_argument("--image-size", type=int_range(1), default=256,
                        help="side of the centre crop, in pixels")
@@ -84,7 +85,8 @@ def add_data_options(group):
                             "local AutoencoderKL; none: train on pixels")
     group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
     group.add_argument("--num-workers", type=int_range(0, 1024), default=4,
-                       help="reading processes per process; 0 = none")
+                       help="readers per rank: processes for images, threads for latents; 0 = "
+                            "read in the training process")
 
 
 def add_method_options(group):
@@ -121,8 +123,7 @@ def add_optimisation_options(group):
     group.add_argument("--global-batch-size", type=int_range(1), default=256,
                        help="images per optimiser step, over all processes")
     group.add_argument("--grad-accum-steps", type=int_range(1), default=1,
-                       help="parts in which a process works through its share of the batch, to "
-                            "save memory")
+                       help="micro-batches per step and rank: less memory, the same gradient")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute activations in the backward pass: less memory, more time")
     group.add_argument("--lr", type=float_range(0, above=True), default=1e-4,
@@ -132,8 +133,7 @@ def add_optimisation_options(group):
     group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
                        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="torch.compile the passes of a step (default: where there is a GPU, "
-                            "and not where that fails)")
+                       help="torch.compile the passes of a step (default: on a GPU, if it works)")
     group.add_argument("--seed", type=int_range(0), default=0,
                        help="fixes weights, data order and all noise")
 
@@ -146,18 +146,19 @@ def add_run_options(group):
     group.add_argument("--keep-last", type=int_range(0), default=3,
                        help="checkpoints kept; 0 = all")
     group.add_argument("--skip-nonfinite", type=int_range(0), default=0,
-                       help="steps in a row whose gradient may be infinite or NaN and is left out")
+                       help="steps in a row that may be skipped because their gradient is not "
+                            "finite; at the next one training stops")
     group.add_argument("--log-every", type=int_range(1), default=100,
                        help="steps between log lines")
     group.add_argument("--sample-every", type=int_range(0), default=5000,
                        help="steps between pictures of one-step samples; 0 = none")
     group.add_argument("--eval-every", type=int_range(0), default=0,
-                       help="steps between evaluations of one-step samples, each of which follows "
-                            "a checkpoint; 0 = none")
+                       help="steps between evaluations of one-step samples; a checkpoint is "
+                            "written before each; 0 = none")
     group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
                        help="reference statistics for --eval-every")
     group.add_argument("--eval-samples", type=int_range(2), default=10000,
-                       help="images per evaluation; 50000 are customary and slow")
+                       help="images per evaluation; published figures use 50000")
     group.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                        help="how to evaluate; evaluate_fid.py --help says more")
 
@@ -185,7 +186,7 @@ def main(args):
             stop = run.signals.stop()
             due = what_is_due(run, state.step, stop)
             if due.log or due.save:
-                meter.skipped += state.guard.check()  # the host waits for the device only here
+                meter.skipped += state.guard.check()  # other steps do not wait for the device
                 run.saver.check()
             if due.log:
                 run.record(state.step, meter.read(state.step), due)
@@ -220,32 +221,15 @@ class TrainingState:
         self.params = list(self.net.parameters())
         self.optimizer = torch.optim.AdamW(
             self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
-        self.average = averaging(self.ema, self.net, args.ema_decay)
+        self.ema_update = make_ema_update(self.ema, self.net, args.ema_decay)
         self.guard = Guard(world, args.skip_nonfinite)
         self.method = make_method(args, run.config["num_classes"])
         self.forward = data_parallel(self.net) if world.distributed else self.net
 
-    def update(self, losses):
-        """Move the weights, then their average, unless the gradient is not finite.
-
-        losses (3,): loss, error, velocity error of this rank. Returns (5,), with the gradient norm
-        and a 1 that counts the step; all are 0 for a step that is left out. Nothing here waits for
-        the device: the optimisers read ``found_inf`` there.
-        """
-        self.step += 1
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
-        skip = self.guard.should_skip(self.step, losses[0], norm)
-        self.optimizer.found_inf = self.average.found_inf = skip
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.average.step()
-        values = torch.cat([losses, norm[None], torch.ones_like(norm)[None]])
-        return torch.where(skip > 0, 0, values)
-
     def restore(self, path):
         """Take over the checkpoint of this run at path. Raises UserError if it is another run's."""
         self.step = restore_checkpoint(path, self.net, self.ema, self.optimizer,
-                                       config=self.run.config, free=FREE)
+                                       config=self.run.config, free=MAY_CHANGE)
 
     def state_dict(self):
         """What a checkpoint holds."""
@@ -256,63 +240,78 @@ class TrainingState:
 def train_step(state, images, y):
     """One optimiser step on this rank's share of the global batch.
 
-    images: uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,). Returns
-    the values of TrainingState.update, on the device.
+    images: uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,) int64.
+    Returns (5,), on the device: loss, error, velocity error, gradient norm, and a 1 that counts the
+    step; zeros where the step was skipped.
     """
-    return state.update(add_gradients(state, images, y))
+    losses = add_gradients(state, images, y)
+    state.step += 1
+
+    # The gradient norm is NaN on all ranks if the loss of any rank is not finite. Then the fused
+    # optimisers do nothing: they read found_inf, made for loss scaling, on the device
+    norm = torch.nn.utils.get_total_norm([p.grad for p in state.params])
+    skip = state.guard.should_skip(state.step, losses[0], norm)
+    state.optimizer.found_inf = state.ema_update.found_inf = skip
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.ema_update.step()
+
+    values = torch.cat([losses, norm[None], torch.ones_like(norm)[None]])
+    return torch.where(skip > 0, 0, values)
 
 
 def add_gradients(state, images, y, *, exchange=True):
     """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
 
-    Returns (3,): loss, error and velocity error, means over these rows. With the last micro-batch
-    DistributedDataParallel averages the gradients over the ranks, unless exchange is False.
+    Returns (3,): loss, error and velocity error, means over these rows. During the backward of the
+    last micro-batch DistributedDataParallel averages the gradients over the ranks, if exchange.
     """
-    world, parts = state.run.world, state.run.args.grad_accum_steps
+    world, count = state.run.world, state.run.args.grad_accum_steps
     losses = torch.zeros(3, device=world.device)
-    for i in range(parts):
-        x, draws = draw_data(state, images[i::parts], i)
-        local = world.distributed and not (exchange and i == parts - 1)
-        with state.forward.no_sync() if local else nullcontext():
+    for i in range(count):
+        x, labels, draws = micro_batch(state, images, y, i)
+        average = exchange and i == count - 1
+        with nullcontext() if average or not world.distributed else state.forward.no_sync():
             with world.autocast():
-                out = state.method.loss(state.net, x, y[i::parts], draws, forward=state.forward)
-            (propagate_nonfinite(out.loss) / parts).backward()
+                out = state.method.loss(state.net, x, labels, draws, forward=state.forward)
+            (propagate_nonfinite(out.loss) / count).backward()
         errors = out.error.mean(), out.velocity_error.mean()
-        losses += torch.stack([out.loss.detach(), *errors]) / parts
+        losses += torch.stack([out.loss.detach(), *errors]) / count
     return losses
 
 
-def draw_data(state, images, i):
-    """Data x (b, C, h, w) and draws of micro-batch i of this rank.
+def micro_batch(state, images, y, i):
+    """Data x (b, C, h, w), labels (b,) and draws of micro-batch i of this rank.
 
-    All noise is drawn for the global batch, and every micro-batch of every rank takes its rows: a
-    run does not depend on how its batches are divided.
+    All noise is drawn for the global batch, so a run does not depend on how it is divided. Of its
+    rows this rank has every world.size-th, and the micro-batch every grad_accum_steps-th of those.
     """
     args, world, config = state.run.args, state.run.world, state.run.config
-    part, count = world.rank + world.size * i, world.size * args.grad_accum_steps
+    images, y = (rows[i::args.grad_accum_steps] for rows in (images, y))
+    part, parts = world.rank + world.size * i, world.size * args.grad_accum_steps
     shape = (args.global_batch_size, *config["latent_shape"])
 
     def generator(purpose):
         return counted_generator(args.seed, state.step, purpose, device=images.device)
 
-    noise = torch.randn(shape, device=images.device, generator=generator("posterior"))[part::count]
+    noise = torch.randn(shape, device=images.device, generator=generator("posterior"))[part::parts]
     with torch.no_grad():
         moments = images if args.encoded_data else state.run.space.encode(images)
         x = posterior_sample(moments, noise, config["scale"])
     draws = state.method.draw(shape, device=images.device, generator=generator("method"))
-    return x, draws.part(part, count)
+    return x, y, draws.part(part, parts)
 
 
-def averaging(ema, net, decay):
-    """An optimiser whose step moves the averages by 1 - decay of the way to the weights.
+def make_ema_update(ema, net, decay):
+    """An optimiser whose step is ema += (1 - decay) (weights - ema).
 
-    It is gradient descent with weight decay 1 along the gradient -weights. As an optimiser it makes
-    no autograd graph, and ``found_inf`` leaves a step out without a synchronisation.
+    As a fused SGD, with weight decay 1 and the weights as gradients, it makes no autograd graph and
+    obeys found_inf.
     """
     optimizer = torch.optim.SGD(ema.parameters(), lr=1 - decay, weight_decay=1, maximize=True,
                                 fused=True)
     for average, weight in zip(ema.parameters(), net.parameters()):
-        average.grad = weight.detach()  # shares its memory: always the present weight
+        average.grad = weight.detach()  # shares its memory: always the current weight
     return optimizer
 
 
@@ -327,8 +326,8 @@ def warm_up(state, images, y):
     if state.run.config["compile"]:
         compile_passes(state, images, y)
     if state.run.world.distributed:
-        # DDP orders its buckets anew after the first backward. With three or more ranks that
-        # changes the order of the sums, and a resumed run would differ in bits
+        # DDP rebuilds its buckets after the first backward. With three or more ranks that changes
+        # the order of the sums, and a resumed run would differ in bits
         add_gradients(state, images, y)
         state.net.zero_grad()
     state.warm = True
@@ -347,7 +346,7 @@ def compile_passes(state, images, y):
     try:
         state.forward, state.method = torch.compile(state.forward), copy.copy(state.method)
         state.method.compile()
-        # Without a collective, in which a rank would wait for one whose compiler failed
+        # No all-reduce: if the compiler failed on one rank, the others would hang in it
         add_gradients(state, images, y, exchange=False)
     except torch.OutOfMemoryError:
         raise
@@ -360,8 +359,8 @@ def compile_passes(state, images, y):
     if not reasons:
         return
     if state.run.args.compile:
-        raise UserError(f"--compile must be given where torch.compile works, got {reasons[0]}; "
-                        f"install what is missing or give --no-compile")
+        raise UserError(f"--compile: torch.compile failed on {reasons[0]}; install what is missing "
+                        f"or give --no-compile")
     state.forward, state.method = plain
     state.run.log.say(f"torch.compile failed, training goes on without it; {reasons[0]}")
 
@@ -380,19 +379,19 @@ class Due(NamedTuple):
 
 
 def what_is_due(run, step, stop=None):
-    """What is Due after this step. stop: whether the run ends here, before its last step.
+    """What is Due after this step. stop: the signal that ends the run here, or None.
 
-    What is logged, saved, drawn and evaluated every so many steps (0 = never) is so after the last
-    step, too. A checkpoint comes before an evaluation, which takes long.
+    Everything that is due every so many steps (0 = never) is due after the last step, too. There is
+    a checkpoint before each evaluation, which takes long.
     """
-    def every(steps, ends=False):
-        return bool(steps) and (step % steps == 0 or step == run.total_steps or bool(ends))
+    def every(steps):
+        return steps > 0 and (step % steps == 0 or step == run.total_steps)
 
-    args = run.args
+    args, stopped = run.args, stop is not None
     evaluate = every(args.eval_every)
-    return Due(log=every(args.log_every, stop), record=every(args.log_every),
-               save=every(args.ckpt_every, stop) or evaluate, picture=every(args.sample_every),
-               evaluate=evaluate and not stop)
+    return Due(log=every(args.log_every) or stopped, record=every(args.log_every),
+               save=every(args.ckpt_every) or stopped or evaluate,
+               picture=every(args.sample_every), evaluate=evaluate and not stopped)
 
 
 class Meter:
@@ -445,7 +444,7 @@ class Run:
         self.dataset, self.space = open_data(args, world)
         self.config = make_config(args, self.dataset, self.space)
         check_network(args, self.config)
-        check_config(self.folder, self.config, FREE)
+        check_config(self.folder, self.config, MAY_CHANGE)
         self.batches = Batches(len(self.dataset), args.global_batch_size, seed=args.seed,
                                flip=args.flip, world=world)
         self.total_steps = args.max_steps or args.epochs * self.batches.steps_per_epoch
@@ -455,12 +454,12 @@ class Run:
 
     def __enter__(self):
         with ExitStack() as stack:
-            self.lock = None  # but on rank 0
+            self.lock = None  # of ranks other than 0
 
             def hold():
                 self.lock = stack.enter_context(lock_folder("--run-dir", self.folder))
                 # Again: while this process waited, another run may have taken the folder
-                path = check_config(self.folder, self.config, FREE)
+                path = check_config(self.folder, self.config, MAY_CHANGE)
                 for name in ("checkpoints", "samples"):
                     make_folder("--run-dir", self.folder / name)
                     remove_temporary_files(self.folder / name)
@@ -483,10 +482,11 @@ class Run:
         for line in introduction(self, state):
             self.log.say(line)
         self.signals = enter(Signals(world))
+        # world.saver: a process that must end at once lets the saver finish first
         self.saver = world.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last,
                                                lock=self.lock, before=self.log.to_disk))
-        self.stack.callback(self.signals.steps_end)  # the saver may take long to end
-        self.generator = Generator(state.ema, self.space, self.config, world, seed=self.args.seed)
+        self.stack.callback(self.signals.steps_end)  # no deadline for the saver's last checkpoint
+        self.sampler = ImageSampler(state.ema, self.space, self.config, world, seed=self.args.seed)
         unfinished = what_is_due(self, state.step).evaluate and not self.log.has(state.step, "fid")
         if state.step and world.agree(unfinished):  # the evaluation in which the last run ended
             self.evaluate(state.step)
@@ -526,19 +526,20 @@ class Run:
         """Write one-step samples of the averaged network as one picture, on rank 0."""
         if self.world.main:
             self.saver.check()  # that the folder is still this run's
-            self.generator.picture(self.folder / "samples" / f"{step:07d}.png")
+            self.sampler.picture(self.folder / "samples" / f"{step:07d}.png")
 
     def evaluate(self, step):
         """Measure one-step samples of the averaged network: one log line, one metrics record."""
-        metrics = self.evaluation.measure(self.generator, self.args.eval_samples, EVAL_BATCH)
+        metrics = self.evaluation.measure(self.sampler, self.args.eval_samples, EVAL_BATCH)
         if self.world.main:
-            about = {"labels": self.generator.labels, "seed": self.generator.seed}
+            about = {"labels": self.sampler.labels, "seed": self.sampler.seed}
             assert metrics.keys().isdisjoint(about)
             metrics |= about
-            names = metric_names(metrics["protocol"])
-            self.log.say(f"step {step}  " + "  ".join(
-                f"{names.get(key, key)} {f'{value:.4f}' if isinstance(value, float) else value}"
-                for key, value in metrics.items()))
+            names, line = metric_names(metrics["protocol"]), f"step {step}"
+            for key, value in metrics.items():
+                text = f"{value:.4f}" if isinstance(value, float) else value
+                line += f"  {names.get(key, key)} {text}"
+            self.log.say(line)
             self.log.record(step, **metrics)
 
     def finish(self, state):
@@ -571,15 +572,17 @@ def open_data(args, world):
 
 def make_config(args, dataset, space):
     """The config: every option, and what sampling and resuming must know of the data."""
-    config = {name: str(value) if isinstance(value, Path) else
-              list(value) if isinstance(value, tuple) else value
-              for name, value in vars(args).items()}
-    encoded = dataset if args.encoded_data else space
+    def plain(value):
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(
+            value, tuple) else value
+
+    scale = dataset.scale if args.encoded_data else space.scale
     shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
     compiles = torch.cuda.is_available() if args.compile is None else args.compile
-    return config | {"compile": compiles, "latent_shape": list(shape), "scale": encoded.scale,
-                     "classes": list(dataset.classes), "num_classes": len(dataset.classes),
-                     "num_images": len(dataset)}
+    return {name: plain(value) for name, value in vars(args).items()} | {
+        "compile": compiles, "latent_shape": list(shape), "scale": scale,
+        "classes": list(dataset.classes), "num_classes": len(dataset.classes),
+        "num_images": len(dataset)}
 
 
 def check_network(args, config):

@@ -1,14 +1,13 @@
-"""GPU hours of the paper's runs, from counted FLOPs and an assumed share of a GPU's peak.
+"""Count the FLOPs of the paper's runs, and their GPU hours at an assumed share of a GPU's peak.
 
-    python benchmarks/gpu_hours.py --share 0.4
+    python benchmarks/gpu_hours.py --share 0.4        # a minute, without computing anything
 
-hours = images * FLOPs / (GPUs * share * peak * 3600). FLOPs are those of matrix products,
-convolutions and attention, a multiply-add being two, of one step's forward and backward, counted
-without computing anything. Epochs, batch and steps are of the paper's Table 4; peaks are the data
-sheets' of dense bfloat16 products.
+It prints a table with a row per run: hours = images * FLOPs / (GPUs * share * peak * 3600). FLOPs
+are those of matrix products, convolutions and attention in one step's forward and backward; a
+multiply-add is two. Epochs, batch and steps per epoch are from the paper's Table 4, peaks of dense
+bfloat16 products from the data sheets.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,8 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from loading import stable_diffusion_vae  # noqa: E402
 from train_step import FlopCounter  # noqa: E402
 
+from engine.distributed import run_main  # noqa: E402
+from engine.options import Parser, float_range, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models  # noqa: E402
 
@@ -27,27 +29,26 @@ RUNS = [  # name, model, epochs, omega', kappa
     ("M/2", "DiT-M/2", 240, 2.0, 0.5), ("L/2", "DiT-L/2", 240, 2.5, 0.92),
     ("XL/2", "DiT-XL/2", 240, 2.5, 0.92), ("XL/2+", "DiT-XL/2", 1000, 2.0, 0.5)]
 IMAGES_PER_EPOCH = 5004 * 256
-PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s; of the SXM H100
+PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s; H100 SXM
 BATCH = 4  # of which one row has r < t
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="GPU hours of the paper's runs.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--share", type=float, default=0.4,
-                        help="share of the peak that a whole step reaches")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a run")
+    parser = Parser(__doc__.split("\n", 1)[0])
+    parser.add_argument("--share", type=float_range(0, 1, above=True), default=0.4,
+                        help="share of the GPU's peak that a whole step reaches")
+    parser.add_argument("--gpus", type=int_range(1), default=8, help="GPUs per run")
     return parser.parse_args(argv)
 
 
 def main(args):
-    # Not every version of PyTorch counts the products of fused attention; it counts these
+    # Plain attention: not every version of PyTorch counts the FLOPs of fused attention
     with sdpa_kernel(SDPBackend.MATH):
         report(args)
 
 
 def report(args):
-    """The table on stdout."""
+    """Print the table."""
     print("| | epochs | guidance | F, GFLOP | step, GFLOP | in F | to flow matching | EFLOP |"
           + "".join(f" {args.gpus} {gpu}, hours |" for gpu in PEAKS))
     print("|---" * (8 + len(PEAKS)) + "|")
@@ -65,9 +66,12 @@ def report(args):
 
 
 def flops(model, **settings):
-    """FLOPs per image of one forward pass and of one step."""
+    """(FLOPs of one forward, FLOPs of one step), per image."""
     method = MeanFlow(num_classes=1000, **settings)
-    with FakeTensorMode():  # tensors with a shape and nothing in it
+    derivative = method.time_derivative
+    # PyTorch differentiates no views of fake tensors in forward mode: pass copies of the rows
+    method.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
+    with FakeTensorMode():  # tensors with a shape and no data
         net = DiT_models[model]()
         x, y = torch.empty(BATCH, 4, 32, 32), torch.zeros(BATCH, dtype=torch.int64)
         draws = method.draw(x.shape)
@@ -79,17 +83,13 @@ def flops(model, **settings):
 
 
 def encoder_flops():
-    """FLOPs per image of 256 px that the Stable Diffusion VAE's encoder takes."""
-    from diffusers import AutoencoderKL
-
+    """FLOPs of the Stable Diffusion VAE's encoder on one image of 256 px."""
     with FakeTensorMode():
-        model = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                              latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                              up_block_types=("UpDecoderBlock2D",) * 4)
+        model = stable_diffusion_vae()
         with FlopCounter() as counter, torch.no_grad():
             model.encode(torch.empty(1, 3, 256, 256))
     return counter.total
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(main, parse_args)

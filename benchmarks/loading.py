@@ -1,14 +1,15 @@
-"""How fast the data comes: latents from shards against one torch.load per image, and encoding
-against the bare VAE, each pair in one run on one machine.
+"""Time the data: loading latents, reading JPEG files, start-up and encoding.
 
-    python benchmarks/loading.py                                         # CPU, a few minutes
+    python benchmarks/loading.py                                           # CPU, a few minutes
     python benchmarks/loading.py --encode-images 20000 --encode-size 256   # a GPU
     torchrun --standalone --nproc_per_node=2 benchmarks/loading.py --list-files 200000
 
-The latents and the VAE's weights are random, the images real photographs: speed asks no more.
+Each part prints a line for our way and for the alternatives, measured in turn in one run: shards of
+latents against one torch.load per image; three ways to read images in parallel; encode_imagenet.py
+against the bare VAE. The third command times only the opening of an image folder. Latents and
+weights are random; images are real photographs.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, where "data" is this very file
+sys.path.insert(0, str(ROOT))
 
 from dataset.images import ImageFolder  # noqa: E402
 from dataset.latents import (  # noqa: E402
@@ -39,31 +40,36 @@ from dataset.latents import (  # noqa: E402
 )
 from dataset.loader import Batches, load_batches, map_ahead, read_images, stack_images  # noqa: E402
 from dataset.vae import load_vae  # noqa: E402
-from engine.distributed import World, start_processes  # noqa: E402
+from engine.distributed import World, run_main, start_processes  # noqa: E402
 from engine.files import write_json  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
+from engine.options import Parser, int_range  # noqa: E402
 
-SHAPE = (4, 32, 32)  # of ImageNet at 256 px
-IMAGENET = 1_281_167
+SHAPE = (4, 32, 32)  # latents of ImageNet at 256 px
+IMAGENET = 1_281_167  # training images
 CPU = torch.device("cpu")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Rates of the loader and of encoding, with what they are compared to.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--latents", type=int, default=8192, help="latents on disk: 32 KiB each")
-    parser.add_argument("--batch-size", type=int, default=256, help="latents per batch")
-    parser.add_argument("--num-workers", type=int, default=2, help="that load or read images")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each pair, interleaved")
-    parser.add_argument("--encode-images", type=int, default=96, help="images to encode; 0 = none")
-    parser.add_argument("--encode-size", type=int, default=64, help="their side in pixels")
-    parser.add_argument("--encode-batch", type=int, default=8, help="images per pass of the VAE")
-    parser.add_argument("--read-images", type=int, default=512,
-                        help="JPEG files to decode to 256 px; 0 = none")
-    parser.add_argument("--list-files", type=int, default=0,
-                        help="empty files in 1,000 folders to list, by all processes of torchrun, "
-                             "and nothing else; 0 = none")
+    parser = Parser(__doc__.split("\n", 1)[0])
+    parser.add_argument("--latents", type=int_range(1), default=8192,
+                        help="latents on disk: 32 KiB each")
+    parser.add_argument("--batch-size", type=int_range(1), default=256, help="latents per batch")
+    parser.add_argument("--num-workers", type=int_range(0), default=2,
+                        help="processes or threads that load latents or read images")
+    parser.add_argument("--repeats", type=int_range(1), default=5,
+                        help="interleaved runs of each way")
+    parser.add_argument("--encode-images", type=int_range(0), default=96,
+                        help="images to encode; 0 = none")
+    parser.add_argument("--encode-size", type=int_range(1), default=64, help="their side in pixels")
+    parser.add_argument("--encode-batch", type=int_range(1), default=8,
+                        help="images per forward of the VAE")
+    parser.add_argument("--read-images", type=int_range(0), default=512,
+                        help="JPEG files to decode to 256 px, 86 or more: fewer would be cached; "
+                             "0 = none")
+    parser.add_argument("--list-files", type=int_range(0), default=0,
+                        help="time only the opening of an image folder of so many empty files in "
+                             "1,000 class folders; 0 = off")
     return parser.parse_args(argv)
 
 
@@ -87,7 +93,7 @@ def main(args):
 
 
 class FilePerImage:
-    """Moments as the other implementations keep them: one torch.save per image."""
+    """Moments as other implementations store them: one torch.save per image."""
 
     def __init__(self, folder, count):
         folder.mkdir()
@@ -102,7 +108,7 @@ class FilePerImage:
 
 
 def write_shards(folder, count):
-    """A data set of random latents, as encode_imagenet.py writes it."""
+    """Write a data set of random latents in the format of encode_imagenet.py."""
     folder.mkdir()
     counts = [min(8192, count - first) for first in range(0, count, 8192)]
     for index, size in enumerate(counts):
@@ -120,15 +126,15 @@ def write_description(folder, counts):
 
 
 def rate(dataset, args, workers, steps, seed):
-    """Latents a second as float32 batches, in the shuffled order of training, from page cache."""
+    """Latents per second: float32 batches in the shuffled order of training, from page cache."""
     world = World(0, 1, CPU, "fp32")
-    order = Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
-                         flip=False, world=world)
+    order = Batches(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1, flip=False,
+                    world=world)
     batches = (load_batches(dataset, order, workers=workers, device=CPU)
                if isinstance(dataset, LatentShards) else
                iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers,
                                prefetch_factor=4 if workers else None)))
-    batch = next(batches)[0].float()  # the workers have started
+    batch = next(batches)[0].float()  # from now on the workers run
     start = time.perf_counter()
     for moments, _ in batches:
         batch.copy_(moments.view_as(batch))
@@ -136,7 +142,8 @@ def rate(dataset, args, workers, steps, seed):
 
 
 def compare_loaders(args, folder):
-    torch.set_num_threads(1)  # both do one thing after another; on a busy machine more only wait
+    """Print latents per second of shards and of one file per image, without and with workers."""
+    torch.set_num_threads(1)  # neither computes in parallel: more threads would only wait
     files = FilePerImage(folder / "files", args.latents)
     write_shards(folder / "shards", args.latents)
     shards = LatentShards(folder / "shards")
@@ -146,7 +153,7 @@ def compare_loaders(args, folder):
         for repeat in range(args.repeats + 1):
             rates.append((rate(files, args, workers, max(4, steps // 8), repeat),
                           rate(shards, args, workers, 4 * steps, repeat)))
-        ours = statistics.median(new for _, new in rates[1:])  # the first one warms the cache
+        ours = statistics.median(new for _, new in rates[1:])  # the first run warms the cache
         theirs = statistics.median(old for old, _ in rates[1:])
         ratio = statistics.median(new / old for old, new in rates[1:])
         print(f"loading, {workers} workers: {ours:,.0f} latents/s from shards, {theirs:,.0f}/s by "
@@ -154,7 +161,10 @@ def compare_loaders(args, folder):
 
 
 def time_start_up(args, folder):
-    """A data set of ImageNet's length, sparse: its size is real, its content holes."""
+    """Print the time from opening a data set of ImageNet's length to a batch of a late step.
+
+    Its files are sparse: they have ImageNet's sizes and take no disk.
+    """
     folder = folder / "imagenet"
     folder.mkdir()
     counts = [min(8192, IMAGENET - first) for first in range(0, IMAGENET, 8192)]
@@ -170,8 +180,8 @@ def time_start_up(args, folder):
     start = time.perf_counter()
     shards = LatentShards(folder)
     opened = time.perf_counter()
-    order = Batches(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
-                         flip=False, world=World(0, 1, CPU, "fp32"))
+    order = Batches(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460, flip=False,
+                    world=World(0, 1, CPU, "fp32"))
     next(load_batches(shards, order, workers=args.num_workers, device=CPU))
     end = time.perf_counter()
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -184,7 +194,7 @@ def time_start_up(args, folder):
 
 
 def compare_listing(args, folder, world):
-    """Opening a folder of images where every process lists it and where rank 0 does."""
+    """Print the time to open an image folder if every process lists it, and if only rank 0 does."""
     for row in range(args.list_files if world.main else 0):
         path = folder / f"n{row % 1000:08d}" / f"n{row % 1000:08d}_{row // 1000}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,16 +211,17 @@ def compare_listing(args, folder, world):
         if world.main:
             wall, busy = (statistics.median(values) for values in zip(*pairs[1:]))
             print(f"{args.list_files:,} files listed by {name}: {wall:.2f} s, {busy:.2f} s of "
-                  f"processors")
+                  f"CPU time")
 
 
 def read_by_pipe(images, batches, workers):
+    """Arrays through a pipe, four images at once: our way. Returns the number of images."""
     served = read_images(images.image, batches, workers=workers)
     return sum(len(stack_images(found)) for _, found in served)
 
 
 def read_by_shared_memory(images, batches, workers):
-    """Whole batches as tensors, as PyTorch's DataLoader hands them over."""
+    """Batches as tensors in shared memory: PyTorch's DataLoader. Returns the number of images."""
     rows = [(torch.tensor(batch), torch.zeros(len(batch), dtype=torch.bool)) for batch in batches]
     loader = DataLoader(images, sampler=rows, batch_size=None, num_workers=workers,
                         prefetch_factor=4)
@@ -218,6 +229,7 @@ def read_by_shared_memory(images, batches, workers):
 
 
 def read_by_threads(images, batches, workers):
+    """Batches by threads of this process. Returns the number of images."""
     def read(batch):
         return torch.stack([images.image(row) for row in batch])
 
@@ -225,7 +237,7 @@ def read_by_threads(images, batches, workers):
 
 
 def compare_readers(args, folder):
-    """JPEG files to batches of 32, wall and processor time of the readers with the caller."""
+    """Print images per second and CPU time per image of each way to read JPEG files."""
     images, ways = save_images(folder, args.read_images, 256), (
         read_by_pipe, read_by_shared_memory, read_by_threads)
     batches = [range(i, min(i + 32, len(images))) for i in range(0, len(images), 32)]
@@ -239,24 +251,23 @@ def compare_readers(args, folder):
     for way, pairs in results.items():
         rate, busy = (statistics.median(values) for values in zip(*pairs[1:]))
         print(f"{way.__name__}, {args.num_workers} workers: {rate:.0f} images/s, {busy:.2f} ms of "
-              f"processors an image")
+              f"CPU time per image")
 
 
 # ---- encoding --------------------------------------------------------------------------------
 
 
-def save_vae(folder):
+def stable_diffusion_vae():
     """An AutoencoderKL of Stable Diffusion's architecture, with random weights."""
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                  down_block_types=("DownEncoderBlock2D",) * 4,
-                  up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(folder)
-    return folder
+    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                         latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                         up_block_types=("UpDecoderBlock2D",) * 4)
 
 
 def save_images(folder, count, size):
-    """Photographs of about ImageNet's size, as JPEG."""
+    """Write JPEG files of 500 x 375; returns them as an ImageFolder cropped to size."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -268,12 +279,12 @@ def save_images(folder, count, size):
 
 
 def bare_rate(space, images, args, device):
-    """Images a second of the VAE on batches that wait in memory, moments back on the CPU."""
+    """Images per second of the VAE alone: batches from memory, moments back on the CPU."""
     sizes = min(len(images), 8 * args.encode_batch)
     straight = torch.zeros(args.encode_batch, dtype=torch.bool)
     batches = [images[rows, straight[:len(rows)]][0]
                for rows in torch.arange(sizes).split(args.encode_batch)]
-    space.encode(batches[0].to(device)).cpu()  # warm
+    space.encode(batches[0].to(device)).cpu()  # warm-up
     start, done = time.perf_counter(), 0
     for batch in itertools.islice(itertools.cycle(batches), len(images) // args.encode_batch):
         space.encode(batch.to(device)).half().cpu()
@@ -282,10 +293,11 @@ def bare_rate(space, images, args, device):
 
 
 def compare_encoding(args, folder, world):
-    save_vae(folder / "vae")
+    """Print images per second of encode_imagenet.py, and of the VAE alone before and after it."""
+    stable_diffusion_vae().save_pretrained(folder / "vae")
     images = save_images(folder / "images", args.encode_images, args.encode_size)
     if world.device.type == "cpu":
-        torch.set_num_threads(1)  # as encode_imagenet.py does
+        torch.set_num_threads(1)  # as in encode_imagenet.py
     space = load_vae(str(folder / "vae"), world.device, chunk=args.encode_batch)
     bare = [bare_rate(space, images, args, world.device)]
     done = subprocess.run(
@@ -303,4 +315,4 @@ def compare_encoding(args, folder, world):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(main, parse_args)

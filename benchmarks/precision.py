@@ -1,14 +1,16 @@
-"""How far each --precision is from exact arithmetic, beside the arithmetic of the official runs.
+"""Measure how far each --precision, and the arithmetic of the official runs, is from float64.
 
-    python benchmarks/precision.py
+    python benchmarks/precision.py                    # half a minute on two cores
     python benchmarks/precision.py --ckpt results/quickstart/checkpoints/0001950.pt
 
-One training step with guidance (omega' 2, kappa .5) in each arithmetic, against the same step in
-float64: relative differences (2-norm) of the derivative du/dt, of the errors per row and of the
-gradient of all weights. The official code multiplies float32 arrays on TPUs, whose products round
-their factors to bfloat16 by default and add in float32. Rounded factors are simulated, so the
-figures do not depend on the machine: every factor of a matrix product or convolution, forward,
-backward and in the derivative, is rounded before an exact float32 product.
+It makes one training step with guidance (omega' 2, kappa .5) in each arithmetic and prints relative
+differences (2-norm) to the same step in float64: of the derivative du/dt, of the errors per row and
+of the gradient of all weights.
+
+The official code multiplies float32 arrays on TPUs, which by default round the factors to bfloat16
+and add in float32. The program simulates this, so its figures do not depend on the machine: it
+rounds every factor of a matrix product or convolution, forward, backward and in the derivative, and
+multiplies in float32.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models  # noqa: E402
 
 aten = torch.ops.aten
-# product -> place of its first factor among its arguments
+# operation -> index of its first factor among its arguments
 PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1,
             aten.convolution.default: 0, aten.convolution_backward.default: 0}
 
@@ -37,9 +39,9 @@ PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1,
 def parse_args(argv=None):
     parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--ckpt", type=Path,
-                        help="checkpoint to take the network from (default: DiT-S/4, 32 x 32 x 4, "
-                             "all weights random)")
-    parser.add_argument("--batch-size", type=int_range(4), default=8, help="rows of the step")
+                        help="checkpoint with the network (default: DiT-S/4 for 32 x 32 x 4, all "
+                             "weights random)")
+    parser.add_argument("--batch-size", type=int_range(4), default=8, help="rows in the batch")
     return parser.parse_args(argv)
 
 
@@ -65,34 +67,34 @@ def main(args):
 
 
 def network(path):
-    """(network in train mode, shape of its data, number of classes)."""
+    """(network in train mode, shape (C, H, W) of its data, number of classes)."""
     if path:
         net, config = load_network(path)
         return net.train().requires_grad_(), config["latent_shape"], config["num_classes"]
     net = DiT_models["DiT-S/4"]()
     for name, weight in net.named_parameters():
-        if "adaLN" in name or "final_layer" in name:  # zeros, behind which nothing is seen
+        if "adaLN" in name or "final_layer" in name:  # at first zeros, which would hide the rest
             torch.nn.init.normal_(weight, std=0.02)
     return net, (4, 32, 32), 1000
 
 
 def step(net, method, x, y, draws, arithmetic=None):
-    """(du/dt, errors, gradient) of one step, in float64."""
+    """(du/dt (B', C, H, W) of the rows with r < t, errors (B,), gradient (N,)), as float64."""
     net.zero_grad()
-    # The plain formula everywhere: the factors within a fused kernel cannot be rounded
+    # Plain attention: the factors inside a fused kernel cannot be rounded
     with sdpa_kernel(SDPBackend.MATH):
         with arithmetic or contextlib.nullcontext():
             out = method.loss(net, x, y, draws)
             if isinstance(arithmetic, Rounded):
                 out.loss.backward()
-        if not isinstance(arithmetic, Rounded):  # a backward pass stands outside of autocast
+        if not isinstance(arithmetic, Rounded):  # backward runs outside autocast
             out.loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
     return method.du_dt.double(), out.error.double(), gradient.double()
 
 
 class Watched(MeanFlow):
-    """Keeps the derivative of the last step as ``du_dt``."""
+    """MeanFlow that keeps the derivative of the last step as ``du_dt``."""
 
     def time_derivative(self, *inputs):
         self.du_dt = super().time_derivative(*inputs)
@@ -100,7 +102,7 @@ class Watched(MeanFlow):
 
 
 class Rounded(TorchDispatchMode):
-    """Rounds the float32 factors of every matrix product and convolution within ``with``."""
+    """Within ``with``, round the float32 factors of every matrix product and convolution."""
 
     def __init__(self, rounding):
         super().__init__()
@@ -115,7 +117,7 @@ class Rounded(TorchDispatchMode):
 
 
 def to_tf32(a):
-    """float32 rounded to the ten bits of TensorFloat-32, to even."""
+    """float32, of any shape, rounded to the ten mantissa bits of TensorFloat-32, ties to even."""
     bits = a.contiguous().view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 

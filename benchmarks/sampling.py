@@ -1,14 +1,13 @@
-"""Images per second of sample.py, PNG files included, beside the bare network and decoder.
+"""Compare the images per second of sample.py, PNG files included, with the bare network.
 
-    python benchmarks/sampling.py
-    python benchmarks/sampling.py --model DiT-B/4 --image-size 256 --vae ema --batches 40
+    python benchmarks/sampling.py                     # CPU, two minutes
+    python benchmarks/sampling.py --model DiT-B/4 --image-size 256 --vae ema --batches 40   # a GPU
 
-Both make the same images from random weights, in turns within one run; medians are printed, and
-their ratio, which 0.9 should not fall below. On a CPU, making PNG files takes time from the
-network; on a GPU it runs beside it.
+Both make the same images from random weights, in turns. It prints the rates of all turns, their
+medians and the ratio, which should be .9 or more. On a CPU, compressing PNG files takes time from
+the network; on a GPU it overlaps.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -17,26 +16,28 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).parent.parent)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sample  # noqa: E402
 from dataset.vae import load_vae  # noqa: E402
-from engine.distributed import start_processes  # noqa: E402
+from engine.distributed import run_main, start_processes  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
+from engine.options import Parser, int_range  # noqa: E402
 from models import build  # noqa: E402
-from sample import Generator  # noqa: E402
+from sample import ImageSampler  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Compare sample.py with the bare networks.")
-    parser.add_argument("--model", default="DiT-S/4", help="network")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels")
-    parser.add_argument("--vae", default="none", help="none, ema, mse or a folder")
+    parser = Parser(__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="DiT-S/4", help="network, such as DiT-B/4")
+    parser.add_argument("--image-size", type=int_range(1), default=64,
+                        help="side of an image in pixels")
+    parser.add_argument("--vae", default="none", help="decoder: none, ema, mse or a folder")
     parser.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
-                        help="as for sample.py")
-    parser.add_argument("--batch-size", type=int, default=25, help="images per batch")
-    parser.add_argument("--batches", type=int, default=2, help="batches per turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each")
+                        help="as in sample.py")
+    parser.add_argument("--batch-size", type=int_range(1), default=25, help="images per batch")
+    parser.add_argument("--batches", type=int_range(1), default=2, help="batches per turn")
+    parser.add_argument("--turns", type=int_range(1), default=5, help="turns of each of the two")
     return parser.parse_args(argv)
 
 
@@ -46,15 +47,15 @@ def main(args):
         config = {"model": args.model, "latent_shape": space.latent_shape(args.image_size),
                   "num_classes": 1000, "image_size": args.image_size}
         net = build(config).to(world.device).eval().requires_grad_(False)
-        torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)  # else every image is noise
-        generator = Generator(net, space, config, world)
+        torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)  # a fresh net returns zeros
+        sampler = ImageSampler(net, space, config, world)
         count = args.batches * args.batch_size
         rates = {"bare": [], "sample.py": []}
-        bare(generator, count, args.batch_size)  # warm-up
+        bare(sampler, count, args.batch_size)  # warm-up
         for turn in range(args.turns):
             for name, work in (("bare", bare), ("sample.py", full(Path(folder, str(turn))))):
                 began = time.perf_counter()
-                work(generator, count, args.batch_size)
+                work(sampler, count, args.batch_size)
                 rates[name].append(count / (time.perf_counter() - began))
         medians = {name: statistics.median(values) for name, values in rates.items()}
         for line in describe_environment(world)[1:]:
@@ -66,23 +67,23 @@ def main(args):
         print(f"ratio {medians['sample.py'] / medians['bare']:.3f}")
 
 
-def bare(generator, count, batch_size):
-    """Noise, network and decoder alone."""
-    for rows in generator.batches(count, batch_size):
-        generator.images(rows)
-    if generator.world.device.type == "cuda":
+def bare(sampler, count, batch_size):
+    """Make the images with noise, network and decoder alone."""
+    for rows in sampler.batches(count, batch_size):
+        sampler.images(rows)
+    if sampler.world.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def full(folder):
-    """The loop of sample.py, into a new folder."""
-    def work(generator, count, batch_size):
+    """A function like bare that runs the loop of sample.py, into a new folder."""
+    def work(sampler, count, batch_size):
         args = sample.parse_args(["--ckpt", "-", "--num-fid-samples", str(count), "--sample-dir",
                                   str(folder), "--per-proc-batch-size", str(batch_size)])
         folder.mkdir()
-        sample.draw(args, generator, None)
+        sample.make_images(args, sampler, None)
     return work
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(main, parse_args)

@@ -1,15 +1,14 @@
-"""What saving checkpoints costs a training run, as a share of its wall time.
+"""Measure the share of a run's wall time that saving checkpoints takes.
 
     python benchmarks/saving.py                       # a GPU
     python benchmarks/saving.py --batch-size 16       # CPU, some minutes
 
-Training steps (step, gradient norm, averages: train.py's work without its log) are timed without a
-save, their median being a step's time; then, around each save, the time of the call that copies the
-state and the time by which the steps during the write exceed that median. Their sum over the time
-of --ckpt-every steps is the share. The next save waits for the one before, as in train.py.
+It times training steps (train.py's work without its log): first without a save, which gives the
+median time of a step, then during each save. A save costs the time of the call, which copies the
+state, and the time by which the steps during the write exceed the median. It prints one JSON line;
+share_percent is the mean cost of a save relative to the time of --ckpt-every steps.
 """
 
-import argparse
 import copy
 import json
 import statistics
@@ -20,27 +19,27 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file is a "checkpoint", too
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train  # noqa: E402
 from engine.checkpoint import Saver  # noqa: E402
-from engine.distributed import start_processes  # noqa: E402
+from engine.distributed import run_main, start_processes  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
+from engine.options import Parser, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import build  # noqa: E402
 
-SHAPE = (4, 32, 32)  # of ImageNet at 256 px
+SHAPE = (4, 32, 32)  # latents of ImageNet at 256 px
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="The share of wall time that saving checkpoints takes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="DiT-S/4", help="size and patch size")
-    parser.add_argument("--batch-size", type=int, default=256, help="latents per step")
-    parser.add_argument("--ckpt-every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--steps", type=int, default=20, help="steps timed without a save")
-    parser.add_argument("--saves", type=int, default=5, help="checkpoints written")
+    parser = Parser(__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="DiT-S/4", help="network, such as DiT-B/4")
+    parser.add_argument("--batch-size", type=int_range(1), default=256, help="latents per step")
+    parser.add_argument("--ckpt-every", type=int_range(1), default=1000,
+                        help="steps between checkpoints")
+    parser.add_argument("--steps", type=int_range(1), default=20, help="steps timed without a save")
+    parser.add_argument("--saves", type=int_range(1), default=5, help="checkpoints written")
     parser.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
                         help="as in train.py")
     return parser.parse_args(argv)
@@ -70,7 +69,7 @@ def main(args):
 
 
 class Training:
-    """The work of train.py's loop on random latents."""
+    """The steps of train.py's loop, on random latents."""
 
     def __init__(self, args, world):
         self.args, self.world = args, world
@@ -78,13 +77,13 @@ class Training:
         self.net = build(self.config).to(world.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True)
-        self.average = train.averaging(self.ema, self.net, 0.9999)
+        self.average = train.make_ema_update(self.ema, self.net, 0.9999)
         self.flow = MeanFlow(num_classes=1000, cfg=3.0)
         self.x = torch.randn(args.batch_size, *SHAPE, device=world.device)
         self.y = torch.randint(1000, (args.batch_size,), device=world.device)
 
     def step(self):
-        """The seconds that a step takes."""
+        """Make a step; returns its seconds."""
         begin = time.perf_counter()
         with self.world.autocast():
             out = self.flow.loss(self.net, self.x, self.y,
@@ -97,17 +96,19 @@ class Training:
         return self.seconds_since(begin)
 
     def seconds_since(self, begin):
+        """Seconds since begin, once the GPU has finished."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
     def state(self, number):
+        """The dict that train.py saves."""
         return {"step": number, "model": self.net.state_dict(), "ema": self.ema.state_dict(),
                 "opt": self.optimizer.state_dict(), "config": self.config}
 
 
 def around_a_save(training, saver, number, step):
-    """Seconds of the call, by which the steps during the write were slower, and of the write."""
+    """Save once. Returns seconds: of the call, lost by the steps during the write, of the write."""
     begin = time.perf_counter()
     saver.save(training.state(number))
     call, excess = training.seconds_since(begin), 0.0
@@ -119,4 +120,4 @@ def around_a_save(training, saver, number, step):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(main, parse_args)

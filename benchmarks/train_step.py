@@ -1,11 +1,12 @@
-"""What a MeanFlow training step costs, as a ratio to a plain flow-matching step of the same net.
+"""Compare the time and memory of a MeanFlow step with a flow-matching step of the same network.
 
-    python benchmarks/train_step.py
-    python benchmarks/train_step.py --model DiT-B/2 --batch-size 128 --precision bf16
+    python benchmarks/train_step.py                   # CPU, four minutes on two cores
+    python benchmarks/train_step.py --model DiT-B/2 --batch-size 128 --precision bf16   # a GPU
 
-One process times all variants in turn, repetition by repetition, so that whatever else the machine
-does meets all of them; the table gives medians. A step is forward and backward, without optimiser.
-It runs on the first GPU if there is one; CUDA_VISIBLE_DEVICES= measures the CPU.
+It prints a table of medians with a row per variant: flow matching, our step with and without
+guidance, and two formulations found elsewhere, eager and compiled. A step is forward and backward,
+without optimiser. The variants are timed in turn, so other load on the machine meets all of them.
+It runs on the first GPU, if any; CUDA_VISIBLE_DEVICES= selects the CPU.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop lines
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # hides the profiler's start and stop lines
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -37,7 +38,7 @@ NUM_CLASSES = 1000
 
 @dataclass
 class Variant:
-    """One way to make a step, and what was measured of it."""
+    """One way to make a step, and its measurements."""
 
     name: str
     loss: object  # () -> scalar tensor with gradient
@@ -52,16 +53,16 @@ def parse_args(argv=None):
     parser.add_argument("--model", choices=DiT_models, default="DiT-S/4", metavar="NAME",
                         help="network, such as DiT-B/4")
     parser.add_argument("--input-size", type=int_range(1), default=32,
-                        help="side of the input with 4 channels; 32 is a 256-pixel latent")
-    parser.add_argument("--batch-size", type=int_range(4), default=16, help="rows of a step")
+                        help="side of the 4-channel input; 32 is the latent of 256 pixels")
+    parser.add_argument("--batch-size", type=int_range(4), default=16, help="rows in the batch")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                        help="arithmetic of the network, as in train.py")
+                        help="as in train.py")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="measure the compiled variants too")
     parser.add_argument("--checkpoint-activations", action="store_true",
-                        help="recompute the blocks in the backward pass, in every variant")
+                        help="recompute the blocks in the backward, in every variant")
     parser.add_argument("--seconds", type=float_range(0), default=100.0,
-                        help="time for repetitions; three are made even so")
+                        help="seconds of timing in all; at least three repetitions are made")
     args = parser.parse_args(argv)
     patch = int(args.model.split("/")[1])
     if args.input_size % patch:
@@ -74,7 +75,7 @@ def parse_args(argv=None):
 
 
 def build_variants(net, x, y, *, compile):
-    """Flow matching, our step and two formulations found elsewhere, eager and compiled."""
+    """The list of Variants: x (B, C, H, W) and labels y (B,) are the batch of all."""
     settings = {
         "flow matching": {"ratio": 0},
         "ours, no guidance": {},
@@ -90,7 +91,7 @@ def build_variants(net, x, y, *, compile):
             if compiled:
                 method.compile()
             variants.append(Variant(name, our_loss(method, net, forward, x, y, draws), compiled))
-        # torch.compile cannot differentiate twice, so double backward is eager only
+        # torch.compile cannot differentiate twice: double backward runs eager only
         for name, derive in [("whole-batch JVP with graph", forward_mode),
                              ("double backward", double_backward)][:1 if compiled else 2]:
             derive = torch.compile(derive) if compiled else derive
@@ -102,11 +103,12 @@ def build_variants(net, x, y, *, compile):
 
 
 def our_loss(method, net, forward, x, y, draws):
+    """Our loss without arguments, as a Variant wants it."""
     return lambda: method.loss(net, x, y, draws, forward=forward).loss
 
 
 def derivative_loss(method, net, derive, x, y, draws):
-    """The loss without guidance where u and du/dt come from one derivation of the whole batch."""
+    """The loss without guidance if derive returns u and du/dt, both of the whole batch."""
     def loss():
         t = draws.t[:, None, None, None]
         z, v = (1 - t) * x + t * draws.eps, draws.eps - x
@@ -119,14 +121,14 @@ def derivative_loss(method, net, derive, x, y, draws):
 
 
 def forward_mode(net, z, r, t, y, v):
-    """u and du/dt by torch.func.jvp, with a graph for the gradient of u."""
+    """u and du/dt (B, C, H, W) by torch.func.jvp, with a graph for the gradient of u."""
     tangents = (v, torch.zeros_like(r), torch.ones_like(t))
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
 
 
 def double_backward(net, z, r, t, y, v):
-    """u and du/dt by differentiating a vector-Jacobian product, as older ports do."""
+    """u and du/dt (B, C, H, W) by differentiating a vector-Jacobian product, as older ports do."""
     tangents = (v, torch.zeros_like(r), torch.ones_like(t))
     with sdpa_kernel(SDPBackend.MATH):
         return torch.autograd.functional.jvp(
@@ -137,7 +139,7 @@ def double_backward(net, z, r, t, y, v):
 
 
 def step(variant, net, world):
-    """Forward and backward; the gradients replace older ones."""
+    """Forward and backward; the new gradients replace the old."""
     net.zero_grad()
     with world.autocast():
         loss = variant.loss()
@@ -145,7 +147,7 @@ def step(variant, net, world):
 
 
 def time_step(variant, net, world):
-    """Seconds of one step; a GPU is waited for on both sides."""
+    """Seconds of one step, from an idle GPU to an idle GPU."""
     wait = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -155,9 +157,9 @@ def time_step(variant, net, world):
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, convolutions and attention, a multiply-add being two.
+    """Counts the FLOPs of matrix products, convolutions and attention; a multiply-add is two.
 
-    PyTorch's own counter has the formulas but follows modules too, which double backward forbids.
+    The formulas are PyTorch's. Its own counter also hooks modules, which fails in double backward.
     """
 
     total = 0
@@ -180,8 +182,8 @@ def count_flops(variant, net, world):
 def peak_memory(variant, net, world):
     """Peak bytes of tensors alive in one step: weights, inputs, activations, gradients.
 
-    On CUDA as the allocator tells it. On CPU the profiler lists each allocation and release of
-    PyTorch's allocator; scratch space inside the product libraries is not in it.
+    On CUDA the allocator reports it. On a CPU it is the sum of the allocations and releases that
+    the profiler lists; scratch space inside the matrix libraries is not in it.
     """
     net.zero_grad()
     gc.collect()
@@ -204,7 +206,7 @@ def peak_memory(variant, net, world):
 
 
 def product_ceiling(world):
-    """FLOP/s of the best of some square matrix products in the precision of the step."""
+    """FLOP/s of the fastest of some square matrix products, in the precision of the step."""
     cuda = world.device.type == "cuda"
     size = 8192 if cuda else 2048
     dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
@@ -220,7 +222,7 @@ def product_ceiling(world):
 
 
 def measure(variants, net, world, seconds):
-    """Fill in what each variant costs: FLOPs, memory, and interleaved timings."""
+    """Fill in each variant's FLOPs, memory and interleaved timings."""
     for variant in variants:
         print(f"warming up: {variant.name}{', compiled' if variant.compiled else ''}",
               file=sys.stderr, flush=True)
@@ -239,7 +241,7 @@ def measure(variants, net, world, seconds):
 
 
 def table(variants, batch, ceiling):
-    """The lines of a Markdown table, one variant each."""
+    """The lines of a Markdown table, a row per variant."""
     heads = ["step", "", "seconds", "time", "FLOPs", "memory", "peak MiB", "images/s", "GFLOP/s",
              "of ceiling"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -269,7 +271,7 @@ def main(args):
         torch.manual_seed(0)
         net = DiT_models[args.model](input_size=args.input_size, num_classes=NUM_CLASSES)
         for parameter in net.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)  # the zeros of a fresh net are untypical
+            torch.nn.init.normal_(parameter, std=0.02)  # a fresh net has zeros, which are untypical
         net.checkpoint_activations = args.checkpoint_activations
         net.to(world.device)
         x = torch.randn(args.batch_size, 4, args.input_size, args.input_size, device=world.device)

@@ -1,12 +1,12 @@
-"""The quickstart's data and its judge: scikit-learn's 1,797 real handwritten digits, 8 x 8.
+"""Write the quickstart's data, scikit-learn's 1,797 handwritten digits of 8 x 8, or judge samples.
 
-    python examples/digits.py write data/digits           the digits as an image folder
-    python examples/digits.py judge samples.npz           how good samples of them are
+    python examples/digits.py write data/digits           # one folder of PNG files per digit
+    python examples/digits.py judge samples.npz           # one JSON line: how good samples are
 
-The judge prints one JSON line. accuracy: share of samples i that an SVM trained on the real digits
-takes for i modulo 10, the label of sample.py's balanced order. frechet_distance_of_pixels: to the
-real digits, as evaluate_fid.py --protocol pixels measures it; two halves of them, every other one,
-are 0.84 apart.
+accuracy is the share of samples that an SVM, trained on the real digits, recognises as their
+label; the label of sample i is i modulo 10, as in sample.py --labels balanced.
+frechet_distance_of_pixels compares samples and real digits as evaluate_fid.py --protocol pixels
+does; between two halves of the real digits (every other one) it is 0.84.
 """
 
 import argparse
@@ -19,14 +19,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from metrics.distances import frechet_distance  # noqa: E402
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Write the digits, or judge samples of them.")
-    parser.add_argument("action", choices=("write", "judge"), help="what to do")
-    parser.add_argument("path", type=Path, help="folder to write, or .npz file to judge")
+    parser.add_argument("action", choices=("write", "judge"),
+                        help="write the digits, or judge samples")
+    parser.add_argument("path", type=Path, help="folder to write, or .npz of samples")
     return parser.parse_args(argv)
 
 
@@ -39,12 +40,12 @@ def main(args):
 
 
 def pictures(digits):
-    """uint8 (N, 8, 8): grey levels 0 .. 16 become 0 .. 255."""
+    """The digits as uint8 (N, 8, 8): grey levels 0 .. 16 become 0 .. 255."""
     return np.round(digits.images * 255 / 16).astype(np.uint8)
 
 
 def write(folder, digits):
-    """One PNG file per digit, in a folder per class."""
+    """Write one PNG file per digit, in one folder per class."""
     for i, (image, label) in enumerate(zip(pictures(digits), digits.target)):
         path = folder / str(label) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +53,10 @@ def write(folder, digits):
 
 
 def judge(samples, digits):
-    """Accuracy and Frechet distance of samples uint8 (N, 8, 8, 3)."""
+    """The JSON line, a dict, for samples uint8 (N, 8, 8, 3)."""
     grey = samples.mean(axis=3).reshape(len(samples), 64)  # (N, 64), 0 .. 255
-    judge = SVC(kernel="rbf", gamma=0.001, C=10).fit(digits.data, digits.target)
-    accuracy = (judge.predict(grey * 16 / 255) == np.arange(len(grey)) % 10).mean()
+    svm = SVC(kernel="rbf", gamma=0.001, C=10).fit(digits.data, digits.target)
+    accuracy = (svm.predict(grey * 16 / 255) == np.arange(len(grey)) % 10).mean()
     real = pictures(digits)[..., None].repeat(3, axis=3)  # RGB, as evaluate_fid.py reads them
     distance = frechet_distance(gaussian(samples), gaussian(real))
     return {"num_samples": len(grey), "accuracy": round(float(accuracy), 4),
@@ -63,7 +64,7 @@ def judge(samples, digits):
 
 
 def gaussian(images):
-    """Mean and covariance of the pixels, in [-1, 1], of images uint8 (N, 8, 8, 3)."""
+    """Mean (192,) and covariance (192, 192) of images uint8 (N, 8, 8, 3) as values in [-1, 1]."""
     rows = images.reshape(len(images), -1) / 127.5 - 1
     return rows.mean(0), np.cov(rows, rowvar=False)
 
