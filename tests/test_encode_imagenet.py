@@ -304,8 +304,7 @@ def test_a_damaged_dataset_json_is_refused(whole, tmp_path, change):
         LatentShards(out)
 
 
-def test_one_command_encodes_into_a_folder_at_a_time(world, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.files.READERS_S", 0)
+def test_one_command_encodes_into_a_folder_at_a_time(world, whole, tmp_path):
     with (lock_folder("--out-path", tmp_path / "out"),
           refused("--out-path must be of one run at a time", "process .* since")):
         encode(world, tmp_path / "out", "--flip")

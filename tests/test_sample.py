@@ -197,9 +197,8 @@ def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path
     assert len(list((tmp_path / "new").iterdir())) == 22
 
 
-def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path, monkeypatch):
+def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path):
     """Two commands mixed their images, and both exited with 0."""
-    monkeypatch.setattr("engine.files.READERS_S", 0)
     with lock_folder("--sample-dir", tmp_path / "new"):
         with pytest.raises(UserError, match="--sample-dir .*process"):
             call("sample", *options(trained, tmp_path / "new"))

@@ -1,0 +1,121 @@
+"""The log: one record a step, on disk before a checkpoint, one line where the disk is full."""
+
+import errno
+import json
+import os
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+from soak import Child
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.log import Log
+from engine.options import UserError
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
+    """They would stand twice in the file; a line cut short by a crash stopped the next run."""
+    with Log(tmp_path, active=True) as log:
+        for step in (1, 2, 3):
+            log.record(step, error=float(step))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], b'{"step": 1, "err\xffr": 1}', b"[1]", *lines[1:],
+                                 b'{"step": 4, "err']))
+    with Log(tmp_path, active=True, step=2) as log:
+        assert log.has(2, "error") and not log.has(3, "error") and not log.has(2, "fid")
+        log.record(3, error=30.0)
+    assert records(tmp_path) == [{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
+                                 {"step": 3, "error": 30.0}]
+    said = "damaged lines of metrics.jsonl, dropped: 3"
+    assert said in capfd.readouterr().err and said in (tmp_path / "log.txt").read_text()
+
+
+def test_a_record_follows_one_that_lost_its_line_end(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "error": 1.0}')
+    with Log(tmp_path, active=True, step=1) as log:
+        log.record(2, error=2.0)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
+def test_the_log_of_other_processes_is_silent(tmp_path, capfd):
+    with Log(tmp_path, active=False) as log:
+        log.say("nothing")
+        log.record(1, error=0.0)
+        assert not log.has(1, "error")
+    assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
+
+
+def test_an_error_that_ends_the_run_is_the_last_line(tmp_path):
+    with pytest.raises(KeyError), Log(tmp_path, active=True):
+        raise KeyError("what happened")
+    assert "KeyError: 'what happened'" in (tmp_path / "log.txt").read_text().splitlines()[-1]
+
+
+def test_the_log_comes_to_disk_where_folders_cannot_be_synced(tmp_path, monkeypatch):
+    """Every checkpoint failed there: the log is on disk before it."""
+    synced = []
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Log(tmp_path, active=True) as log:
+        log.record(1, error=0.5)
+        log.to_disk()
+    assert {Path(name) for name in synced} == set(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
+def test_a_log_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / name).symlink_to("/dev/full")
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # nothing to read there
+    with pytest.raises(UserError, match="cannot write"):
+        log = Log(tmp_path, active=True)
+        log.say("a line")
+        log.record(1, error=1.0)
+
+
+def test_a_full_disk_makes_tensorboard_print_no_traceback(tmp_path, capfd):
+    """Its own writer has a thread, whose traceback came before our line."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write"), Log(tmp_path, active=True) as log:
+            for step in range(200):
+                log.record(step, a=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 4096  # it was the event file
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_reads_the_event_files_of_a_resumed_run(tmp_path):
+    for step, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0})):
+        with Log(tmp_path, active=True, step=step) as log:
+            for at, value in values.items():
+                log.record(at, error=value, protocol="adm")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["error"]
+    assert {event.step: event.value for event in events.Scalars("error")} == {1: 1, 2: 2, 3: 30}
+
+
+@pytest.mark.slow
+def test_the_log_does_not_import_tensorflow(tmp_path):
+    """TensorBoard's writer did where TensorFlow was installed: seconds, and pages of messages."""
+    (tmp_path / "tensorflow.py").write_text("print('TensorFlow was imported')\n")
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom engine.log import Log\nsys.path.insert(0, sys.argv[1])\n"
+                      "with Log(sys.argv[1], active=True) as log:\n    log.record(1, error=0.5)\n")
+    code, said = Child(script, tmp_path, output=tmp_path / "said").wait()
+    assert code == 0 and "TensorFlow" not in said and list(tmp_path.glob("events.*"))

@@ -1,0 +1,59 @@
+"""Command lines: numbers in their range, paths that can be opened, errors that are one line."""
+
+import argparse
+import os
+
+import pytest
+
+from engine.options import Parser, UserError, float_range, int_range, utf8_path
+
+
+@pytest.mark.parametrize(("kind", "text"), [
+    (int_range(1), "0"), (int_range(1), "1.5"), (int_range(1), "x"), (int_range(0), "-1"),
+    (int_range(0), "9" * 30), (int_range(0, 7), "8"), (float_range(0, 1), "nan"),
+    (float_range(0, 1), "1.1"), (float_range(0), "inf"), (float_range(0, above=True), "0")])
+def test_numbers_out_of_range_are_refused_with_a_remedy(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}'; give"):
+        kind(text)
+
+
+def test_numbers_in_range_are_taken():
+    assert int_range(1)("1") == 1 and float_range(0, 1)("1") == 1.0
+    assert float_range(0, above=True)("1e-9") == 1e-9
+
+
+def test_names_that_are_not_utf8_are_refused():
+    assert str(utf8_path("ünï code")) == "ünï code"
+    with pytest.raises(argparse.ArgumentTypeError):
+        utf8_path(os.fsdecode(b"n\xff"))
+
+
+@pytest.fixture
+def parser():
+    parser = Parser("A script.")
+    parser.add_argument("--label-drop", type=float_range(0), required=True, help="a probability")
+    return parser
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--label-drop"], ["--label-drop", "x"], ["--label-drop", "1", "--other"],
+])
+def test_every_error_of_a_command_line_is_one_line_with_a_remedy(parser, words):
+    with pytest.raises(UserError) as error:
+        parser.parse_args(words)
+    assert "; " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_options_have_no_abbreviations_and_take_their_type(parser):
+    args = parser.parse_args(["--label-drop", "1"])
+    assert args.label_drop == 1.0
+    with pytest.raises(UserError, match="--label-drop"):
+        parser.parse_args(["--label", "1"])
+
+
+def test_a_rule_of_the_method_names_the_option(parser):
+    def build(label_drop):
+        raise ValueError(f"label_drop must be in [0, 1], got {label_drop}; choose another value")
+
+    with pytest.raises(UserError, match="^--label-drop must be in .*, got 2"):
+        parser.validate(build, label_drop=2)
