@@ -113,7 +113,7 @@ REFUSED = {
         dict(out_path=None), dict(out_path="digits", data_path="out"), dict(data_path="latents"),
         dict(out_path="file.txt/out"), dict(out_path="digits"), dict(out_path="torn"),
         dict(out_path="nested encoding"), dict(out_path="foreign encoding"),
-        dict(image_size=16, out_path="latents"), dict(vae="stabilityai/sd-vae-ft-ema")],
+        dict(out_path="latents", image_size=16), dict(vae="stabilityai/sd-vae-ft-ema")],
     "evaluate_fid": [
         dict(ref=None), dict(make_ref="new.npz"), dict(samples="missing"), dict(samples="empty"),
         dict(samples="torn"), dict(samples="objects.npz"), dict(samples="ref.npz"),
