@@ -1,4 +1,4 @@
-"""What several test files share: the digits as an image folder, and scripts run as users do."""
+"""What several test files share: data, scripts run as users run them, the official numbers."""
 
 import importlib
 import os
@@ -13,18 +13,89 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+from soak import Child, ranks
 from torch import nn
 
+from engine.distributed import run_main
 from engine.options import UserError
 from metrics.inception import build_inception
+from models import DiT
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tests run beside each other's processes; threads would fight for the cores."""
+    """Tests run beside the processes they start; threads would compete for the cores."""
     torch.set_num_threads(1)
+
+
+# ---- scripts -----------------------------------------------------------------------------------
+
+
+def command(script, *options, processes=1):
+    """The command line of a script in so many processes."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launch, str(ROOT / script), *map(str, options)]
+
+
+def run_script(script, *options, processes=1, timeout=300, **env):
+    """Run a script to its end in a new Python; exit code, stdout and stderr are in the result."""
+    return subprocess.run(
+        command(script, *options, processes=processes), capture_output=True, text=True,
+        timeout=timeout, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def run_ranks(script, *options, processes, output, **env):
+    """Run a script to its end in so many processes of one group; what each rank printed.
+
+    They are forked, which saves the seconds that torchrun and every import of PyTorch take. output:
+    a path without suffix for their output files.
+    """
+    group = [Child(script, *options, output=f"{output}.{rank}.txt", **place, **env)
+             for rank, place in enumerate(ranks(processes))]
+    ends = [child.wait() for child in group]
+    assert not any(code for code, _ in ends), ends
+    return [said for _, said in ends]
+
+
+def call(script, *options):
+    """Run a script in this process, without the seconds that importing PyTorch takes."""
+    module = importlib.import_module(script)
+    module.main(module.parse_args([str(option) for option in options]))
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capfd):
+    """A function that runs a script which must refuse its options; returns the line on stderr.
+
+    It checks exit code 2, one line that names the option, and that nothing in the folder changed,
+    which is tmp_path if none is given.
+    """
+    def run(script, options, option, folder=tmp_path):
+        module, before = importlib.import_module(script), snapshot(folder)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, options)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run_main(module.main, module.parse_args)
+        out, err = capfd.readouterr()
+        assert exit.value.code == 2 and out == "", err
+        assert err.startswith(f"{script}.py: error: ") and err.count("\n") == 1, err
+        assert option in err, err
+        assert snapshot(folder) == before
+        return err
+    return run
+
+
+def snapshot(folder):
+    """Everything below a folder: names and, for files, content. Links are not followed."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*") if not path.is_symlink()}
+
+
+# ---- data and runs -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -39,25 +110,26 @@ def digits(tmp_path_factory):
     return folder
 
 
-def command(script, *options, processes=1):
-    """The command line of a script in so many processes."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launch, str(ROOT / script), *map(str, options)]
+@pytest.fixture(scope="session")
+def reference(digits, tmp_path_factory):
+    """Pixel statistics of the digits, as evaluate_fid.py writes them."""
+    path = tmp_path_factory.mktemp("reference") / "ref.npz"
+    call("evaluate_fid", "--samples", digits, "--make-ref", path, "--protocol", "pixels",
+         "--image-size", 8, "--num-workers", 0)
+    return path
 
 
-def run_script(script, *options, processes=1, timeout=300, **env):
-    """Run a script to its end; (exit code, stdout, stderr) are in the result."""
-    return subprocess.run(
-        command(script, *options, processes=processes), capture_output=True, text=True,
-        timeout=timeout, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+def tiny(digits, run_dir):
+    """Options of a run that takes seconds."""
+    return ["--data-path", digits, "--run-dir", run_dir, "--vae", "none", "--image-size", 8,
+            "--model", "DiT-T/4", "--global-batch-size", 16, "--num-workers", 0, "--lr", 1e-3,
+            "--ema-decay", 0.9, "--log-every", 4, "--sample-every", 0, "--ckpt-every", 10]
 
 
-def call(script, *options):
-    """Run a script in this process: without the seconds that a new one takes to import PyTorch."""
-    module = importlib.import_module(script)
-    module.main(module.parse_args([str(option) for option in options]))
+@pytest.fixture(scope="session")
+def guided():
+    """Options, beside those of tiny, of a run of eight steps with all passes of guidance."""
+    return ["--max-steps", 8, "--cfg", 2, "--kappa", 0.5]
 
 
 @pytest.fixture(scope="session")
@@ -66,13 +138,6 @@ def trained(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("trained")
     call("train", *tiny(digits, folder), "--max-steps", 12)
     return folder / "checkpoints" / "0000012.pt"
-
-
-def tiny(digits, run_dir):
-    """Options of a run that takes seconds."""
-    return ["--data-path", digits, "--run-dir", run_dir, "--vae", "none", "--image-size", 8,
-            "--model", "DiT-T/4", "--global-batch-size", 16, "--num-workers", 0, "--lr", 1e-3,
-            "--ema-decay", 0.9, "--log-every", 4, "--sample-every", 0, "--ckpt-every", 10]
 
 
 # ---- images, a VAE and Inception weights -----------------------------------------------------
@@ -121,6 +186,25 @@ def save_odd_files(folder):
     exif[0x0112] = 6  # rotated
     square.save(folder / "rotated.jpg", exif=exif, quality=95)
     return sorted(folder.iterdir())
+def load_weights(folder, step, kind="model"):
+    """The weights of a run's checkpoint, or its averages (kind "ema")."""
+    path = folder / "checkpoints" / f"{step:07d}.pt"
+    return torch.load(path, weights_only=True)[kind]
+
+
+def assert_same_weights(ours, theirs):
+    """Equal but for rounding: max |a-b| <= 1e-5 max |b| of each tensor.
+
+    Biases of attention keys are left out: softmax does not see them, so their gradient is zero but
+    for rounding, which Adam blows up to steps of up to 1e-3 times the rate.
+    """
+    assert ours.keys() == theirs.keys()
+    for key, b in theirs.items():
+        a = ours[key]
+        if key.endswith("qkv.bias"):
+            (q, _, v), (other_q, _, other_v) = a.chunk(3), b.chunk(3)
+            a, b = torch.cat([q, v]), torch.cat([other_q, other_v])
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max(), key
 
 
 def save_small_vae(path, **changes):
@@ -184,3 +268,35 @@ def torch_home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def inception_weights(torch_home):
     return next(torch_home.glob("hub/checkpoints/pt_inception*"))
+
+
+# ---- numbers of the official implementation ----------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_SIZES = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=3, num_heads=4,
+                    num_classes=10)
+
+
+def golden_network(dtype):
+    """The small network with the weights that the golden numbers were computed with."""
+    net = DiT(**GOLDEN_SIZES)
+    params = np.load(GOLDEN / "params.npz")
+    missing, unexpected = net.load_state_dict(
+        {key: torch.from_numpy(params[key]) for key in params}, strict=False)
+    assert missing == ["pos_embed"] and not unexpected
+    return net.to(dtype)
+
+
+def golden(name, dtype):
+    """A golden file as tensors: floats in dtype, labels int64."""
+    arrays = np.load(GOLDEN / f"{name}.npz")
+    convert = {"f": lambda a: torch.from_numpy(a).to(dtype), "b": torch.from_numpy, "U": str,
+               "i": lambda a: torch.from_numpy(a).long()}
+    return {key: convert[arrays[key].dtype.kind](arrays[key]) for key in arrays}
+
+
+def assert_official(ours, theirs):
+    """Equal in the measure and to the tolerance of the golden numbers: max |a-b| / max |b|."""
+    tolerance = 3e-7 if ours.dtype == torch.float64 else 1e-5
+    error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+    assert error <= tolerance, f"relative error {error:.2e}"

@@ -1,12 +1,11 @@
-"""Train for thousands of steps and see that nothing a run holds grows with the step number.
+"""Train for thousands of steps and check that nothing a run holds grows with the step number.
 
     python tests/growth.py                                  # 20,000 steps from image files
     python tests/growth.py --data latents --processes 2     # from latent shards, read by threads
 
 Readers, pictures, evaluations and checkpoints are on. Memory, descriptors, threads and processor
-time are read from outside, from /proc, of all processes of the run and their readers. The smallest
-model takes them for many more steps than it takes a large one. Prints a table and one JSON line;
-the exit code is 1 if something grew.
+time of all ranks and their readers come from /proc. The model is the smallest, as what grows with
+steps grows the same in any. Prints a table and one JSON line; the exit code is 1 if something grew.
 """
 
 import argparse
@@ -23,19 +22,19 @@ from pathlib import Path
 import soak
 
 TICKS = os.sysconf("SC_CLK_TCK")
-MIB_PER_5000 = 8  # of memory, which grows by chance as well: allocators keep what they once needed
-IN_FLIGHT = 4  # descriptors by which readings differ: a batch on its way from a reader has some
+MIB_PER_5000 = 8  # allowed; memory also grows by chance, as allocators keep what they once needed
+IN_FLIGHT = 4  # descriptors that a batch on its way from a reader may hold
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Train for thousands of steps and see that nothing grows with their number.",
+        description="Train for thousands of steps and check that nothing grows with their number.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=20000, help="optimiser steps")
     parser.add_argument("--points", type=int, default=20, help="readings, evenly spaced")
     parser.add_argument("--data", choices=("images", "latents"), default="images",
-                        help="files that processes read, or shards that threads read")
-    parser.add_argument("--processes", type=int, default=1, help="of the run")
+                        help="image files, which processes read, or shards, which threads read")
+    parser.add_argument("--processes", type=int, default=1, help="ranks of the run")
     return parser.parse_args(argv)
 
 
@@ -54,20 +53,21 @@ def main(args):
 def watch(folder, data, steps, points, *, processes=1):
     """Readings of a run, one every steps / points. Raises AssertionError if it fails."""
     every = steps // points
-    words = options(folder, data, steps, every)
+    words = map(str, options(folder, data, steps, every))
+    command = [sys.executable, soak.ROOT / "train.py", *words]
     places = soak.ranks(processes) if processes > 1 else [{}]
     run = [subprocess.Popen(
-        [sys.executable, soak.ROOT / "train.py", *map(str, words)], cwd=soak.ROOT, stdout=-3,
+        command, cwd=soak.ROOT, stdout=subprocess.DEVNULL,
         stderr=open(folder / f"said.{i}.txt", "w"),
         env=os.environ | place | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         for i, place in enumerate(places)]
-    readings, metrics = [], folder / "run" / "metrics.jsonl"
+    readings = []
     try:
-        # The last reading is of the last step but one point: after it readers end
+        # No reading of the last step: its readers end
         for step in range(every, steps, every):
             soak.wait_for_step(folder / "run", step, timeout=3600, alive=lambda: all(
                 process.poll() is None for process in run))
-            readings.append(read([process.pid for process in run], soak.logged(metrics.parent)))
+            readings.append(read([process.pid for process in run], soak.logged(folder / "run")))
         codes = [process.wait(600) for process in run]
     finally:
         for process in run:
@@ -78,39 +78,35 @@ def watch(folder, data, steps, points, *, processes=1):
 
 
 def options(folder, data, steps, every):
-    """Options of train.py for the smallest model, with everything on that recurs."""
+    """Options of train.py for the smallest model, with everything on that happens repeatedly."""
     import digits  # of examples/, which soak has put on the path
 
     source = digits.load_digits()
     source.images = source.images[:200]
     digits.write(folder / "digits", source)
-    pixels = ["--image-size", 8, "--vae", "none"]
-    path, extra = folder / "digits", []
+    path, pixels = folder / "digits", ["--image-size", 8, "--vae", "none"]
     if data == "latents":
-        import conftest
-
-        conftest.save_small_vae(folder / "vae")
-        pixels = ["--image-size", 16, "--vae", folder / "vae"]
-        path, extra = folder / "latents", ["--encoded-data"]
-        script("encode_imagenet", "--data-path", folder / "digits", "--out-path", path, *pixels,
-               "--num-workers", 0)
-    script("evaluate_fid", "--samples", folder / "digits", "--make-ref", folder / "ref.npz",
-           "--protocol", "pixels", "--image-size", pixels[1], "--num-workers", 0)
-    return ["--data-path", path, *extra, *pixels, "--run-dir", folder / "run", "--model",
-            "DiT-T/8" if data == "images" else "DiT-T/2", "--global-batch-size", 4,
-            "--num-workers", 2, "--max-steps", steps, "--log-every", max(1, every // 10),
-            "--skip-nonfinite", 1, "--sample-every", every // 2, "--ckpt-every", every // 2,
-            "--eval-every", every, "--fid-ref", folder / "ref.npz", "--eval-samples", 60,
-            "--protocol", "pixels"]
+        path = folder / "latents"
+        prepare(folder, "encode_imagenet", "--data-path", folder / "digits", "--out-path", path,
+                *pixels, "--num-workers", 0)
+        pixels = [*pixels, "--encoded-data"]
+    prepare(folder, "evaluate_fid", "--samples", folder / "digits", "--make-ref",
+            folder / "ref.npz", "--protocol", "pixels", "--image-size", 8, "--num-workers", 0)
+    return ["--data-path", path, *pixels, "--run-dir", folder / "run", "--model", "DiT-T/8",
+            "--global-batch-size", 4, "--num-workers", 2, "--max-steps", steps, "--log-every",
+            max(1, every // 10), "--skip-nonfinite", 1, "--sample-every", every // 2,
+            "--ckpt-every", every // 2, "--eval-every", every, "--fid-ref", folder / "ref.npz",
+            "--eval-samples", 60, "--protocol", "pixels"]
 
 
-def script(name, *words):
-    subprocess.run([sys.executable, soak.ROOT / f"{name}.py", *map(str, words)], cwd=soak.ROOT,
-                   check=True, capture_output=True)
+def prepare(folder, script, *words):
+    """Run a script that makes what training needs."""
+    code, said = soak.Child(script, *words, output=folder / "prepare.txt").wait()
+    assert code == 0, said
 
 
 def read(pids, step):
-    """What the processes and their readers hold now."""
+    """What these processes and their readers hold now."""
     families = [[pid, *children(pid)] for pid in pids]
     every = [Path("/proc", str(pid)) for family in families for pid in family]
     return {"step": step, "time": time.monotonic(), "memory": sum(map(memory, every)) / 2**20,
@@ -126,7 +122,7 @@ def children(pid):
 
 
 def memory(path):
-    """Bytes of a process that are no file's."""
+    """Bytes that a process holds, without those that map files."""
     fields = dict(line.split(":") for line in (path / "status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
@@ -140,8 +136,8 @@ def busy(path):
 def growth(readings, *, mib_per_5000=MIB_PER_5000):
     """By how much the last third of the readings exceeds the first, and whether that is flat.
 
-    Differences of medians; memory is scaled to 5,000 steps. The first reading does not count: until
-    the first checkpoint and evaluation a run takes what it then keeps.
+    Differences of medians; memory is scaled to 5,000 steps. The first reading does not count: it
+    may precede the first evaluation, whose memory a run keeps.
     """
     readings = readings[1:]
 

@@ -1,4 +1,4 @@
-"""Kill training at random moments, finish it, and see that nothing was lost.
+"""Kill training at random moments, finish it, and check that nothing was lost.
 
     python tests/soak.py                         # 100 SIGKILLs, some minutes on two cores
     python tests/soak.py --kills 0 --pairs 50    # two-process runs that must exit cleanly
@@ -32,8 +32,7 @@ from engine.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
 from engine.distributed import run_main  # noqa: E402
 
 EVERY = 3  # steps between checkpoints
-# by the time that a killed run's successor is killed it is at most so many steps further
-REACH = 8
+REACH = 8  # steps after the newest checkpoint by which the next kill comes
 
 
 def parse_args(argv=None):
@@ -42,8 +41,8 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; 0 = none")
     parser.add_argument("--pairs", type=int, default=0, help="two-process runs; 0 = none")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--keep", action="store_true", help="leave the runs in their folder")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the moments of the kills")
+    parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
     return parser.parse_args(argv)
 
 
@@ -81,9 +80,9 @@ def options(data, folder, steps):
 class Child:
     """A script of this repository, or a .py file, in a process of its own, on the CPU.
 
-    Forked, as to import PyTorch takes longer than what is watched here, but from a server that does
-    nothing else: a fork of this process would share its locks, and one killed while it holds a
-    lock leaves all others waiting.
+    It is forked, which saves the seconds that importing PyTorch takes. A server that does nothing
+    else forks it: a fork of this process would share its locks, and one that is killed while it
+    holds a lock would block all others.
     """
 
     def __init__(self, script, *words, output, limit=None, **environment):
@@ -101,14 +100,14 @@ class Child:
         return self.process.is_alive()
 
     def wait(self, timeout=120):
-        """(exit code, what it printed); a signal's number, negative, is the code of its victim."""
+        """(exit code, what it printed). After a signal the code is the negative number of it."""
         self.process.join(timeout)
         assert not self.alive, f"still running: {self.output.read_text()}"
         return self.process.exitcode, self.output.read_text()
 
 
 def work(script, words, output, limit, environment):
-    """What a child does: run the script as a user would."""
+    """Run the script as a user would: what a child does."""
     os.environ.update(environment)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -125,7 +124,7 @@ def work(script, words, output, limit, environment):
 
 
 def ranks(count):
-    """The environments of so many processes of one run, without torchrun."""
+    """The environments of so many ranks of one process group, without torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -134,7 +133,7 @@ def ranks(count):
 
 
 def logged(folder):
-    """The last step in a run's metrics, 0 without."""
+    """The last step in a run's metrics, 0 if there is none."""
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["step"]
@@ -143,7 +142,7 @@ def logged(folder):
 
 
 def wait_for_step(folder, step, alive, timeout=180):
-    """Until a run has logged this step. Raises AssertionError if it is no longer alive()."""
+    """Wait until a run has logged this step. Raises AssertionError if it ends before."""
     end = time.monotonic() + timeout
     while logged(folder) < step:
         assert alive() and time.monotonic() < end, f"step {step} did not come"
@@ -151,7 +150,7 @@ def wait_for_step(folder, step, alive, timeout=180):
 
 
 def differences(one, two):
-    """Where two checkpoints' weights, averages and optimiser differ in a bit."""
+    """Names of the weights, averages and optimiser tensors that differ in a bit."""
     found = [f"{kind} {key}" for kind in ("model", "ema") for key, value in one[kind].items()
              if not torch.equal(value, two[kind][key])]
     return found + [f"optimiser {i} {key}" for i, state in one["opt"]["state"].items()
@@ -163,7 +162,7 @@ def differences(one, two):
 
 
 def kill_and_finish(data, folder, *, kills, seed):
-    """Figures of a run that was killed so often and finished. Raises AssertionError."""
+    """Figures of a run that is killed so often and then finished. Raises AssertionError."""
     steps, moments, began = 6 * kills, random.Random(seed), time.monotonic()
     whole, broken = folder / "whole", folder / "broken"
     finish(data, whole, steps)
@@ -208,7 +207,7 @@ def check(run, saved):
 
 
 def run_pairs(data, folder, count):
-    """Figures of so many runs of two processes, each in processes of its own from start to end."""
+    """Figures of so many runs of two ranks, each in two new Pythons. Raises AssertionError."""
     began = time.monotonic()
     for i in range(count):
         words = map(str, options(data, folder / f"pair{i}", 2))

@@ -1,22 +1,22 @@
-"""Compiled passes: in one piece for several blocks, equal to plain ones, and done without where the
-compiler fails."""
+"""Compiled passes equal plain ones, span several blocks, and are done without where the compiler
+fails."""
 
+import functools
 import json
 
 import pytest
 import torch
-from conftest import ROOT, call, run_script, tiny
+import torch._inductor.config
+from conftest import assert_same_weights, call, load_weights, run_ranks, tiny
 from torch._dynamo.backends.common import aot_autograd
 
 import train
 from engine.distributed import data_parallel
 from engine.options import UserError
 from meanflow import MeanFlow
-from models import DiT
+from models import DiT, DiT_models
 
-
-def weights(folder, step):
-    return torch.load(folder / "checkpoints" / f"{step:07d}.pt", weights_only=True)
+pytestmark = pytest.mark.slow
 
 
 def refuse(graph, inputs):
@@ -27,137 +27,121 @@ FAILS_IN_BACKWARD = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward
                                  bw_compiler=refuse)
 
 
-def fail_where(monkeypatch, where):
-    """A compiler that fails in this pass: a stand-in for one that has not what it needs."""
+def fail_in(monkeypatch, which):
+    """A compiler that fails in this pass: a stand-in for one that lacks what it needs."""
     def compile(function, **options):
         derivative = getattr(function, "__func__", None) is MeanFlow.time_derivative
-        refused = where == "forward" or where == "derivative" and derivative
-        backend = refuse if refused else FAILS_IN_BACKWARD if where == "backward" else "eager"
+        refused = which == "forward" or which == "derivative" and derivative
+        backend = refuse if refused else FAILS_IN_BACKWARD if which == "backward" else "eager"
         return original(function, **options, backend=backend)
     original = torch.compile
     monkeypatch.setattr(torch, "compile", compile)
 
 
-def compile_unasked(monkeypatch):
-    """Compile where --compile is not given, as with a GPU."""
-    make_config = train.make_config
-    monkeypatch.setattr(train, "make_config",
-                        lambda *known: make_config(*known) | {"compile": True})
+@pytest.fixture(scope="module", autouse=True)
+def shallow():
+    """One block in this process's networks, which compiles in a quarter of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DiT_models["DiT-T/4"].keywords, "depth", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
 def plain(digits, tmp_path_factory):
-    """The folder of a run of four steps without the compiler."""
+    """The folder of a run of two steps without the compiler."""
     folder = tmp_path_factory.mktemp("plain")
-    call("train", *tiny(digits, folder), "--max-steps", 4, "--no-compile")
+    call("train", *tiny(digits, folder), "--max-steps", 2, "--no-compile")
     return folder
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "derivative"])
-def test_a_run_goes_on_plain_where_the_compiler_fails(where, plain, digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ["forward", "backward", "derivative"])
+def test_a_run_goes_on_plain_where_the_compiler_fails(which, plain, digits, tmp_path, monkeypatch):
     """It once ended with the compiler's traceback."""
-    fail_where(monkeypatch, where)
-    compile_unasked(monkeypatch)
-    call("train", *tiny(digits, tmp_path), "--max-steps", 4)
+    fail_in(monkeypatch, which)
+    make_config = train.make_config  # compile though it is not asked for, as with a GPU
+    monkeypatch.setattr(train, "make_config",
+                        lambda *known: make_config(*known) | {"compile": True})
+    call("train", *tiny(digits, tmp_path), "--max-steps", 2)
     log = (tmp_path / "log.txt").read_text().splitlines()
     line, = [line for line in log if "torch.compile failed" in line]
     assert "rank 0: " in line and "no such instruction" in line and "variable" not in line
-    one, two = weights(plain, 4)["model"], weights(tmp_path, 4)["model"]
+    one, two = load_weights(plain, 2), load_weights(tmp_path, 2)
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     assert json.loads((tmp_path / "config.json").read_text())["compile"] is True
     assert json.loads((plain / "config.json").read_text())["compile"] is False
 
 
 def test_a_compiler_that_fails_ends_a_run_that_asked_for_it(digits, tmp_path, monkeypatch):
-    fail_where(monkeypatch, "backward")
-    with pytest.raises(UserError, match="^--compile.*no such instruction; .*--no-compile"):
-        call("train", *tiny(digits, tmp_path), "--max-steps", 4, "--compile")
+    fail_in(monkeypatch, "backward")
+    with pytest.raises(UserError, match="--compile.*no such instruction"):
+        call("train", *tiny(digits, tmp_path), "--max-steps", 2, "--compile")
 
 
-@pytest.mark.slow
-def test_without_a_c_compiler_the_error_is_one_line(digits, tmp_path):
-    """PyTorch's own compiler, which needs one for any graph."""
-    done = run_script("train.py", *tiny(digits, tmp_path), "--max-steps", 1, "--compile",
-                      CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and "--compile must" in last and "/nonexistent" in last
-    assert "Traceback" not in done.stderr
+def test_a_missing_c_compiler_is_named(digits, tmp_path, monkeypatch):
+    """PyTorch's own compiler needs one for any graph."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with (torch._inductor.config.patch({"cpp.cxx": ("/nonexistent",)}),
+          pytest.raises(UserError, match="--compile.*/nonexistent")):
+        call("train", *tiny(digits, tmp_path / "run"), "--max-steps", 1, "--compile")
 
 
-# A run of eight blocks of 0.6 MiB, two to a bucket, whose compiler counts what it is given
-COUNTED = """
-import os, sys
-import torch, models, train
-from engine import distributed
-from torch._dynamo.backends.registry import lookup_backend
-
-rank, fails = os.environ["RANK"], sys.argv.pop(1)
-models.SIZES["T"] = 8, 96, 3
-models.DiT_models["DiT-T/4"].keywords["depth"] = 8
-distributed.LEAST_BUCKET_MIB = 0
-make_config = train.make_config
-train.make_config = lambda *known: (
-    make_config(*known) | {"compile": known[0].compile is not False})
-
-def say(what):
-    print(f"rank {rank} {what};\\n", end="", flush=True)  # in one piece: both write to one pipe
-
-def compile(function, **options):
-    forward = isinstance(function, torch.nn.Module)
-    def backend(graph, inputs):
-        say(f"compiles a piece of the {'forward' if forward else 'target'}")
-        if rank == fails and not forward:
-            raise RuntimeError("no such instruction")
-        return lookup_backend("aot_eager")(graph, inputs)
-    return original(function, backend=backend, **options)
-
-def warm_up(*known):
-    original_warm_up(*known)
-    say("is warm")
-
-original, torch.compile = torch.compile, compile
-original_warm_up, train.warm_up = train.warm_up, warm_up
-distributed.run_main(train.main, train.parse_args)
-"""
+def test_a_compiled_run_in_bfloat16_follows_the_plain_one(digits, tmp_path, monkeypatch):
+    """What a GPU runs by default, but for the code that the compiler makes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    last, fast = {}, ["--compile", "--precision", "bf16"]
+    for name, extra in (("plain", ["--no-compile"]), ("fast", fast)):
+        call("train", *tiny(digits, tmp_path / name), "--max-steps", 8, "--cfg", 2, "--kappa", 0.5,
+             *extra)
+        *_, last[name] = map(json.loads, (tmp_path / name / "metrics.jsonl").open())
+    for key in ("error", "velocity_error"):
+        assert last["fast"][key] == pytest.approx(last["plain"][key], rel=0.02)
+    weights = load_weights(tmp_path / "fast", 8)
+    assert all(value.dtype == torch.float32 for value in weights.values())
 
 
-def run_counted(digits, folder, *extra, fails=""):
-    """Two processes whose compiler fails on one rank, or on none; what they print."""
-    script = folder.with_name("counted.py")
-    script.write_text(COUNTED)
-    done = run_script(script, fails, *tiny(digits, folder), "--max-steps", 4, "--cfg", 2, "--kappa",
-                      0.5, *extra, processes=2, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
-    return done
+# ---- two processes -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [1, 2])
+def run_pair(digits, folder, guided, *options, **env):
+    """What the two ranks of a watched run print: micro-batches with and without a collective."""
+    return run_ranks("watched_train", *tiny(digits, folder), *guided, "--grad-accum-steps", 2,
+                     *options, processes=2, output=folder.with_name(f"{folder.name} said"), **env)
+
+
+@pytest.fixture(scope="module")
+def plain_pair(digits, guided, tmp_path_factory):
+    """The folder of a run of two processes without the compiler."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    run_pair(digits, folder, guided, "--no-compile")
+    return folder
+
+
 def test_two_processes_compile_several_blocks_at_once_and_only_before_the_first_step(
-        parts, digits, tmp_path):
-    """What GPUs run by default: with and without the exchange of gradients, by the same graphs."""
-    words = "--grad-accum-steps", parts
-    run_counted(digits, tmp_path / "plain", "--no-compile", *words)
-    done = run_counted(digits, tmp_path / "compiled", "--compile", *words)
-    said = done.stdout
-    assert "Profiler" not in done.stderr  # a warning of Dynamo's, of no use to anybody
-    for rank in (0, 1):
-        before, after = said.split(f"rank {rank} is warm;")
-        pieces = f"rank {rank} compiles a piece of the "
-        assert 2 <= before.count(pieces + "forward;") <= 5, said
-        assert before.count(pieces + "target;") == 3 and pieces not in after, said
-    one, two = (weights(tmp_path / name, 4)["model"] for name in ("plain", "compiled"))
-    for key, value in one.items():
-        if not key.endswith("qkv.bias"):  # of key biases Adam sees the rounding only
-            assert (two[key] - value).abs().max() <= 1e-5 * value.abs().max(), key
+        plain_pair, digits, guided, tmp_path):
+    """What GPUs run by default, here with other code: the same graphs in every micro-batch."""
+    for said in run_pair(digits, tmp_path / "run", guided, "--compile", BACKEND="aot_eager"):
+        before, after = said.split("made a step", 1)
+        assert 2 <= before.count("compiles a graph of the forward") <= 3, said
+        assert before.count("compiles a graph of the target") == 3 and "compiles" not in after, said
+        assert "Profiler" not in said  # a warning of Dynamo's, of no use to anybody
+    assert_same_weights(load_weights(tmp_path / "run", 8), load_weights(plain_pair, 8))
+
+
+def test_all_processes_go_on_plain_where_the_compiler_of_one_fails(plain_pair, digits, guided,
+                                                                   tmp_path):
+    said = run_pair(digits, tmp_path / "run", guided, FAILS="1", BACKEND="eager")
+    one, two = load_weights(plain_pair, 8), load_weights(tmp_path / "run", 8)
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    line, = [line for line in said[0].splitlines() if "torch.compile failed" in line]
+    assert "rank 1: " in line and "no such instruction" in line
 
 
 def test_the_compiled_network_is_cut_between_blocks():
     """PyTorch's own bucket size cuts blocks of this width, DiT-B's, in two."""
-    pieces = []
+    graphs = []
 
     def count(graph, inputs):
-        pieces.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
         return graph.forward
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
@@ -167,14 +151,4 @@ def test_the_compiled_network_is_cut_between_blocks():
         forward(torch.randn(1, 4, 8, 8), *torch.rand(2, 1), torch.zeros(1, dtype=torch.int64))
     finally:
         torch.distributed.destroy_process_group()
-    assert len(pieces) == 5 and len(set(pieces[1:-1])) == 1, pieces
-
-
-@pytest.mark.slow
-def test_all_processes_go_on_plain_where_the_compiler_of_one_fails(digits, tmp_path):
-    run_counted(digits, tmp_path / "plain", "--no-compile")
-    done = run_counted(digits, tmp_path / "one", fails="1")
-    one, two = (weights(tmp_path / name, 4)["model"] for name in ("plain", "one"))
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
-    line, = [line for line in done.stderr.splitlines() if "torch.compile failed" in line]
-    assert "rank 1: " in line and "no such instruction" in line
+    assert len(graphs) == 5 and len(set(graphs[1:-1])) == 1, graphs

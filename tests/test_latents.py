@@ -97,53 +97,41 @@ def test_the_loader_serves_shards_in_order(shards, workers):
         assert torch.equal(labels, batch[0] % 3)
 
 
-def damage(shards, how):
-    """Damage a data set; returns a word that the message must hold."""
-    files = ShardFiles(shards, 2)
-    whole = files.moments.read_bytes()
-    if how == "missing":
-        files.moments.unlink()
-    elif how == "truncated":
-        files.moments.write_bytes(whole[:-1])
-    elif how == "too long":
-        files.moments.write_bytes(whole + b"0")
-    elif how == "of another dtype":
-        np.save(files.moments, stored()[6:].float().numpy())
-    elif how == "of another shape":
-        np.save(files.moments, stored()[6:, :1].numpy())
-    elif how == "in Fortran order":
-        np.save(files.moments, np.asfortranarray(stored()[6:].numpy()))
-    elif how == "pickled":
-        np.save(files.moments, np.array([print] * 5), allow_pickle=True)
-    elif how == "no array":
-        files.moments.write_bytes(b"PK\x03\x04 something else")
-    elif how == "hostile":
-        files.moments.write_bytes(whole[:10] + (b"-" * 117 + b"1") + whole[128:])
-    elif how == "huge":
-        header = whole[:128].replace(b"(5, ", b"(5" + b"0" * 17 + b", ")
-        files.moments.write_bytes(header[:127] + b"\n" + whole[128:])
-    elif how == "a folder":
-        files.moments.unlink()
-        files.moments.mkdir()
-    elif how == "without mirrors":
-        files.flip.unlink()
-        return files.flip.name
-    elif how == "without labels":
-        files.labels.unlink()
-        return files.labels.name
-    elif how in ("labels too high", "labels below 0"):
-        np.save(files.labels, np.array([0, 1, 2, 0, 3 if "high" in how else -1]))
-        return files.labels.name
-    return files.moments.name
+def save_labels(path, *values):
+    np.save(path, np.array(values))
 
 
-@pytest.mark.parametrize("how", [
-    "missing", "truncated", "too long", "of another dtype", "of another shape", "in Fortran order",
-    "pickled", "no array", "hostile", "huge", "a folder", "without mirrors", "without labels",
-    "labels too high", "labels below 0"])
-def test_a_damaged_or_foreign_shard_is_refused_by_name(shards, how):
-    name = damage(shards, how)
-    with refused(name):
+# What happens to the shard with rows 6 to 10: by the file, and its bytes
+MOMENTS = {
+    "missing": lambda path, data: path.unlink(),
+    "truncated": lambda path, data: path.write_bytes(data[:-1]),
+    "too long": lambda path, data: path.write_bytes(data + b"0"),
+    "of another dtype": lambda path, data: np.save(path, stored()[6:].float().numpy()),
+    "of another shape": lambda path, data: np.save(path, stored()[6:, :1].numpy()),
+    "in Fortran order": lambda path, data: np.save(path, np.asfortranarray(stored()[6:].numpy())),
+    "pickled": lambda path, data: np.save(path, np.array([print] * 5), allow_pickle=True),
+    "no array": lambda path, data: path.write_bytes(b"PK\x03\x04 something else"),
+    "hostile": lambda path, data: path.write_bytes(
+        data[:10] + (b"-" * 117 + b"1") + data[128:]),
+    "huge": lambda path, data: path.write_bytes(
+        data[:128].replace(b"(5, ", b"(5" + b"0" * 17 + b", ")[:127] + b"\n" + data[128:]),
+    "a folder": lambda path, data: (path.unlink(), path.mkdir()),
+}
+LABELS = {
+    "missing": lambda path, data: path.unlink(),
+    "too high": lambda path, data: save_labels(path, 0, 1, 2, 0, 3),
+    "below 0": lambda path, data: save_labels(path, 0, 1, 2, 0, -1),
+}
+FLIP = {"missing": lambda path, data: path.unlink()}
+
+
+@pytest.mark.parametrize(("name", "how"), [
+    *(("moments", how) for how in MOMENTS), *(("labels", how) for how in LABELS),
+    *(("flip", how) for how in FLIP)])
+def test_a_damaged_or_foreign_shard_is_refused_by_name(shards, name, how):
+    path = getattr(ShardFiles(shards, 2), name)
+    {"moments": MOMENTS, "labels": LABELS, "flip": FLIP}[name][how](path, path.read_bytes())
+    with refused(path.name):
         LatentShards(shards)
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import assert_official, golden, golden_network
 from naive import naive_step
-from test_models import assert_equal, golden, golden_network
 
 from meanflow import Draws, MeanFlow, sample, schedule
 
@@ -21,7 +21,7 @@ def constant_draws(batch, *, r, t, equal=0, shape=(1, 2, 2), seed=0):
 
 
 class Counted:
-    """Wraps a network and notes the labels of each call."""
+    """Wraps a network and records the labels of each call."""
 
     def __init__(self, net):
         self.net, self.labels = net, []
@@ -51,16 +51,16 @@ def test_step_equals_the_official_implementation(case, dtype):
                   int(settings["batch"] * settings["data_proportion"]))
     out = flow.loss(net, numbers["x"], numbers["labels"], draws)
     out.loss.backward()
-    assert_equal(out.error, numbers["sq_err"])
-    assert_equal(out.velocity_error, numbers["v_loss"])
-    assert_equal(out.loss.detach(), numbers["loss"])
+    assert_official(out.error, numbers["sq_err"])
+    assert_official(out.velocity_error, numbers["v_loss"])
+    assert_official(out.loss.detach(), numbers["loss"])
     gradients = {key: p.grad for key, p in net.named_parameters()}
     compared = 0
     for key, value in numbers.items():
         if key.startswith("grad."):
-            assert_equal(gradients[key[5:]], value)
+            assert_official(gradients[key[5:]], value)
         elif key.startswith("gradsub."):
-            assert_equal(gradients[key[8:]].flatten()[::7], value)
+            assert_official(gradients[key[8:]].flatten()[::7], value)
         compared += key.startswith(("grad.", "gradsub."))
     assert compared == len(gradients) == 45
 
@@ -69,7 +69,7 @@ def test_step_equals_the_official_implementation(case, dtype):
 def test_samples_equal_the_official_implementation(dtype):
     net, numbers = golden_network(dtype), golden("sample", dtype)
     for name, steps in (("1", 1), ("2", 2), ("2", (1, 0.5, 0)), ("4", (1.0, 0.9, 0.5, 0.2, 0.0))):
-        assert_equal(sample(net, numbers["noise"], numbers["labels"], steps=steps),
+        assert_official(sample(net, numbers["noise"], numbers["labels"], steps=steps),
                      numbers[f"z0_{name}step"])
 
 
@@ -81,7 +81,8 @@ def test_samples_equal_the_official_implementation(dtype):
     dict(omega=2.0, kappa=0.3, interval=(0.3, 0.7), ratio=0.6, label_drop=0.7, p=0.5, c=0.1),
     dict(omega=3.0, kappa=0.0, ratio=0), dict(omega=3.0, kappa=0.5, ratio=1)])
 def test_fast_step_equals_the_naive_one(settings):
-    """Slices, passes left out and the separate forward change nothing; drops reach r < t, too."""
+    """Slices, omitted passes and the separate forward change nothing. Rows with r < t lose labels,
+    too."""
     settings = {"interval": (0.0, 1.0), "p": 1.0, "c": 0.01, **settings}
     ratio, label_drop = settings.pop("ratio", 0.25), settings.pop("label_drop", 0.3)
     flow = MeanFlow(
@@ -216,7 +217,7 @@ def test_guidance_acts_in_the_closed_interval_only():
     assert v_g[:, 0, 0, 0].tolist() == [1, 3, 3, 3, 1]  # omega = 4 (1 - .25)
 
 
-# ---- cost: passes that are not needed are not made -----------------------------------------------
+# ---- cost --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cfg", "kappa", "calls"), [
@@ -224,7 +225,7 @@ def test_guidance_acts_in_the_closed_interval_only():
     (1.0, 0.5, [[0, 1]]),  # the null pass has coefficient 0, the labelled one is that forward
     (3.0, 0.0, [[0, 1], [7, 7]]),
     (3.0, 0.5, [[0, 1], [7, 7]])])
-def test_equal_times_cost_no_derivative_and_no_guidance_no_pass(cfg, kappa, calls):
+def test_passes_that_are_not_needed_are_not_made(cfg, kappa, calls):
     net = Counted(zero)
     draws = constant_draws(2, r=0.5, t=0.5, equal=2)
     flow = MeanFlow(num_classes=7, cfg=cfg, kappa=kappa, ratio=0)
@@ -241,7 +242,7 @@ def test_only_rows_with_r_below_t_enter_the_derivative():
 
 
 def test_labelled_pass_of_the_guidance_is_made_on_rows_with_r_below_t_only():
-    """Where r = t the forward with gradient has made it."""
+    """Where r = t the forward with gradient computes it already."""
     net = Counted(zero)
     draws = constant_draws(8, r=0.2, t=0.5, equal=6)
     MeanFlow(num_classes=9, cfg=2.0, kappa=0.5).loss(net, draws.eps, torch.arange(8), draws)

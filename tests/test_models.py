@@ -1,50 +1,19 @@
 """The network: parity with the official implementation, sizes, names, initialisation."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN_SIZES, assert_official, golden, golden_network
 
 from models import SIZES, DiT, DiT_models
-
-GOLDEN = Path(__file__).parent / "golden"
-SMALL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=3, num_heads=4,
-             num_classes=10)
-
-
-def golden_network(dtype):
-    """The small network with the parameters that the golden numbers were computed with."""
-    net = DiT(**SMALL)
-    params = np.load(GOLDEN / "params.npz")
-    missing, unexpected = net.load_state_dict(
-        {key: torch.from_numpy(params[key]) for key in params}, strict=False)
-    assert missing == ["pos_embed"] and not unexpected
-    return net.to(dtype)
-
-
-def golden(name, dtype):
-    """A golden file as tensors: floats in dtype, labels int64."""
-    arrays = np.load(GOLDEN / f"{name}.npz")
-    convert = {"f": lambda a: torch.from_numpy(a).to(dtype), "b": torch.from_numpy, "U": str,
-               "i": lambda a: torch.from_numpy(a).long()}
-    return {key: convert[arrays[key].dtype.kind](arrays[key]) for key in arrays}
-
-
-def assert_equal(ours, theirs):
-    """Equal in the measure and to the tolerance of the golden numbers: max |a-b| / max |b|."""
-    tolerance = 3e-7 if ours.dtype == torch.float64 else 1e-5
-    error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
-    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_forward_equals_the_official_implementation(dtype):
     net, numbers = golden_network(dtype), golden("forward", dtype)
     t = numbers["t"]
-    assert_equal(net.t_embedder.features(t), numbers["timestep_embedding_t"])
-    assert_equal(net.pos_embed[0], numbers["pos_embed"])
-    assert_equal(net(numbers["x"], t - numbers["h"], t, numbers["y"]), numbers["u"])
+    assert_official(net.t_embedder.features(t), numbers["timestep_embedding_t"])
+    assert_official(net.pos_embed[0], numbers["pos_embed"])
+    assert_official(net(numbers["x"], t - numbers["h"], t, numbers["y"]), numbers["u"])
 
 
 @pytest.mark.parametrize(("name", "millions"), [
@@ -83,7 +52,7 @@ def test_state_dict_keys_are_the_contract():
             ("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "r_embedder.mlp.0",
              "r_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1")
             for kind in ("weight", "bias")]
-    net = DiT(**{**SMALL, "depth": 1})
+    net = DiT(**{**GOLDEN_SIZES, "depth": 1})
     assert set(net.state_dict()) == {*block, *rest, "pos_embed",
                                      "y_embedder.embedding_table.weight"}
     assert "pos_embed" not in dict(net.named_parameters())
@@ -132,4 +101,4 @@ def test_checkpointed_activations_give_the_same_gradients():
     (dict(hidden_size=66), "heads"), (dict(hidden_size=62, num_heads=2), "multiple of 4")])
 def test_sizes_that_do_not_fit_are_refused(sizes, word):
     with pytest.raises(ValueError, match=word):
-        DiT(**{**SMALL, **sizes})
+        DiT(**{**GOLDEN_SIZES, **sizes})

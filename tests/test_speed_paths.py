@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import golden, golden_network
+from conftest import assert_official, golden, golden_network
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,23 +27,22 @@ def golden_step(case, dtype=torch.float32):
     return golden_network(dtype), flow, (numbers["x"], numbers["labels"], draws), numbers
 
 
+def assert_official_step(net, errors, numbers):
+    """Compare errors (B,) and all 45 gradients, stored in full or every 7th value."""
+    assert_official(errors, numbers["sq_err"])
+    for key, p in net.named_parameters():
+        if f"grad.{key}" in numbers:
+            assert_official(p.grad, numbers[f"grad.{key}"])
+        else:
+            assert_official(p.grad.flatten()[::7], numbers[f"gradsub.{key}"])
+
+
 def gradient(net):
     """All gradients as one vector."""
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
-def assert_official(net, errors, numbers, tolerance):
-    """Errors per row and every stored gradient, as max|a-b| / max|b|."""
-    gradients = {f"grad.{key}": p.grad for key, p in net.named_parameters()}
-    gradients |= {f"gradsub.{key}": p.grad.flatten()[::7] for key, p in net.named_parameters()}
-    pairs = [(errors, numbers["sq_err"])]
-    pairs += [(a, numbers[key]) for key, a in gradients.items() if key in numbers]
-    assert len(pairs) == 46  # each of 45 gradients is stored in full or in part
-    for a, b in pairs:
-        b = torch.as_tensor(b)
-        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_step_equals_the_official_implementation(case):
     """As traced and differentiated by PyTorch's compiler, before it makes machine code of it,
@@ -52,23 +51,26 @@ def test_compiled_step_equals_the_official_implementation(case):
     flow.compile(backend="aot_eager")
     out = flow.loss(net, *batch, forward=torch.compile(net, backend="aot_eager"))
     out.loss.backward()
-    assert_official(net, out.error, numbers, 1e-5)
+    assert_official_step(net, out.error, numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))),
                     reason="machine code for a CPU takes a C++ compiler")
-def test_derivative_in_machine_code_equals_the_official_implementation():
-    net, flow, batch, numbers = golden_step("none")
-    flow.compile()
-    out = flow.loss(net, *batch)
-    out.loss.backward()
-    assert_official(net, out.error, numbers, 1e-5)
+def test_the_derivative_in_machine_code_is_that_of_pytorch():
+    """Of one block, as a deeper network takes a minute to compile."""
+    net, flow, (x, y, draws), _ = golden_step("none")
+    del net.blocks[1:]
+    known = net, x, draws.r, draws.t, y, torch.randn_like(x)
+    with torch.no_grad():
+        expected = flow.time_derivative(*known)
+        flow.compile()
+        assert_official(flow.time_derivative(*known), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 3e-7)])
-def test_step_in_parts_with_recomputed_activations_equals_the_official_implementation(
-        case, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step_in_parts_with_recomputed_activations_equals_the_official_implementation(case, dtype):
     """Each part of 4 rows has three with r = t; the parts' mean gradient is the batch's."""
     net, flow, (x, y, draws), numbers = golden_step(case, dtype)
     net.checkpoint_activations = True
@@ -77,7 +79,7 @@ def test_step_in_parts_with_recomputed_activations_equals_the_official_implement
         out = flow.loss(net, x[i::parts], y[i::parts], draws.part(i, parts))
         (out.loss / parts).backward()
         errors[i::parts] = out.error
-    assert_official(net, errors, numbers, tolerance)
+    assert_official_step(net, errors, numbers)
 
 
 def test_recomputing_activations_changes_no_gradient_but_the_work():
@@ -94,10 +96,12 @@ def test_recomputing_activations_changes_no_gradient_but_the_work():
     assert torch.equal(*gradients) and flops[1] > 1.1 * flops[0]
 
 
+@pytest.mark.slow
 def test_parts_of_unequal_shares_compile_and_add_up():
     """Five rows with r = t and three without, in two parts: 3 + 1 and 2 + 2. Each share of the
     derivative has its own static shape."""
     net, flow, (x, y, draws), _ = golden_step("cfg_w1_k05")
+    del net.blocks[1:]  # more take longer to compile
     draws = Draws(draws.r.where(torch.arange(8) != 5, 0.5 * draws.t), draws.t, draws.eps,
                   draws.dropped, 5)
     flow.loss(net, x, y, draws).loss.backward()
