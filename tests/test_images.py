@@ -189,7 +189,7 @@ def fifo(tmp_path):
     lambda path: Reference.load(path, "pixels", (2, 2), option="--ref"),
     lambda path: NpzImages(path, option="--samples"), lambda path: read_image(path, 8),
     lambda path: FolderImages(path.parent, None, 0, option="--samples"),
-    sample.read, lambda path: load_checkpoint(path)])
+    sample.read_image, lambda path: load_checkpoint(path)])
 def test_a_fifo_is_refused_and_not_waited_for(read, fifo):
     with pytest.raises(UserError, match="fifo.png .*(not a regular|no such) file"):
         read(fifo)
