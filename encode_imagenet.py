@@ -194,8 +194,9 @@ def read_json(path, default):
 
 
 def open_folder(args, config, world, stack):
-    """Lock the folder until the stack is left. Returns the shards to encode: missing, damaged, or
-    to be tried again without unreadable images. Raises UserError for another command's folder."""
+    """Lock the folder until the stack is left. Returns the shards to encode: those with a missing
+    or damaged file and, without --skip-bad-images, those that lack images. Raises UserError for
+    another command's folder."""
     def lock():
         stack.enter_context(lock_folder("--out-path", args.out_path))
         record = read_record(args.out_path) or {}

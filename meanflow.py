@@ -61,7 +61,7 @@ class Loss(NamedTuple):
 
     loss: torch.Tensor  # scalar, adaptively weighted; at p = 1 about 1 whatever the network does
     error: torch.Tensor  # (B,) |u - target|^2, unweighted: the number to watch
-    velocity_error: torch.Tensor  # (B,) |u - v|^2: where r = t, the error of flow matching
+    velocity_error: torch.Tensor  # (B,) |u - v|^2: on rows with r = t, that of flow matching
 
 
 class MeanFlow:
@@ -107,7 +107,7 @@ class MeanFlow:
         self.cfg, self.kappa, self.cfg_interval = cfg, kappa, (start, end)
         self.omega = cfg * (1 - kappa)  # Eq. 21
         self.label_drop, self.p, self.c = label_drop, p, c
-        load_forward_mode()
+        load_forward_mode()  # or the first torch.func.jvp prints a warning
 
     # ---- the draws: all randomness is here ---------------------------------------------------
 
@@ -138,8 +138,8 @@ class MeanFlow:
         """(B,) bool: which rows lose their label. Their number is binomial, and as in the official
         code they are the leading rows.
 
-        With label_drop well below 1 - ratio these rows have r = t, and guidance evaluates the null
-        label at r = t only.
+        So, with label_drop well below 1 - ratio, the null label is trained at r = t, the only place
+        where guidance uses it.
         """
         count = (torch.rand(batch, device=device, generator=generator) < self.label_drop).sum()
         return torch.arange(batch, device=device) < count
@@ -229,7 +229,7 @@ class MeanFlow:
         breaks the graph (pytorch#187284). The caller compiles the forward with gradient and gives
         it to ``loss``.
         """
-        options = {"dynamic": False, **options}  # the batch, its tail and perhaps a longer one
+        options = {"dynamic": False, **options}  # few shapes: the batch, and tails of two lengths
         self.velocity = torch.compile(self.velocity, **options)
         derivative = torch.compile(self.time_derivative, **options)
         # Slices as inputs fail in a compiled torch.func.jvp: give it copies

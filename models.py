@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds a time in [0, 1], or an interval between two times, into a vector."""
+    """Embeds times in [0, 1], or intervals between two times: (B,) -> (B, D)."""
 
     def __init__(self, hidden_size, frequencies=256):
         super().__init__()
@@ -33,13 +33,13 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, t):
-        # The tangent of u is a derivative with respect to t: bfloat16 would leave it three digits.
+        # The JVP differentiates with respect to t: bfloat16 would leave it three digits
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(self.features(t))
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds labels 0 .. num_classes; the last one, num_classes, is the null label."""
+    """Embeds labels (B,) int64 in 0 .. num_classes, the null label: -> (B, D)."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -68,9 +68,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
-        s1, g1, a1, s2, g2, a2 = self.adaLN_modulation(c).chunk(6, dim=1)  # shift, scale, gate
-        x = x + a1.unsqueeze(1) * self.attn(modulate(self.norm1(x), s1, g1))
-        return x + a2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), s2, g2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):

@@ -105,7 +105,7 @@ def main(args):
         make_images(args, sampler, statistics)
         world.barrier()
         if args.save_images and world.main:
-            paths = [png(args.sample_dir, i) for i in range(args.num_fid_samples)]
+            paths = [png_path(args.sample_dir, i) for i in range(args.num_fid_samples)]
             write_npz(beside(args, ".npz"), paths, world)
             sampler.picture(beside(args, ".png"))
         result = evaluation.metrics(statistics) if args.fid_ref else None
@@ -192,7 +192,7 @@ def make_images(args, sampler, statistics):
           ThreadPoolExecutor(THREADS) as pool):
         for rows in sampler.batches(args.num_fid_samples, args.per_proc_batch_size):
             world.position = f"image {rows.start}"
-            paths = [png(args.sample_dir, i) for i in rows]
+            paths = [png_path(args.sample_dir, i) for i in rows]
             stored = args.save_images and all(path.exists() for path in paths)
             if not stored:
                 images = sampler.images(rows)
@@ -221,7 +221,7 @@ def read_image(path):
     """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn or damaged."""
     try:
         with Image.open(regular_file(path)) as image:
-            image.verify()  # compares checksums, which decoding does not; then it is of no use
+            image.verify()  # compares checksums, unlike decoding; then the file must be reopened
         with Image.open(path) as image:
             return np.array(image)
     except (OSError, SyntaxError, ValueError) as error:
@@ -262,7 +262,7 @@ def report(args, wanted, evaluation, result):
 # ---- the sample folder ---------------------------------------------------------------------------
 
 
-def png(folder, i):
+def png_path(folder, i):
     return folder / f"{i:06d}.png"
 
 
@@ -282,7 +282,7 @@ def settings(args, world, net, config):
 def check_sample_dir(args, wanted, net):
     """Raise UserError unless the sample folder is new or samples.json is that of this command.
 
-    A folder without images, which a failed command left, may be taken by another command.
+    Another command may take a folder without images, as a failed command leaves it.
     """
     folder = args.sample_dir
     if folder.exists() and not folder.is_dir():

@@ -196,7 +196,7 @@ def main(args):
                 run.picture(state.step)
             if due.evaluate:
                 run.evaluate(state.step)
-            if stop:
+            if stop is not None:
                 break
         run.finish(state)
 
@@ -247,8 +247,9 @@ def train_step(state, images, y):
     losses = add_gradients(state, images, y)
     state.step += 1
 
-    # The gradient norm is NaN on all ranks if the loss of any rank is not finite. Then the fused
-    # optimisers do nothing: they read found_inf, made for loss scaling, on the device
+    # propagate_nonfinite gave NaN gradients to a loss that is not finite, and DDP spread them to
+    # all ranks. Fused optimisers skip their step where found_inf, a tensor on the device that is
+    # made for loss scaling, is 1: the host need not wait
     norm = torch.nn.utils.get_total_norm([p.grad for p in state.params])
     skip = state.guard.should_skip(state.step, losses[0], norm)
     state.optimizer.found_inf = state.ema_update.found_inf = skip
@@ -267,46 +268,52 @@ def add_gradients(state, images, y, *, exchange=True):
     last micro-batch DistributedDataParallel averages the gradients over the ranks, if exchange.
     """
     world, count = state.run.world, state.run.args.grad_accum_steps
+    noise, draws = draw_global_batch(state)
     losses = torch.zeros(3, device=world.device)
     for i in range(count):
-        x, labels, draws = micro_batch(state, images, y, i)
+        # This rank has every world.size-th row of the global batch, the micro-batch every count-th
+        # of those
+        part, parts = world.rank + world.size * i, world.size * count
+        x = make_data(state, images[i::count], noise[part::parts])
         average = exchange and i == count - 1
         with nullcontext() if average or not world.distributed else state.forward.no_sync():
             with world.autocast():
-                out = state.method.loss(state.net, x, labels, draws, forward=state.forward)
+                out = state.method.loss(state.net, x, y[i::count], draws.part(part, parts),
+                                        forward=state.forward)
             (propagate_nonfinite(out.loss) / count).backward()
         errors = out.error.mean(), out.velocity_error.mean()
         losses += torch.stack([out.loss.detach(), *errors]) / count
     return losses
 
 
-def micro_batch(state, images, y, i):
-    """Data x (b, C, h, w), labels (b,) and draws of micro-batch i of this rank.
+def draw_global_batch(state):
+    """All noise of a step: the posterior's (B, C, h, w), and the Draws of the method.
 
-    All noise is drawn for the global batch, so a run does not depend on how it is divided. Of its
-    rows this rank has every world.size-th, and the micro-batch every grad_accum_steps-th of those.
+    It is drawn for the global batch, so a run does not depend on how the batch is divided.
     """
-    args, world, config = state.run.args, state.run.world, state.run.config
-    images, y = (rows[i::args.grad_accum_steps] for rows in (images, y))
-    part, parts = world.rank + world.size * i, world.size * args.grad_accum_steps
-    shape = (args.global_batch_size, *config["latent_shape"])
+    args, device = state.run.args, state.run.world.device
+    shape = (args.global_batch_size, *state.run.config["latent_shape"])
 
     def generator(purpose):
-        return counted_generator(args.seed, state.step, purpose, device=images.device)
+        return counted_generator(args.seed, state.step, purpose, device=device)
 
-    noise = torch.randn(shape, device=images.device, generator=generator("posterior"))[part::parts]
-    with torch.no_grad():
-        moments = images if args.encoded_data else state.run.space.encode(images)
-        x = posterior_sample(moments, noise, config["scale"])
-    draws = state.method.draw(shape, device=images.device, generator=generator("method"))
-    return x, y, draws.part(part, parts)
+    noise = torch.randn(shape, device=device, generator=generator("posterior"))
+    return noise, state.method.draw(shape, device=device, generator=generator("method"))
+
+
+@torch.no_grad()
+def make_data(state, images, noise):
+    """x (B, C, h, w) of images uint8 (B, 3, H, W), or of moments, and noise (B, C, h, w)."""
+    moments = images if state.run.args.encoded_data else state.run.space.encode(images)
+    return posterior_sample(moments, noise, state.run.config["scale"])
 
 
 def make_ema_update(ema, net, decay):
     """An optimiser whose step is ema += (1 - decay) (weights - ema).
 
-    As a fused SGD, with weight decay 1 and the weights as gradients, it makes no autograd graph and
-    obeys found_inf.
+    A fused SGD that maximises, with the weights as gradients and weight decay 1: its direction is
+    -weights + ema, its rate 1 - decay. So it makes no autograd graph and obeys found_inf. Buffers
+    are constant and not averaged.
     """
     optimizer = torch.optim.SGD(ema.parameters(), lr=1 - decay, weight_decay=1, maximize=True,
                                 fused=True)
@@ -369,17 +376,17 @@ def compile_passes(state, images, y):
 
 
 class Due(NamedTuple):
-    """What is to do after a step."""
+    """What to do after a step."""
 
     log: bool  # a log line
-    record: bool  # and a metrics record: the interval is complete
+    record: bool  # a metrics record, too, as the interval is complete
     save: bool
     picture: bool
     evaluate: bool
 
 
 def what_is_due(run, step, stop=None):
-    """What is Due after this step. stop: the signal that ends the run here, or None.
+    """What to do after this step. stop: the signal that ends the run here, or None.
 
     Everything that is due every so many steps (0 = never) is due after the last step, too. There is
     a checkpoint before each evaluation, which takes long.
@@ -453,7 +460,7 @@ class Run:
 
     def __enter__(self):
         with ExitStack() as stack:
-            self.lock = None  # of ranks other than 0
+            self.lock = None  # stays None on other ranks than 0
 
             def hold():
                 self.lock = stack.enter_context(lock_folder("--run-dir", self.folder))
@@ -483,7 +490,7 @@ class Run:
         # world.saver: a process that must end at once lets the saver finish first
         self.saver = world.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last,
                                                lock=self.lock, before=self.log.to_disk))
-        self.stack.callback(self.signals.steps_end)  # no deadline for the saver's last checkpoint
+        self.stack.callback(self.signals.steps_end)  # no deadline while the saver ends
         self.sampler = ImageSampler(state.ema, self.space, self.config, world, seed=self.args.seed)
         unfinished = what_is_due(self, state.step).evaluate and not self.log.has(state.step, "fid")
         if state.step and world.agree(unfinished):  # the evaluation in which the last run ended
@@ -558,7 +565,7 @@ def open_data(args, world):
     space = None
     if not args.encoded_data or args.sample_every or args.eval_every:
         space = load_vae(args.vae, world.device, precision=args.precision)
-        space.latent_shape(args.image_size)
+        space.latent_shape(args.image_size)  # refuses a size that the VAE cannot halve
     if args.encoded_data:
         dataset.check(space=space, image_size=args.image_size, flip=args.flip)
         dataset.note = world.on_main(dataset.verify)
@@ -568,8 +575,9 @@ def open_data(args, world):
 def make_config(args, dataset, space):
     """The config: every option, and what sampling and resuming must know of the data."""
     def plain(value):
-        return str(value) if isinstance(value, Path) else list(value) if isinstance(
-            value, tuple) else value
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
 
     scale = dataset.scale if args.encoded_data else space.scale
     shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)

@@ -93,8 +93,8 @@ class ImageFolder:
             raise UserError(f"--data-path must be a folder with one folder of images per class, "
                             f"got {self.root} ({str(error).splitlines()[0][:300]}); check the path"
                             ) from error
-        # One array and not a million strings, whose reference counts would undo the sharing of
-        # memory with reading processes
+        # One array, not a million strings: updating their reference counts would copy the memory
+        # that reading processes share
         files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
         return found.classes, files, torch.tensor(found.targets)
 

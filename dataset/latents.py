@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 CROP = "adm-center"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 UNFINISHED = "encoding.json"  # stands in for dataset.json until the last shard is written
-# Bytes of latents up to which a start of training compares them: 2 s of a cold disk of 2 GB/s
+# A start of training verifies latents of up to so many bytes: 2 s of a disk of 2 GB/s
 VERIFIED = 4e9
 
 
@@ -137,7 +137,7 @@ def read_dataset_json(folder):
 class LatentShards:
     """A data set for training (see dataset/loader.py): a folder written by encode_imagenet.py.
 
-    Serves moments (B, 2, C, h, w), of the dtype they have on disk, which is half the way to a GPU,
+    Serves moments (B, 2, C, h, w) in the dtype on disk: float16 halves the transfer to a GPU,
     and labels (B,). Shards are memory-mapped: opening reads headers and labels, and processes share
     one page cache. Raises UserError for a folder that is missing, unfinished, damaged or foreign.
     """
@@ -183,8 +183,8 @@ class LatentShards:
         """The moments (B, 2, C, h, w) and labels (B,) of (rows, mirrored).
 
         On a cold disk all rows are prefetched before the first is copied, which is 3 to 7 times as
-        fast. From memory that costs as much as the copy, so it is done only for some batches after
-        one that had to wait for the disk.
+        fast. From memory a prefetch costs as much as the copy, so it is made only for some batches
+        after one that waited for the disk.
         """
         rows, mirrored = (part.numpy() for part in batch)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
@@ -232,7 +232,7 @@ class LatentShards:
                             f"{space.name} with {space.scale} and "
                             f"{space.latent_shape(image_size)}; give --vae {self.vae}")
         if flip and not self.flip:
-            raise UserError(f"--flip needs mirror images among the latents, got {self.folder} "
+            raise UserError(f"--flip must come with latents of mirror images, got {self.folder} "
                             f"without; leave it out or encode with --flip")
 
 
@@ -268,7 +268,8 @@ class ArrayWriter:
 
 
 def write_shard(files, batches, *, latent_shape, dtype, flip):
-    """Write one shard's files. Each appears whole; the moments are last: then it is complete.
+    """Write one shard's files. Each appears whole. The moments come last and mark the shard as
+    complete.
 
     batches: of (labels (n,) int64, moments (n, 2, C, h, w), the same of the mirror images or
     None, names of skipped images), tensors of dtype on the CPU. Raises UserError if the disk is
@@ -291,6 +292,6 @@ def write_shard(files, batches, *, latent_shape, dtype, flip):
             np.save(file, labels)
         if skipped:
             write_json(files.skipped, skipped)
-        # Of what was to be written, not of what the disk made of it
+        # Of the data in memory, so that they expose errors of the disk
         sums = {path.name: array.crc32 for path, array in arrays.items()}
         write_json(files.sums, {files.labels.name: zlib.crc32(labels), **sums})

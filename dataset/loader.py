@@ -8,8 +8,8 @@ A data set is a class with
                                 takes of these rows, images uint8 (B, 3, H, W) or moments
                                 (B, 2, C, h, w), and their labels (B,) int64, on the CPU
 
-The data set decides how its workers read ahead: by processes (read_images) where reading takes
-Python's time, by threads (map_ahead) where it waits for the disk; with workers = 0 it reads in the
+The data set decides how its workers read ahead: processes (read_images) suit reading that holds the
+GIL, threads (map_ahead) suit reading that waits for the disk; with workers = 0 it reads in the
 caller. dataset/images.py and dataset/latents.py are examples of a few lines each.
 
 The order is a function of (seed, step). Every rank computes the rows of the global batch and takes
@@ -36,7 +36,7 @@ PIECE = 4  # images at most that a process reads and sends at once
 
 
 class BatchSampler:
-    """Yields (rows, mirrored), each (B,), the share of this rank of the steps start .. stop - 1.
+    """Yields this rank's (rows, mirrored), each (B,), for the steps start .. stop - 1.
 
     An epoch is count // global_batch steps of a fresh permutation; the remainder is left out.
     Raises UserError if the images do not fill one batch.
@@ -86,7 +86,7 @@ def read_images(read, batches, *, workers):
     """Yields (batch, images) for each batch, a list of items; images[i] is read(batch[i]) as a
     uint8 array (3, H, W), or the UserError that it raised.
 
-    Processes read two batches ahead; threads would take the interpreter's lock from the caller.
+    Processes read two batches ahead; threads would compete with the caller for the GIL.
     Images come through a pipe and not through shared memory, of which Docker gives 64 MB. Raises
     UserError if a process is killed.
     """
@@ -168,7 +168,7 @@ def map_ahead(function, items, *, threads, depth):
 
 
 def _ahead(jobs, depth):
-    """Yields the items of an iterator, each once the depth items after it have been taken."""
+    """Yields the items of an iterator in order, with depth later items taken from it already."""
     jobs = iter(jobs)
     begun = collections.deque(itertools.islice(jobs, depth))
     while begun:

@@ -34,7 +34,7 @@ def save_checkpoint(path, state, *, keep_last=0):
         except RuntimeError as error:  # what PyTorch raises where the disk is full
             raise OSError(str(error).splitlines()[0]) from error
     if keep_last:
-        # A checkpoint of a later step was damaged, as this run went on from an older one
+        # Later checkpoints are damaged, as this run resumed from an older one: do not count them
         until = [old for old in list_checkpoints(path.parent) if int(old.stem) <= int(path.stem)]
         for old in until[keep_last:]:
             with contextlib.suppress(OSError):
@@ -68,7 +68,7 @@ class Saver:
 
     def check(self, *, wait=False):
         """Raises UserError if the last checkpoint could not be written, RunError if the folder is
-        no longer this run's. Without wait, a write in progress is not looked at."""
+        no longer this run's. wait: wait for the end of a write in progress; otherwise skip it."""
         if self.lock:
             self.lock.check()
         if self.job and (wait or self.job.done()):
@@ -184,7 +184,7 @@ def fingerprint(tensors):
 
 
 def _check_fields(config):
-    """Raises ValueError where sampling would trip over a field; the tensors' shapes tell more."""
+    """Raises ValueError for a field that sampling cannot use. load_network compares shapes, too."""
     kinds = {"model": str, "vae": str, "image_size": int, "num_classes": int, "latent_shape": list}
     _, height, width = config["latent_shape"]
     for name, kind in kinds.items():
@@ -234,7 +234,7 @@ def _restore_moments(optimizer, moments, params):
              for i, state in moments.items()}
     if found != {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                  for i, p in enumerate(params)}:  # load_state_dict would take any shapes
-        raise ValueError("another network's optimiser")
+        raise ValueError("the optimiser's state is of another network")
     optimizer.load_state_dict(
         {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for state in optimizer.state.values():  # on a CPU these still are the mapped file
@@ -244,9 +244,8 @@ def _restore_moments(optimizer, moments, params):
 def check_config(folder, config, free, defaults=()):
     """The path of a run directory's config.json. Raises UserError if another run's is there.
 
-    free: names of the options that may change when a run continues. defaults: a dict of what
-    options that are newer than the stored config were without knowing it. A run without a
-    checkpoint may become another.
+    free: names of the options that may change when a run continues. defaults: values of options
+    that an older stored config lacks. A run without a checkpoint may become another.
     """
     path, begun = Path(folder) / "config.json", bool(list_checkpoints(Path(folder) / "checkpoints"))
     if path.exists():
@@ -266,7 +265,7 @@ def check_config(folder, config, free, defaults=()):
 
 
 def differences(stored, wanted, free=(), defaults=()):
-    """The settings, names of two dicts, in which stored and wanted differ, in words; "" if none.
+    """Describes the settings whose values differ between two dicts; "" if none differ.
 
     defaults: values that count as stored where stored, from an older version, lacks the name.
     """

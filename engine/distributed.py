@@ -28,10 +28,10 @@ from tqdm import tqdm
 from engine.options import RunError, UserError
 
 LEAST_BUCKET_MIB = 25  # PyTorch's default
-PEERS_S = 10  # a rank that lives so long after an error met the error alone
+PEERS_S = 10  # a rank that is alive so long after an error is the only one that has it
 WRITING_S = 300  # for a checkpoint in progress when the process must end; torchrun may give less
 BEAT_S = 20  # between two heartbeats
-GONE_S = 300  # that a heartbeat waits for the other machines
+GONE_S = 300  # timeout of a heartbeat
 
 # ---- this process among all ----------------------------------------------------------------
 
@@ -188,7 +188,7 @@ def _device():
 
 def data_parallel(net):
     """net in DistributedDataParallel, which averages gradients over the ranks."""
-    with warnings.catch_warnings():  # of a new name for an option, which torch 2.11 does not know
+    with warnings.catch_warnings():  # that an option has a new name, which torch 2.11 lacks
         warnings.simplefilter("ignore")
         # The buffers are constant: no broadcast each step. Gradients alias DDP's buckets, which
         # saves a copy of them
@@ -199,9 +199,9 @@ def data_parallel(net):
 def bucket_mib(net):
     """MiB of gradients that DistributedDataParallel sends at once: two blocks', or 25 at least.
 
-    torch.compile cuts the network where a bucket is full: with PyTorch's 25 MiB within every block
-    of DiT-B (18 graphs) and DiT-XL (58), with these after every second block (8 and 16). Of
-    DiT-XL/2 a fourteenth of the gradients is then sent after the backward, the rest during it.
+    torch.compile cuts the network where a bucket is full. With PyTorch's 25 MiB that is within
+    every block: DiT-B has 18 graphs and DiT-XL 58. With two blocks a bucket they have 8 and 16.
+    DiT-XL/2 then sends a fourteenth of its gradients after the backward, and the rest during it.
     """
     lists = [module for module in net.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters())
@@ -281,7 +281,7 @@ def _memory_error(error):
     if "DataLoader worker" in text:
         return (f"A data loading process died, perhaps out of memory: lower --num-workers and "
                 f"repeat the command ({text.splitlines()[0]})")
-    remedy = "lower the batch size (of train.py, or raise --grad-accum-steps)"
+    remedy = "lower the batch size or, for train.py, raise --grad-accum-steps"
     if isinstance(error, torch.OutOfMemoryError):
         return f"Out of GPU memory: {remedy}"
     if isinstance(error, MemoryError) or "allocate memory" in text:
@@ -354,8 +354,8 @@ def _fresh_store(world):
 
     torchrun's store outlives the processes that --max-restarts replaces, and what the old ones left
     there would be taken for the new ones' addresses: they hang (pytorch issue 135712). The count of
-    restarts differs between machines, so it is no name. So each rank asks under a random word, and
-    rank 0 answers with the name until each has taken it.
+    restarts differs between machines, so it cannot be the name. Rank 0 chooses a random name. Each
+    other rank asks for it under a random word, and rank 0 answers until every rank has confirmed.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     word = uuid.uuid4().hex
@@ -374,8 +374,8 @@ def _fresh_store(world):
 def _choose_interface(store, world):
     """Sets GLOO_SOCKET_IFNAME to the network interface by which this machine reaches the others.
 
-    gloo takes the address of the host name, which often is a loopback address. The first machine,
-    which reaches MASTER_ADDR by loopback, takes the way to another one. IPv4 only.
+    gloo takes the address of the host name, which often is a loopback address. The machine of
+    MASTER_ADDR reaches it by loopback, so it takes its route to another rank. IPv4 only.
     """
     address = _address_towards(os.environ["MASTER_ADDR"])
     store.set(f"address {world.rank}", address)

@@ -16,13 +16,13 @@ GRACE_S = 20  # below the 30 s that torchrun gives a process between SIGTERM and
 
 
 class Signals:
-    """Within ``with``, a signal of ASKED makes ``stop`` return its name, after the same step on
-    every rank.
+    """Within ``with``, a signal of ASKED stops all ranks after the same step: ``stop`` returns its
+    name.
 
     Each step starts an asynchronous max-reduce of signal numbers and reads the previous result, so
-    several processes stop one step later than a single one. A thread sees to what cannot wait for
-    the main thread, which may be inside a collective: it ends the process at a second Ctrl-C, and
-    if the step does not end within GRACE_S seconds of a signal because another process died.
+    several processes stop one step later than a single one. A thread acts where the main thread is
+    blocked in a collective. It ends the process at a second Ctrl-C, and if the step does not end
+    within GRACE_S seconds of a signal, because another process died.
     """
 
     def __init__(self, world):
@@ -115,8 +115,8 @@ def ignore_signals():
 def propagate_nonfinite(loss):
     """The loss (scalar) with a gradient that is NaN wherever the loss is not finite.
 
-    Where the error overflows, its adaptive weight is 0, and so is its gradient: only the loss of
-    this one rank would tell. A finite loss times 1 keeps its bits.
+    If the error overflows, its adaptive weight is 0, and so is its gradient. Without this only the
+    loss of this one rank would show it. A finite loss times 1 keeps its bits.
     """
     return loss * (1 + 0 * loss.detach())
 

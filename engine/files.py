@@ -95,7 +95,7 @@ def find_damage(path):
     Reads every byte and compares checksums. Raises errors of many kinds where headers are damaged.
     """
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        # A damaged length in the list of contents hides the entries behind it from Python. The last
+        # A damaged length in the list of contents hides later entries from zipfile. The last
         # 22 bytes hold their number, or 65535 where there are too many
         file.seek(-22, os.SEEK_END)
         end, count = file.read(), len(archive.infolist())

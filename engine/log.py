@@ -34,7 +34,8 @@ class Log:
                 self.board = Board(self.folder, step)
 
     def _drop_records_after(self, step):
-        """Also drops damaged lines: a crash cuts the last one short, later than any checkpoint."""
+        """Also drops damaged lines: a crash cuts short only a line later than the last
+        checkpoint."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines, records = path.read_bytes().splitlines(), self._records()

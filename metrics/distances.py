@@ -35,8 +35,8 @@ def _factor(covariance):
 
 
 def inception_score(scores):
-    """Mean over splits of exp of the mean KL(p | q), q a split's mean p, of Statistics.scores,
-    (splits, CLASSES + 2)."""
+    """Inception Score of Statistics.scores (splits, CLASSES + 2): the mean over splits of
+    exp(mean KL(p | q)), where q is the mean of p over the split."""
     p, p_log_p, count = scores.split([CLASSES, 1, 1], dim=1)
     q = p / count
     return float((p_log_p / count - torch.xlogy(q, q).sum(1, keepdim=True)).exp().mean())
@@ -45,7 +45,8 @@ def inception_score(scores):
 def precision(samples, reference, k=NEIGHBOURS):
     """The share of samples (N, D) that lie within the reference (M, D) (arXiv 1904.06991).
 
-    Within means in the ball about one of its points that reaches to this point's k-th neighbour.
+    Each point of a set has a ball that reaches to its k-th neighbour; within the set is what lies
+    in any of these balls.
     Distances are float32; ADM's evaluator takes float16, which gave about .01 more in trials.
     """
     return _share_within(samples, reference, k, reference.mean(0))

@@ -84,7 +84,8 @@ def resize_like_tensorflow(images, size=299):
     Output pixel i lies at i * H / size of the input: corners are aligned at the origin only,
     there are no half-pixel centres, and shrinking does not smooth.
     """
-    def blend(x, dim):  # (B, 3, H, W) -> the same with size in place of side dim
+    def blend(x, dim):
+        # (B, 3, H, W) -> the same with size in place of side dim
         step = torch.tensor(x.shape[dim] / size, dtype=torch.float32, device=x.device)
         place = torch.arange(size, device=x.device) * step
         low = place.long()
