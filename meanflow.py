@@ -76,6 +76,8 @@ class MeanFlow:
     kappa: weight of the network's own conditional velocity, in [0, 1).
     cfg_interval: closed interval of t, within [0, 1], in which guidance acts.
     label_drop: probability of the null label, in [0, 1].
+    tangent: of z in the Jacobian-vector product. "velocity": v_g, as in MeanFlow. "network":
+        u(z, t, t, y), the boundary variant of improved MeanFlow (arXiv 2512.02012, Eq. 12).
     p, c: power, 0 or more, and positive constant of the adaptive weight 1 / (error + c)^p (Eq. 22).
 
     Raises ValueError for a setting out of its range.
@@ -83,7 +85,7 @@ class MeanFlow:
 
     def __init__(self, *, num_classes, ratio=0.25, p_mean=-0.4, p_std=1.0,
                  time_sampler="logit_normal", cfg=1.0, kappa=0.0, cfg_interval=(0.0, 1.0),
-                 label_drop=0.1, p=1.0, c=0.01):
+                 label_drop=0.1, p=1.0, c=0.01, tangent="velocity"):
         def check(ok, name, rule, value):
             if not ok:
                 raise ValueError(f"{name} must be {rule}, got {value}; choose another value")
@@ -102,11 +104,12 @@ class MeanFlow:
         check(0 <= label_drop <= 1, "label_drop", "in [0, 1]", label_drop)
         check(0 <= p < math.inf, "p", "0 or more and finite", p)
         check(0 < c < math.inf, "c", "positive and finite", c)
+        check(tangent in ("velocity", "network"), "tangent", "velocity or network", tangent)
         self.num_classes, self.ratio = num_classes, ratio
         self.p_mean, self.p_std, self.time_sampler = p_mean, p_std, time_sampler
         self.cfg, self.kappa, self.cfg_interval = cfg, kappa, (start, end)
         self.omega = cfg * (1 - kappa)  # Eq. 21
-        self.label_drop, self.p, self.c = label_drop, p, c
+        self.label_drop, self.p, self.c, self.tangent = label_drop, p, c, tangent
         load_forward_mode()  # or the first torch.func.jvp prints a warning
 
     # ---- the draws: all randomness is here ---------------------------------------------------
@@ -171,25 +174,27 @@ class MeanFlow:
         z, v, u: (B, ...). y (B,): the labels before the drop; u: the network's output with the
         labels after it.
         """
-        v_g = self.guided_velocity(net, z, v, y, draws, u)
+        # The rows with r < t are the tail, one static slice. They alone need the derivative
+        tail, own = slice(draws.equal, None), None
+        if draws.equal < len(y) and (self.kappa > 0 or self.tangent == "network"):
+            own = self.velocity(net, z[tail], draws.t[tail], y[tail])
+        v_g = self.guided_velocity(net, z, v, y, draws, u, own)
         v_g = torch.where(per_row(draws.dropped, v), v, v_g)  # null label: plain velocity
         if draws.equal == len(y):
             return v_g
-        # Only the rows with r < t need the derivative: they are the tail, one static slice
         y = torch.where(draws.dropped, self.num_classes, y)
-        tail = [a[draws.equal:] for a in (z, draws.r, draws.t, y, v_g)]
-        z, r, t, _, tangent = tail
-        du_dt = self.time_derivative(net, *tail)
-        interval = per_row(t - r, z)
-        return torch.cat([v_g[:draws.equal], tangent - interval * du_dt])
+        z, r, t, y, v_tail = (a[tail] for a in (z, draws.r, draws.t, y, v_g))
+        tangent = own if self.tangent == "network" else v_tail
+        du_dt = self.time_derivative(net, z, r, t, y, tangent)
+        return torch.cat([v_g[:draws.equal], v_tail - per_row(t - r, z) * du_dt])
 
-    def guided_velocity(self, net, z, v, y, draws, u):
+    def guided_velocity(self, net, z, v, y, draws, u, own):
         """v_g = omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y) (Eq. 20).
 
         (B, ...) like z, v and u. Where t is outside cfg_interval it is v. Passes with coefficient 0
         are skipped: both for cfg = 1 and kappa = 0, the null pass for cfg = 1, the labelled pass
-        for kappa = 0. The labelled pass runs only on the rows with r < t: on the others u(z, t, t,
-        y) is u itself, except where the label is dropped, and those rows do not use v_g.
+        for kappa = 0. own: u(z, t, t, y) of the rows with r < t. On the others it is u itself,
+        except where the label is dropped, and those rows do not use v_g.
         """
         if self.cfg == 1 and self.kappa == 0:
             return v
@@ -198,9 +203,8 @@ class MeanFlow:
             null = torch.full_like(y, self.num_classes)
             v_g = v_g + (1 - self.omega - self.kappa) * self.velocity(net, z, t, null)
         if self.kappa > 0:
-            equal, (z, t, y) = u[:draws.equal], (a[draws.equal:] for a in (z, t, y))
-            tail = self.velocity(net, z, t, y) if len(y) else u[draws.equal:]
-            v_g = v_g + self.kappa * torch.cat([equal, tail])
+            equal = u[:draws.equal]
+            v_g = v_g + self.kappa * (equal if own is None else torch.cat([equal, own]))
         start, end = self.cfg_interval
         inside = (draws.t >= start) & (draws.t <= end)
         return torch.where(per_row(inside, v), v_g, v)
@@ -209,14 +213,10 @@ class MeanFlow:
         """u(z, t, t, y): the network's own instantaneous velocity, (B, ...) like z."""
         return net(z, t, t, y).to(z.dtype)
 
-    def time_derivative(self, net, z, r, t, y, v_g):
+    def time_derivative(self, net, z, r, t, y, tangent):
         """du/dt along the path, (B, ...) like z: the Jacobian-vector product of u with tangent
-        (v_g, 0, 1) (Eq. 8)."""
-        tangents = (v_g, torch.zeros_like(r), torch.ones_like(t))
-        # Fused attention has no forward-mode derivative, the plain formula has one
-        with sdpa_kernel(SDPBackend.MATH), ConstantWeights():
-            _, du_dt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
-        return du_dt.to(v_g.dtype)
+        (tangent, 0, 1) for (z, r, t) (Eq. 8)."""
+        return total_derivative(lambda z, r, t: net(z, r, t, y), z, r, t, tangent)
 
     def weight(self, error):
         """The adaptive weight 1 / (error + c)^p (B,) of error (B,), without gradient (Eq. 22)."""
@@ -234,6 +234,15 @@ class MeanFlow:
         derivative = torch.compile(self.time_derivative, **options)
         # Slices as inputs fail in a compiled torch.func.jvp: give it copies
         self.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
+
+
+def total_derivative(u, z, r, t, tangent):
+    """d/dt of u(z, r, t), (B, ...) like z, along a path with dz/dt = tangent and constant r."""
+    tangents = (tangent, torch.zeros_like(r), torch.ones_like(t))
+    # Fused attention has no forward-mode derivative, the plain formula has one
+    with sdpa_kernel(SDPBackend.MATH), ConstantWeights():
+        _, du_dt = torch.func.jvp(u, (z, r, t), tangents)
+    return du_dt.to(tangent.dtype)
 
 
 def per_row(a, x):

@@ -1,15 +1,21 @@
-"""The network: a DiT (Peebles & Xie, arXiv 2212.09748) for the average velocity u(z, r, t).
+"""The networks, and the table of their sizes.
 
-It is conditioned on two times and a label. Architecture, initialisation and sizes are those of the
-official MeanFlow implementation (Gsunshine/meanflow), which differs from the original DiT in three
-places: a second embedder for the interval t - r, times in [0, 1] that are not multiplied by 1000,
-and no variance channels in the output.
+DiT (Peebles & Xie, arXiv 2212.09748) for the average velocity u(z, r, t), conditioned on two times
+and a label. Architecture, initialisation and sizes are those of the official MeanFlow
+implementation (Gsunshine/meanflow), which differs from the original DiT in three places: a second
+embedder for the interval t - r, times in [0, 1] that are not multiplied by 1000, and no variance
+channels in the output.
+
+ImprovedDiT for improved MeanFlow (arXiv 2512.02012): conditions are tokens before the patches, and
+two heads give u and the instantaneous velocity v. As in the official implementation
+(Lyy-iiis/imeanflow).
 """
 
 import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -101,15 +107,8 @@ class DiT(nn.Module):
     def __init__(self, *, input_size=32, patch_size=4, in_channels=4, hidden_size=768, depth=12,
                  num_heads=12, mlp_ratio=4.0, num_classes=1000):
         super().__init__()
-        if input_size < 1 or input_size % patch_size:
-            raise ValueError(f"input size {input_size} is not a multiple of patch size "
-                             f"{patch_size}; choose another image size or a model with another "
-                             f"patch size")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the "
-                             f"{num_heads} heads; choose a hidden size that is")
-        self.input_size, self.patch_size = input_size, patch_size
-        self.in_channels, self.num_classes = in_channels, num_classes
+        check_sizes(input_size, patch_size, hidden_size, num_heads)
+        self.patch_size, self.num_classes = patch_size, num_classes
         self.checkpoint_activations = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -149,13 +148,6 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def unpatchify(self, x):
-        """(B, T, p * p * C), channels fastest -> (B, C, H, W)."""
-        grid, p = self.input_size // self.patch_size, self.patch_size
-        x = x.reshape(-1, grid, grid, p, p, self.in_channels)  # (B, row, column, p, q, C)
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, row, p, column, q)
-        return x.reshape(-1, self.in_channels, self.input_size, self.input_size)
-
     def forward(self, z, r, t, y):
         x = self.x_embedder(z) + self.pos_embed  # (B, T, D), T = (H / patch_size)^2
         c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # (B, D)
@@ -163,7 +155,26 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if recompute else block(x, c)
         x = self.final_layer(x, c)  # (B, T, p * p * C)
-        return self.unpatchify(x)  # (B, C, H, W)
+        return unpatchify(x, self.patch_size)  # (B, C, H, W)
+
+
+def check_sizes(input_size, patch_size, hidden_size, num_heads):
+    """Raise ValueError where the sizes of a network do not fit together."""
+    if input_size < 1 or input_size % patch_size:
+        raise ValueError(f"input size {input_size} is not a multiple of patch size "
+                         f"{patch_size}; choose another image size or a model with another "
+                         f"patch size")
+    if hidden_size % num_heads or hidden_size // num_heads % 2 or hidden_size % 4:
+        raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the "
+                         f"{num_heads} heads; choose a hidden size that is")
+
+
+def unpatchify(x, p):
+    """Patches (B, T, p * p * C), channels fastest -> image (B, C, H, W) with H = W."""
+    grid = math.isqrt(x.shape[1])
+    x = x.unflatten(2, (p, p, -1)).unflatten(1, (grid, grid))  # (B, row, column, p, q, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, row, p, column, q)
+    return x.flatten(4).flatten(2, 3)  # (B, C, H, W)
 
 
 def sincos_table(hidden_size, grid):
@@ -180,6 +191,185 @@ def sincos_table(hidden_size, grid):
     return torch.cat([column, row], dim=2).reshape(1, grid * grid, hidden_size).float()
 
 
+# ---- the network of improved MeanFlow ------------------------------------------------------------
+
+
+class ImprovedDiT(nn.Module):
+    """The average velocity u and the instantaneous velocity v, given a label and guidance.
+
+    ``net(z, r, t, y, omega, t_min, t_max)``: z, r, t, y as for DiT; omega (B,) the guidance scale,
+    1 or more, which acts at times from t_min to t_max, both (B,) in [0, 1]. Returns (u, v), each
+    (B, C, H, W). heads: "uv", or "u" or "v" alone, which saves the other head's blocks and returns
+    None in its place. Of the times only t - r is an input, as in the official code.
+
+    depth counts the blocks of the u path: depth - head_depth shared ones, then head_depth of the u
+    head; the v head has as many. v_head=False leaves it out: sampling needs u alone. Set
+    ``checkpoint_activations`` to recompute the blocks in the backward pass.
+
+    Raises ValueError where the sizes do not fit together.
+    """
+
+    def __init__(self, *, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=12,
+                 head_depth=8, num_heads=12, num_classes=1000, v_head=True):
+        super().__init__()
+        check_sizes(input_size, patch_size, hidden_size, num_heads)
+        if not 0 < head_depth < depth:
+            raise ValueError(f"head depth {head_depth} is not between 0 and the depth {depth}")
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.checkpoint_activations = False
+
+        def tokens(count):
+            return nn.Parameter(torch.empty(count, hidden_size))
+
+        self.class_tokens, self.omega_tokens = tokens(8), tokens(4)
+        self.t_min_tokens, self.t_max_tokens, self.time_tokens = tokens(2), tokens(2), tokens(4)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.omega_embedder = TimestepEmbedder(hidden_size)
+        self.cfg_t_start_embedder = TimestepEmbedder(hidden_size)
+        self.cfg_t_end_embedder = TimestepEmbedder(hidden_size)
+        self.h_embedder = TimestepEmbedder(hidden_size)  # of h = t - r
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        length = 20 + (input_size // patch_size)**2  # conditions, then patches
+        self.register_buffer("rope", rotary_table(hidden_size // num_heads, length),
+                             persistent=False)
+
+        def blocks(count):
+            return nn.ModuleList(ImprovedBlock(hidden_size, num_heads) for _ in range(count))
+
+        self.shared_blocks = blocks(depth - head_depth)
+        self.u_heads, self.v_heads = blocks(head_depth), blocks(head_depth if v_head else 0)
+        patch = patch_size**2 * in_channels
+        self.u_final_layer = ImprovedFinalLayer(hidden_size, patch)
+        self.v_final_layer = ImprovedFinalLayer(hidden_size, patch) if v_head else None
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Normals scaled by the fan-in; gates and output layers start at 0, so u = v = 0."""
+        width = self.class_tokens.shape[1]
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                gain = 1 if "embedder" in name else 0.32
+                nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for table in (self.class_tokens, self.omega_tokens, self.t_min_tokens, self.t_max_tokens,
+                      self.time_tokens, self.y_embedder.embedding_table.weight):
+            nn.init.normal_(table, std=1 / math.sqrt(width))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in filter(None, (self.u_final_layer, self.v_final_layer)):
+            nn.init.zeros_(layer.linear.weight)
+
+    def sequence(self, z, h, y, omega, t_min, t_max):
+        """(B, N, D): tokens of the class, omega, interval and h, then the patches of z."""
+        conditions = ((self.class_tokens, self.y_embedder(y)),
+                      (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
+                      (self.t_min_tokens, self.cfg_t_start_embedder(t_min)),
+                      (self.t_max_tokens, self.cfg_t_end_embedder(t_max)),
+                      (self.time_tokens, self.h_embedder(h)))
+        tokens = [tokens + condition[:, None] for tokens, condition in conditions]
+        return torch.cat([*tokens, self.x_embedder(z)], dim=1)
+
+    def forward(self, z, r, t, y, omega, t_min, t_max, heads="uv"):
+        x = self.sequence(z, t - r, y, omega, t_min, t_max)  # (B, N, D), N = 20 + (H / p)^2
+        x = self.run(self.shared_blocks, x)
+        paths = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}
+        found = {}
+        for head in heads:
+            blocks, final_layer = paths[head]
+            patches = self.run(blocks, x)[:, 20:]  # (B, T, D)
+            found[head] = unpatchify(final_layer(patches), self.patch_size)  # (B, C, H, W)
+        return found.get("u"), found.get("v")
+
+    def run(self, blocks, x):
+        """(B, N, D) -> (B, N, D) through blocks."""
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        for block in blocks:
+            x = (checkpoint(block, x, self.rope, use_reentrant=False) if recompute
+                 else block(x, self.rope))
+        return x
+
+
+class ImprovedBlock(nn.Module):
+    """A transformer block (B, N, D) -> (B, N, D) with RMSNorm, rotary attention and SwiGLU, each
+    branch scaled by a learned vector. No linear layer has a bias."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.attn = RotaryAttention(hidden_size, num_heads)
+        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.mlp = SwiGLU(hidden_size, int(hidden_size * 8 / 3))
+        self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
+        self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x, rope):
+        x = x + self.attn_scale * self.attn(self.norm1(x), rope)
+        return x + self.mlp_scale * self.mlp(self.norm2(x))
+
+
+class RotaryAttention(nn.Module):
+    """Attention of all tokens (B, N, D): queries and keys are normalised, then rotated."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+
+    def forward(self, x, rope):
+        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, d)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = (rotate(x, rope).to(v.dtype) for x in (self.q_norm(q), self.k_norm(k)))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x): (B, N, D) -> (B, N, D), M wide in between."""
+
+    def __init__(self, hidden_size, width):
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, width, bias=False)
+        self.w3 = nn.Linear(hidden_size, width, bias=False)
+        self.w2 = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class ImprovedFinalLayer(nn.Module):
+    """Maps tokens to patches: (B, T, D) -> (B, T, patch_size^2 * out_channels)."""
+
+    def __init__(self, hidden_size, patch):
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+def rotary_table(width, length):
+    """Cosines and sines (2, N, d / 2) of position * 10000^(-2i / d) (arXiv 2104.09864)."""
+    frequencies = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (N, d / 2)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x, rope):
+    """x (B, H, N, d), each pair of neighbouring channels turned by its angle."""
+    (a, b), (cos, sin) = (x[..., 0::2], x[..., 1::2]), rope
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(3)
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
 # depth, hidden size, heads; parameters at patch 2 with 4 channels and 1,000 classes
 SIZES = {
     "T": (4, 96, 3),  # 0.8 M, for tests and the quickstart
@@ -190,6 +380,15 @@ SIZES = {
     "XL": (28, 1152, 16),  # 676.4 M
 }
 
+# depth, head depth, hidden size, heads, patch; parameters with the v head and without it
+IMPROVED_SIZES = {
+    "T/4": (4, 2, 96, 3, 4),  # for tests and the digits
+    "B/2": (12, 8, 768, 12, 2),  # 145.6 M, 88.9 M
+    "M/2": (24, 8, 768, 12, 2),  # 230.6 M, 173.9 M
+    "L/2": (32, 8, 1024, 16, 2),  # 509.8 M, 409.1 M
+    "XL/2": (48, 8, 1024, 16, 2),  # 711.1 M, 610.4 M
+}
+
 # The table: "DiT-B/4" -> constructor, to which input_size, in_channels and num_classes are given
 DiT_models = {
     f"DiT-{size}/{patch}": partial(
@@ -197,7 +396,19 @@ DiT_models = {
     )
     for size, (depth, width, heads) in SIZES.items()
     for patch in (2, 4, 8)
+} | {
+    f"iMF-{size}": partial(
+        ImprovedDiT, depth=depth, head_depth=head_depth, hidden_size=width, num_heads=heads,
+        patch_size=patch
+    )
+    for size, (depth, head_depth, width, heads, patch) in IMPROVED_SIZES.items()
 }
+
+
+def is_improved(name):
+    """Whether the network of this name takes guidance as input and returns u and v."""
+    constructor = DiT_models[name]
+    return getattr(constructor, "func", constructor) is ImprovedDiT
 
 
 def build(config):

@@ -28,8 +28,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import improved_meanflow
+import meanflow
 from dataset.images import save_grid
-from dataset.vae import load_vae
+from dataset.vae import load_vae, normalisation
 from engine.checkpoint import differences, fingerprint, load_network, verify_checkpoint
 from engine.distributed import one_thread, run_main, start_processes
 from engine.files import (
@@ -41,10 +43,10 @@ from engine.files import (
     remove_temporary_files,
     write_json,
 )
-from engine.options import Parser, UserError, int_range, utf8_path
-from meanflow import sample
+from engine.options import Parser, UserError, float_range, int_range, utf8_path
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, notes
+from models import is_improved
 
 MARKER = "samples.json"  # in the sample folder: what its images depend on
 NOISE = "sha256(seed, i)"  # how starts draws, as recorded in samples.json
@@ -53,36 +55,53 @@ THREADS = min(16, os.cpu_count())  # that read or write image files
 
 def parse_args(argv=None):
     parser = Parser("Sample images from a checkpoint. Repeat a command to continue it.")
-    parser.add_argument("--ckpt", type=utf8_path, required=True,
-                        help="checkpoint that train.py wrote; its EMA weights sample")
-    parser.add_argument("--num-fid-samples", type=int_range(1), default=50000,
-                        help="count of images")
-    parser.add_argument("--num-sampling-steps", type=int_range(1, 10000), default=1,
-                        help="network evaluations per image, at equal steps of time")
-    parser.add_argument("--sample-dir", type=Path, default=Path("samples"),
-                        help="new folder for the PNG files")
-    parser.add_argument("--save-images", action=argparse.BooleanOptionalAction, default=True,
-                        help="write the images; without, only measure them by --fid-ref")
-    parser.add_argument("--per-proc-batch-size", type=int_range(1), default=25,
-                        help="images per batch; the rounding of an image depends on it")
-    parser.add_argument("--seed", type=int_range(0), default=0,
-                        help="fixes the images; no two seeds share one")
-    parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
-                        help="label of image i: i modulo the number of classes, or random")
-    parser.add_argument("--fid-ref", type=Path, metavar="REF.npz",
-                        help="reference statistics: measure the images while they are made")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
-                        help="how to evaluate; evaluate_fid.py --help says more")
-    parser.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
-                                      "checkpoint's)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
-                        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: "
-                             "autocast")
+    add_image_options(parser.add_argument_group("images"))
+    add_output_options(parser.add_argument_group("output"))
     args = parser.parse_args(argv)
     if args.fid_ref is None and not args.save_images:
         parser.error("--no-save-images must come with --fid-ref, got neither images nor metrics "
                      "to make; give one")
+    if args.cfg_interval and args.cfg_interval[0] > args.cfg_interval[1]:
+        parser.error(f"--cfg-interval must be two increasing times, got {args.cfg_interval[0]} "
+                     f"{args.cfg_interval[1]}; swap them")
     return args
+
+
+def add_image_options(group):
+    group.add_argument("--ckpt", type=utf8_path, required=True,
+                       help="checkpoint that train.py wrote; its EMA weights sample")
+    group.add_argument("--num-fid-samples", type=int_range(1), default=50000,
+                       help="count of images")
+    group.add_argument("--num-sampling-steps", type=int_range(1, 10000), default=1,
+                       help="network evaluations per image, at equal steps of time")
+    group.add_argument("--seed", type=int_range(0), default=0,
+                       help="fixes the images; no two seeds share one")
+    group.add_argument("--labels", choices=("balanced", "random"), default="balanced",
+                       help="label of image i: i modulo the number of classes, or random")
+    group.add_argument("--cfg", type=float_range(1), metavar="W",
+                       help="guidance scale omega of an iMF model, 1 = none (default: the "
+                            "published one of its size)")
+    group.add_argument("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("A", "B"),
+                       help="times in which guidance of an iMF model acts (default: the published "
+                            "ones of its size)")
+    group.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
+                                     "checkpoint's)")
+    group.add_argument("--per-proc-batch-size", type=int_range(1), default=25,
+                       help="images per batch; the rounding of an image depends on it")
+    group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
+                       help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: "
+                            "autocast")
+
+
+def add_output_options(group):
+    group.add_argument("--sample-dir", type=Path, default=Path("samples"),
+                       help="new folder for the PNG files")
+    group.add_argument("--save-images", action=argparse.BooleanOptionalAction, default=True,
+                       help="write the images; without, only measure them by --fid-ref")
+    group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
+                       help="reference statistics: measure the images while they are made")
+    group.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
+                       help="how to evaluate; evaluate_fid.py --help says more")
 
 
 def main(args):
@@ -90,7 +109,8 @@ def main(args):
     with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
         world.on_main(lambda: verify_checkpoint(args.ckpt))
         net, config = load_network(args.ckpt)
-        wanted = settings(args, world, net, config)
+        guidance = choose_guidance(args, config)
+        wanted = settings(args, world, net, config) | guidance
         if args.save_images:
             check_sample_dir(args, wanted, net)
         evaluation = statistics = None
@@ -101,7 +121,8 @@ def main(args):
         if args.save_images:
             open_sample_dir(args, wanted, net, world, stack)
         sampler = ImageSampler(net.to(world.device), space, config, world, seed=args.seed,
-                               labels=args.labels, steps=args.num_sampling_steps)
+                               labels=args.labels, steps=args.num_sampling_steps,
+                               guidance=guidance)
         make_images(args, sampler, statistics)
         world.barrier()
         if args.save_images and world.main:
@@ -143,16 +164,46 @@ def _digest(seed, i, purpose):
     return hashlib.sha256(f"{seed} {i} {purpose}".encode()).digest()
 
 
+# omega and interval of the published FIDs in one step, searched by their authors for the best one
+# (Lyy-iiis/imeanflow, configs/eval_config.yml)
+PUBLISHED_GUIDANCE = {"iMF-B/2": (8.0, 0.4, 0.65), "iMF-M/2": (10.5, 0.4, 0.6),
+                      "iMF-L/2": (10.5, 0.4, 0.6), "iMF-XL/2": (8.0, 0.42, 0.62)}
+
+
+def default_guidance(model):
+    """{"omega", "interval"} of an improved model, {} of any other."""
+    if not is_improved(model):
+        return {}
+    omega, t_min, t_max = PUBLISHED_GUIDANCE.get(model, (1.0, 0.0, 1.0))
+    return {"omega": omega, "interval": [t_min, t_max]}
+
+
+def choose_guidance(args, config):
+    """As default_guidance, by --cfg and --cfg-interval. Raises UserError for a MeanFlow model."""
+    guidance = default_guidance(config["model"])
+    for option, name in (("--cfg", "omega"), ("--cfg-interval", "interval")):
+        value = args.cfg if name == "omega" else args.cfg_interval
+        if value is not None and not guidance:
+            raise UserError(f"{option} must come with an iMF checkpoint, got one of "
+                            f"{config['model']}, whose guidance is fixed in training; leave it out")
+        if value is not None:
+            guidance[name] = value
+    return guidance
+
+
 class ImageSampler:
     """Makes image i of a network, for any i.
 
-    net: (z, r, t, y) -> u; space: the VAE or pixels; config: of the checkpoint; labels: as in
-    starts; steps: as in meanflow.sample.
+    net: (z, r, t, y) -> u, or an improved one; space: the VAE or pixels; config: of the checkpoint;
+    labels: as in starts; steps: as in meanflow.sample; guidance: as default_guidance returns it.
     """
 
-    def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1):
+    def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1,
+                 guidance=None):
         self.net, self.space, self.config, self.world = net, space, config, world
         self.seed, self.labels, self.steps = seed, labels, steps
+        self.guidance = default_guidance(config["model"]) if guidance is None else guidance
+        self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
 
     @torch.no_grad()
     def images(self, rows):
@@ -161,8 +212,11 @@ class ImageSampler:
                        num_classes=self.config["num_classes"])
         with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
-                x = sample(self.net, z1.to(self.world.device), y.to(self.world.device),
-                           steps=self.steps)
+                x = self.sample(self.net, z1.to(self.world.device), y.to(self.world.device),
+                                steps=self.steps, **self.guidance)
+            if "latent_mean" in self.config:
+                scale, shift = normalisation(self.config, x.device)
+                x = (x / scale + shift) * self.config["scale"]  # as the space scales latents
             return self.space.decode(x)
 
     def batches(self, count, batch_size):
@@ -255,6 +309,7 @@ def report(args, wanted, evaluation, result):
              "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels,
              "seed": args.seed, "steps": args.num_sampling_steps,
              "sampling_precision": args.precision}  # "precision" is a metric
+    about |= {name: wanted[name] for name in ("omega", "interval") if name in wanted}
     assert result.keys().isdisjoint(about)
     print(json.dumps(result | about))
 

@@ -28,7 +28,7 @@ import torch
 from dataset.images import ImageFolder
 from dataset.latents import LatentShards
 from dataset.loader import BatchSampler, load_batches
-from dataset.vae import load_vae, posterior_sample
+from dataset.vae import LATENT_MEAN, LATENT_STD, load_vae, normalisation, posterior_sample
 from engine.checkpoint import (
     Saver,
     check_config,
@@ -40,10 +40,11 @@ from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
 from engine.log import Log, describe_environment
 from engine.options import Parser, UserError, float_range, int_range, utf8_path
+from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, metric_names, notes
-from models import DiT_models, build
+from models import DiT_models, build, is_improved
 from sample import ImageSampler
 
 # Options that may change when a run is resumed
@@ -51,26 +52,53 @@ MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep
               "sample_every", "num_workers", "compile", "grad_accum_steps",
               "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
               "protocol")
+# What newer options stand for in a run that began without them
+EARLIER = {"tangent": "velocity", "omega_max": None, "beta": None, "warmup_steps": 0,
+           "weight_decay": 0.0, "clip_grad": 0.0}
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 
 
+# Defaults of the options that only one method has, or that differ between the two
+MEANFLOW = {"ratio": 0.25, "time_sampler": "logit_normal", "cfg": 3.0, "kappa": 0.0,
+            "cfg_interval": (0.0, 1.0), "tangent": "velocity"}
+IMPROVED_MEANFLOW = {"ratio": 0.5, "omega_max": 8.0, "beta": 1.0}
+
+
 def parse_args(argv=None):
-    parser = Parser("Train a DiT with MeanFlow. Repeat a command to resume its run.")
+    parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
+                    "command to resume its run.")
     add_data_options(parser.add_argument_group("data"))
-    add_method_options(parser.add_argument_group("method (arXiv 2505.13447)"))
+    add_method_options(parser.add_argument_group(
+        "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)"))
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
     add_run_options(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
+    choose_defaults(parser, args)
     parser.validate(make_method, args, num_classes=1)
     if args.eval_every and args.fid_ref is None:
         parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
                      f"the reference statistics")
     if args.run_dir is None:
-        args.run_dir = Path("results", f"{args.model.replace('/', '-')}-cfg{args.cfg}")
+        scale = f"omega{args.omega_max}" if is_improved(args.model) else f"cfg{args.cfg}"
+        args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
     if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
         parser.error(f"--run-dir must lie outside --data-path, where it would be taken for a "
                      f"class, got {args.run_dir}; choose another folder")
     return args
+
+
+def choose_defaults(parser, args):
+    """Fill in the defaults of the model's method; refuse options of the other method."""
+    own, other = MEANFLOW, IMPROVED_MEANFLOW
+    if is_improved(args.model):
+        own, other = other, own
+    for name in other.keys() - own.keys():
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} must come with a model of its method, got "
+                         f"--model {args.model}; leave it out")
+    for name, value in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def add_data_options(group):
@@ -90,21 +118,33 @@ def add_data_options(group):
 
 
 def add_method_options(group):
-    group.add_argument("--ratio", type=float_range(0, 1), default=0.25,
-                       help="share of rows with r < t; 0 is plain flow matching")
+    group.add_argument("--ratio", type=float_range(0, 1),
+                       help="share of rows with r < t; 0 is plain flow matching (default: 0.25, "
+                            "iMF 0.5)")
     group.add_argument("--p-mean", type=float_range(-1e9), default=-0.4,
                        help="mean of the logit-normal times")
     group.add_argument("--p-std", type=float_range(0, above=True), default=1.0,
                        help="standard deviation of the logit-normal times")
-    group.add_argument("--time-sampler", default="logit_normal",
-                       choices=("logit_normal", "uniform"), help="distribution of the times")
-    group.add_argument("--cfg", type=float_range(0), default=3.0,
-                       help="effective guidance scale omega' = omega / (1 - kappa); 1 = none")
-    group.add_argument("--kappa", type=float_range(0), default=0.0,
-                       help="weight of the network's own labelled velocity, below 1")
-    group.add_argument("--cfg-interval", type=float_range(0, 1), nargs=2, default=(0.0, 1.0),
-                       metavar=("FROM", "TO"),
-                       help="times t in which guidance acts, both ends included")
+    group.add_argument("--time-sampler", choices=("logit_normal", "uniform"),
+                       help="distribution of the times (DiT only; default: logit_normal)")
+    group.add_argument("--cfg", type=float_range(0),
+                       help="effective guidance scale omega' = omega / (1 - kappa), 1 = none (DiT "
+                            "only; default: 3)")
+    group.add_argument("--kappa", type=float_range(0),
+                       help="weight of the network's own labelled velocity, below 1 (DiT only; "
+                            "default: 0)")
+    group.add_argument("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("FROM", "TO"),
+                       help="times t in which guidance acts, both ends included (DiT only; "
+                            "default: 0 1)")
+    group.add_argument("--tangent", choices=("velocity", "network"),
+                       help="of the derivative du/dt: the guided velocity, or u(z, t, t, y), the "
+                            "boundary variant of improved MeanFlow (DiT only; default: velocity)")
+    group.add_argument("--omega-max", type=float_range(1),
+                       help="largest guidance scale that the network learns, 1 = no guidance (iMF "
+                            "only; default: 8)")
+    group.add_argument("--beta", type=float_range(0),
+                       help="guidance scales are drawn with density ~ omega^-beta (iMF only; "
+                            "default: 1)")
     group.add_argument("--label-drop", type=float_range(0, 1), default=0.1,
                        help="probability of the null label")
     group.add_argument("--p", type=float_range(0), default=1.0,
@@ -115,7 +155,9 @@ def add_method_options(group):
 
 def add_optimisation_options(group):
     group.add_argument("--model", default="DiT-B/4", choices=DiT_models,
-                       metavar="DiT-{T,S,B,M,L,XL}/{2,4,8}", help="size and patch size")
+                       metavar="NAME",
+                       help="DiT-{T,S,B,M,L,XL}/{2,4,8} for MeanFlow, or iMF-{B,M,L,XL}/2 or "
+                            "iMF-T/4 for improved MeanFlow: size and patch size")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int_range(1), default=80, help="passes over the data")
     length.add_argument("--max-steps", type=int_range(1),
@@ -127,7 +169,13 @@ def add_optimisation_options(group):
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute activations in the backward pass: less memory, more time")
     group.add_argument("--lr", type=float_range(0, above=True), default=1e-4,
-                       help="rate of AdamW, constant")
+                       help="rate of AdamW, constant after the warm-up")
+    group.add_argument("--warmup-steps", type=int_range(0), default=0,
+                       help="steps in which the rate rises linearly from 0; 0 = none")
+    group.add_argument("--weight-decay", type=float_range(0), default=0.0,
+                       help="decoupled weight decay of AdamW; 0 = none")
+    group.add_argument("--clip-grad", type=float_range(0), default=0.0,
+                       help="gradient norm above which gradients are scaled down to it; 0 = off")
     group.add_argument("--ema-decay", type=float_range(0, 1), default=0.9999,
                        help="decay per step of the averaged weights, which sampling uses")
     group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
@@ -140,7 +188,8 @@ def add_optimisation_options(group):
 
 def add_run_options(group):
     group.add_argument("--run-dir", type=utf8_path,
-                       help="where everything goes (default: results/<model>-cfg<scale>)")
+                       help="where everything goes (default: results/<model>-cfg<scale>, iMF "
+                            "results/<model>-omega<largest>)")
     group.add_argument("--ckpt-every", type=int_range(1), default=5000,
                        help="steps between checkpoints")
     group.add_argument("--keep-last", type=int_range(0), default=3,
@@ -164,11 +213,15 @@ def add_run_options(group):
 
 
 def make_method(args, num_classes):
-    """The MeanFlow of these options. Raises ValueError for a setting out of its range."""
-    return MeanFlow(
-        num_classes=num_classes, ratio=args.ratio, p_mean=args.p_mean, p_std=args.p_std,
-        time_sampler=args.time_sampler, cfg=args.cfg, kappa=args.kappa,
-        cfg_interval=args.cfg_interval, label_drop=args.label_drop, p=args.p, c=args.c)
+    """The loss of these options. Raises ValueError for a setting out of its range."""
+    shared = {"ratio": args.ratio, "p_mean": args.p_mean, "p_std": args.p_std,
+              "label_drop": args.label_drop, "p": args.p, "c": args.c}
+    if is_improved(args.model):
+        return ImprovedMeanFlow(num_classes=num_classes, omega_max=args.omega_max, beta=args.beta,
+                                **shared)
+    return MeanFlow(num_classes=num_classes, time_sampler=args.time_sampler, cfg=args.cfg,
+                    kappa=args.kappa, cfg_interval=args.cfg_interval, tangent=args.tangent,
+                    **shared)
 
 
 def main(args):
@@ -220,16 +273,18 @@ class TrainingState:
         self.net.checkpoint_activations = args.checkpoint_activations
         self.params = list(self.net.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+            self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
         self.ema_update = make_ema_update(self.ema, self.net, args.ema_decay)
         self.guard = Guard(world, args.skip_nonfinite)
         self.method = make_method(args, run.config["num_classes"])
+        self.normalisation = normalisation(run.config, world.device)
         self.forward = data_parallel(self.net) if world.distributed else self.net
 
     def restore(self, path):
         """Take over the checkpoint of this run at path. Raises UserError if it is another run's."""
         self.step = restore_checkpoint(path, self.net, self.ema, self.optimizer,
-                                       config=self.run.config, free=MAY_CHANGE)
+                                       config=self.run.config, free=MAY_CHANGE,
+                                       defaults=EARLIER)
 
     def state_dict(self):
         """What a checkpoint holds."""
@@ -241,10 +296,14 @@ def train_step(state, images, y):
     """One optimiser step on this rank's share of the global batch.
 
     images: uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,) int64.
-    Returns (5,), on the device: loss, error, velocity error, gradient norm, and a 1 that counts the
-    step; zeros where the step was skipped.
+    Returns (5,), on the device: loss, error, velocity error, gradient norm (before clipping), and a
+    1 that counts the step; zeros where the step was skipped.
     """
+    args = state.run.args
     losses = add_gradients(state, images, y)
+    if args.warmup_steps:
+        rate = args.lr * min(1, state.step / args.warmup_steps)
+        state.optimizer.param_groups[0]["lr"] = rate
     state.step += 1
 
     # propagate_nonfinite gave NaN gradients to a loss that is not finite, and DDP spread them to
@@ -253,6 +312,8 @@ def train_step(state, images, y):
     norm = torch.nn.utils.get_total_norm([p.grad for p in state.params])
     skip = state.guard.should_skip(state.step, losses[0], norm)
     state.optimizer.found_inf = state.ema_update.found_inf = skip
+    if args.clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(state.params, args.clip_grad, norm)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.ema_update.step()
@@ -305,7 +366,7 @@ def draw_global_batch(state):
 def make_data(state, images, noise):
     """x (B, C, h, w) of images uint8 (B, 3, H, W), or of moments, and noise (B, C, h, w)."""
     moments = images if state.run.args.encoded_data else state.run.space.encode(images)
-    return posterior_sample(moments, noise, state.run.config["scale"])
+    return posterior_sample(moments, noise, *state.normalisation)
 
 
 def make_ema_update(ema, net, decay):
@@ -464,7 +525,7 @@ class Run:
 
             def hold():
                 self.lock = stack.enter_context(lock_folder("--run-dir", self.folder))
-                path = check_config(self.folder, self.config, MAY_CHANGE)
+                path = check_config(self.folder, self.config, MAY_CHANGE, EARLIER)
                 for name in ("checkpoints", "samples"):
                     make_folder("--run-dir", self.folder / name)
                     remove_temporary_files(self.folder / name)
@@ -538,6 +599,9 @@ class Run:
         metrics = self.evaluation.measure(self.sampler, self.args.eval_samples, EVAL_BATCH)
         if self.world.main:
             about = {"labels": self.sampler.labels, "seed": self.sampler.seed}
+            if self.sampler.guidance:
+                t_min, t_max = self.sampler.guidance["interval"]
+                about |= {"omega": self.sampler.guidance["omega"], "t_min": t_min, "t_max": t_max}
             assert metrics.keys().isdisjoint(about)
             metrics |= about
             names, line = metric_names(metrics["protocol"]), f"step {step}"
@@ -582,7 +646,14 @@ def make_config(args, dataset, space):
     scale = dataset.scale if args.encoded_data else space.scale
     shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
     compiles = torch.cuda.is_available() if args.compile is None else args.compile
-    return {name: plain(value) for name, value in vars(args).items()} | {
+    config = {name: plain(value) for name, value in vars(args).items()}
+    if is_improved(args.model) and args.vae != "none":
+        if shape[0] != len(LATENT_MEAN):
+            raise UserError(f"--vae must have latents of {len(LATENT_MEAN)} channels for --model "
+                            f"{args.model}, whose normalisation is of those, got {shape[0]}; give "
+                            f"--vae ema or mse")
+        config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
+    return config | {
         "compile": compiles, "latent_shape": list(shape), "scale": scale,
         "classes": list(dataset.classes), "num_classes": len(dataset.classes),
         "num_images": len(dataset)}

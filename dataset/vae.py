@@ -19,6 +19,12 @@ HUB = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 PIXELS = 32 * 256**2  # at most in a pass: the decoder's largest activation is then 2 GiB in float32
 
 
+# Of each channel of ImageNet's latents, unscaled: what improved MeanFlow normalises by
+# (Lyy-iiis/imeanflow, utils/vae_util.py)
+LATENT_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
+LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+
+
 class Pixels:
     """RGB in [-1, 1], nothing encoded: ``--vae none``."""
 
@@ -105,10 +111,20 @@ class VAE:
             return to_uint8(self.model.decode(latents).sample)
 
 
-def posterior_sample(moments, noise, scale):
-    """x = (mean + std * noise) * scale of moments (B, 2, C, h, w), float32."""
+def normalisation(config, device="cpu"):
+    """(scale, shift) with x = (latent - shift) * scale, by a config: numbers, or (C, 1, 1) if it
+    has latent_mean and latent_std."""
+    if "latent_mean" not in config:
+        return config["scale"], 0.0
+    mean, std = (torch.tensor(config[name], device=device)[:, None, None]
+                 for name in ("latent_mean", "latent_std"))
+    return 1 / std, mean
+
+
+def posterior_sample(moments, noise, scale, shift=0.0):
+    """x = (mean + std * noise - shift) * scale (B, C, h, w) of moments (B, 2, C, h, w), float32."""
     mean, std = moments.float().unbind(1)
-    return (mean + std * noise) * scale
+    return (mean + std * noise - shift) * scale
 
 
 def to_uint8(x):

@@ -19,7 +19,7 @@ from torch import nn
 from engine.distributed import run_main
 from engine.options import UserError
 from metrics.inception import build_inception
-from models import DiT
+from models import DiT, ImprovedDiT
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,6 +130,13 @@ def tiny(digits, run_dir):
 def guided():
     """Options, beside those of tiny, of a run of eight steps with all passes of guidance."""
     return ["--max-steps", 8, "--cfg", 2, "--kappa", 0.5]
+
+
+@pytest.fixture(scope="session")
+def improved():
+    """The same of improved MeanFlow, with all that its recipe adds."""
+    return ["--model", "iMF-T/4", "--max-steps", 8, "--omega-max", 4, "--warmup-steps", 3,
+            "--clip-grad", 0.5, "--weight-decay", 0.01]
 
 
 @pytest.fixture(scope="session")
@@ -284,6 +291,15 @@ def golden_network(dtype):
     missing, unexpected = net.load_state_dict(
         {key: torch.from_numpy(params[key]) for key in params}, strict=False)
     assert missing == ["pos_embed"] and not unexpected
+    return net.to(dtype)
+
+
+def golden_improved_network(dtype, v_head=True):
+    """The same for improved MeanFlow, as released checkpoints are if without the v head."""
+    net = ImprovedDiT(**{**GOLDEN_SIZES, "depth": 4}, head_depth=2, v_head=v_head)
+    params = np.load(GOLDEN / "imf" / "params.npz")
+    net.load_state_dict({key: torch.from_numpy(params[key]) for key in params
+                         if v_head or not key.startswith("v_")})
     return net.to(dtype)
 
 

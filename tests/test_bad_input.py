@@ -103,12 +103,19 @@ REFUSED = {
         dict(encoded_data=()), dict(data_path="latents"),
         dict(image_size=16, data_path="latents", encoded_data=()),
         dict(flip=(), data_path="latents", encoded_data=()),
-        dict(eval_every=5), dict(fid_ref="objects.npz", eval_every=5, protocol="pixels")],
+        dict(eval_every=5), dict(fid_ref="objects.npz", eval_every=5, protocol="pixels"),
+        dict(omega_max=4), dict(beta=1), dict(tangent="v_g"), dict(clip_grad=-1),
+        dict(weight_decay="nan"), dict(warmup_steps=-1), dict(omega_max=0.5, model="iMF-T/4"),
+        dict(model="iMF-B/4"), dict(image_size=9, model="iMF-T/4"),
+        *(dict([(name, value), ("model", "iMF-T/4")]) for name, value in (
+            ("cfg", 2), ("kappa", 0.5), ("cfg_interval", (0, 1)), ("tangent", "network"),
+            ("time_sampler", "uniform")))],
     "sample": [
         dict(ckpt="missing.pt"), dict(ckpt="."), dict(ckpt="file.txt"), dict(ckpt="torn.pt"),
         dict(ckpt="foreign.pt"), dict(sample_dir="file.txt"), dict(sample_dir="torn"),
         dict(sample_dir="nested samples"), dict(vae="nowhere"), dict(fid_ref="objects.npz"),
-        dict(no_save_images=())],
+        dict(no_save_images=()), dict(cfg=2), dict(cfg_interval=(0.2, 0.8)), dict(cfg=0.5),
+        dict(cfg_interval=(0.8, 0.2)), dict(cfg_interval=(0, 2))],
     "encode_imagenet": [
         dict(out_path=None), dict(out_path="digits", data_path="out"), dict(data_path="latents"),
         dict(out_path="file.txt/out"), dict(out_path="digits"), dict(out_path="torn"),

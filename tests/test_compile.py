@@ -85,13 +85,14 @@ def test_a_missing_c_compiler_is_named(digits, tmp_path, monkeypatch):
         call("train", *tiny(digits, tmp_path / "run"), "--max-steps", 1, "--compile")
 
 
-def test_a_compiled_run_in_bfloat16_follows_the_plain_one(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["guided", "improved"])
+def test_a_compiled_run_in_bfloat16_follows_the_plain_one(method, digits, tmp_path, monkeypatch,
+                                                          request):
     """What a GPU runs by default, but for the code that the compiler makes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     last, fast = {}, ["--compile", "--precision", "bf16"]
     for name, extra in (("plain", ["--no-compile"]), ("fast", fast)):
-        call("train", *tiny(digits, tmp_path / name), "--max-steps", 8, "--cfg", 2, "--kappa", 0.5,
-             *extra)
+        call("train", *tiny(digits, tmp_path / name), *request.getfixturevalue(method), *extra)
         *_, last[name] = map(json.loads, (tmp_path / name / "metrics.jsonl").open())
     for key in ("error", "velocity_error"):
         assert last["fast"][key] == pytest.approx(last["plain"][key], rel=0.02)

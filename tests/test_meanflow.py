@@ -66,6 +66,29 @@ def test_step_equals_the_official_implementation(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", ["none", "w1_k05_int"])
+def test_step_with_the_networks_tangent_equals_its_golden_numbers(case, dtype):
+    """The boundary variant of improved MeanFlow: derived, as the official code has no such mode."""
+    net, numbers = golden_network(dtype), golden(f"imf/loss_boundary_{case}", dtype)
+    s = json.loads(numbers["settings"])
+    method = MeanFlow(
+        num_classes=s["num_classes"], kappa=s["kappa"], cfg=s["omega"] / (1 - s["kappa"]),
+        c=s["norm_eps"], p=s["norm_p"], cfg_interval=(s["t_start"], s["t_end"]), tangent="network")
+    draws = Draws(*(numbers[name] for name in ("r", "t", "e", "drop_mask")), int(numbers["equal"]))
+    out = method.loss(net, numbers["x"], numbers["labels"], draws)
+    out.loss.backward()
+    assert_official(out.error, numbers["sq_err"])
+    gradients, compared = {key: p.grad for key, p in net.named_parameters()}, 0
+    for key, value in numbers.items():
+        if key.startswith("grad."):
+            assert_official(gradients[key[5:]], value)
+        elif key.startswith("gradsub."):
+            assert_official(gradients[key[8:]].flatten()[::13], value)
+        compared += key.startswith(("grad.", "gradsub."))
+    assert compared == len(gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_samples_equal_the_official_implementation(dtype):
     net, numbers = golden_network(dtype), golden("sample", dtype)
     for name, steps in (("1", 1), ("2", 2), ("2", (1, 0.5, 0)), ("4", (1.0, 0.9, 0.5, 0.2, 0.0))):
@@ -190,7 +213,7 @@ def test_rows_with_equal_times_have_the_guided_velocity_as_target():
     draws = constant_draws(8, r=0.4, t=0.4, equal=6, shape=(4, 8, 8))
     v, y = torch.randn_like(draws.eps), torch.arange(8)
     with torch.no_grad():
-        v_g = flow.guided_velocity(net, draws.eps, v, y, draws, None)
+        v_g = flow.guided_velocity(net, draws.eps, v, y, draws, None, None)
     target = flow.target(net, draws.eps, v, y, draws, None)
     assert torch.equal(target[:6], v_g[:6])
 
@@ -213,11 +236,23 @@ def test_guidance_acts_in_the_closed_interval_only():
     v = torch.ones_like(draws.eps)
     flow = MeanFlow(num_classes=3, cfg=4.0, kappa=0.25, cfg_interval=(0.3, 0.8))
     draws = replace(draws, r=t, t=t, equal=3)
-    v_g = flow.guided_velocity(zero, draws.eps, v, torch.zeros(5).long(), draws, 0 * v)
+    v_g = flow.guided_velocity(zero, draws.eps, v, torch.zeros(5).long(), draws, 0 * v,
+                               0 * v[3:])
     assert v_g[:, 0, 0, 0].tolist() == [1, 3, 3, 3, 1]  # omega = 4 (1 - .25)
 
 
 # ---- cost --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kappa", "labels"), [
+    (0.0, [list(range(8)), [6, 7], [6, 7]]),  # one pass of the rows with r < t more
+    (0.5, [list(range(8)), [6, 7], [6, 7]])])  # which the guidance has made already
+def test_the_networks_tangent_costs_one_pass_of_the_tail_at_most(kappa, labels):
+    net = Counted(zero)
+    draws = constant_draws(8, r=0.2, t=0.5, equal=6)
+    method = MeanFlow(num_classes=9, cfg=1.0, kappa=kappa, tangent="network")
+    method.loss(net, draws.eps, torch.arange(8), draws)
+    assert net.labels == labels
 
 
 @pytest.mark.parametrize(("cfg", "kappa", "calls"), [
@@ -246,7 +281,7 @@ def test_labelled_pass_of_the_guidance_is_made_on_rows_with_r_below_t_only():
     net = Counted(zero)
     draws = constant_draws(8, r=0.2, t=0.5, equal=6)
     MeanFlow(num_classes=9, cfg=2.0, kappa=0.5).loss(net, draws.eps, torch.arange(8), draws)
-    assert net.labels == [list(range(8)), [9] * 8, [6, 7], [6, 7]]
+    assert net.labels == [list(range(8)), [6, 7], [9] * 8, [6, 7]]
 
 
 def test_gradient_flows_through_the_given_forward_only():

@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from conftest import GOLDEN_SIZES, assert_official, golden, golden_network
+from conftest import (
+    GOLDEN_SIZES,
+    assert_official,
+    golden,
+    golden_improved_network,
+    golden_network,
+)
 
-from models import SIZES, DiT, DiT_models
+from models import IMPROVED_SIZES, SIZES, DiT, DiT_models, ImprovedDiT, is_improved
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -26,9 +32,11 @@ def test_parameter_counts_are_the_published_ones(name, millions):
 
 
 def test_every_size_exists_with_patches_2_4_and_8():
-    assert set(DiT_models) == {f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)}
+    names = {name for name in DiT_models if not is_improved(name)}
+    assert names == {f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)}
     assert {"S", "B", "M", "L", "XL"} < set(SIZES)
-    for name, build in DiT_models.items():
+    for name in names:
+        build = DiT_models[name]
         with torch.device("meta"):
             net = build(input_size=16)
         depth, width, heads = SIZES[name.split("-")[1].split("/")[0]]
@@ -102,3 +110,97 @@ def test_checkpointed_activations_give_the_same_gradients():
 def test_sizes_that_do_not_fit_are_refused(sizes, word):
     with pytest.raises(ValueError, match=word):
         DiT(**{**GOLDEN_SIZES, **sizes})
+
+
+# ---- the network of improved MeanFlow ----------------------------------------------------------
+
+
+def conditions(numbers):
+    """(z, r, t, y, omega, t_min, t_max) of golden/imf/forward.npz."""
+    t = numbers["t"]
+    return (numbers["x"], t - numbers["h"], t,
+            *(numbers[name] for name in ("y", "omega", "t_min", "t_max")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_improved_forward_equals_the_official_implementation(dtype):
+    net, numbers = golden_improved_network(dtype), golden("imf/forward", dtype)
+    x, r, t, *rest = conditions(numbers)
+    u, v = net(x, r, t, *rest)
+    assert_official(u, numbers["u"])
+    assert_official(v, numbers["v"])
+    assert_official(net.sequence(x, t - r, *rest)[:2], numbers["seq"])
+    cos, sin = net.rope
+    for found, table in ((cos, "rope_cos"), (sin, "rope_sin")):
+        assert_official(found, numbers[table])
+
+
+def test_one_head_alone_gives_the_same_and_none_for_the_other():
+    net, inputs = golden_improved_network(torch.float32), conditions(golden("imf/forward",
+                                                                            torch.float32))
+    u, v = net(*inputs)
+    for heads, expected in (("u", (u, None)), ("v", (None, v))):
+        found = net(*inputs, heads=heads)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected))
+    headless = golden_improved_network(torch.float32, v_head=False)
+    assert torch.equal(headless(*inputs, heads="u")[0], u)
+
+
+def test_of_the_times_the_improved_network_sees_the_interval_alone():
+    net, (z, r, t, *rest) = golden_improved_network(torch.float64), conditions(
+        golden("imf/forward", torch.float64))
+    moved, _ = net(z, r + 0.25, t + 0.25, *rest)
+    assert torch.allclose(moved, net(z, r, t, *rest)[0], rtol=1e-9)
+    assert not torch.allclose(net(z, r - 0.1, t, *rest)[0], moved, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "whole", "headless"), [
+    ("B", 145.597, 88.935), ("M", 230.570, 173.908), ("L", 509.752, 409.054),
+    ("XL", 711.114, 610.416)])
+def test_improved_parameter_counts_are_the_published_ones(name, whole, headless):
+    for v_head, millions in ((True, whole), (False, headless)):
+        with torch.device("meta"):
+            net = DiT_models[f"iMF-{name}/2"](v_head=v_head)
+        assert round(sum(p.numel() for p in net.parameters()) / 1e6, 3) == millions
+
+
+def test_improved_sizes_count_shared_blocks_and_heads():
+    assert {name for name in DiT_models if is_improved(name)} == {
+        f"iMF-{size}" for size in IMPROVED_SIZES}
+    for size, (depth, head_depth, *_) in IMPROVED_SIZES.items():
+        with torch.device("meta"):
+            net = DiT_models[f"iMF-{size}"](input_size=8)
+        assert len(net.shared_blocks) + len(net.u_heads) == depth
+        assert len(net.u_heads) == len(net.v_heads) == head_depth
+
+
+def test_improved_weights_start_with_the_official_distributions():
+    torch.manual_seed(0)
+    net = ImprovedDiT(**{**GOLDEN_SIZES, "hidden_size": 256, "depth": 3}, head_depth=1)
+    for name, p in net.named_parameters():
+        fan_in = p[0].numel() if p.ndim > 1 else 1
+        if name.endswith(("_scale", "bias")) or "final_layer.linear" in name:
+            assert (p == 0).all(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        elif "x_embedder" in name:
+            assert abs(p.std() * (256 + 16) ** 0.5 / 2**0.5 - 1) < 0.1, name
+        elif "tokens" in name or "table" in name:
+            assert abs(p.std() * 256**0.5 - 1) < 0.15, name
+        else:
+            gain = 1 if "embedder" in name else 0.32
+            assert abs(p.std() * fan_in**0.5 / gain - 1) < 0.05, name
+    z = torch.randn(2, 4, 8, 8)
+    u, v = net(z, *torch.rand(2, 2), torch.tensor([0, 10]), *torch.ones(3, 2))
+    assert (u == 0).all() and (v == 0).all()
+
+
+def test_checkpointed_activations_of_the_improved_network_give_the_same_gradients():
+    inputs = conditions(golden("imf/forward", torch.float64))
+    gradients = []
+    for recompute in (False, True):
+        net = golden_improved_network(torch.float64)
+        net.checkpoint_activations = recompute
+        sum(out.square().sum() for out in net(*inputs)).backward()
+        gradients.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call, run_ranks
+from conftest import call, run_ranks, tiny
 from PIL import Image
 from soak import Child
 
@@ -290,3 +290,33 @@ def test_no_setting_replaces_a_metric(protocol, capfd, monkeypatch):
     said = result(capfd)
     assert {key: said[key] for key in metrics} == metrics
     assert len(said) == len(metrics) + 8 and said["sampling_precision"] == "tf32"
+
+
+# ---- improved MeanFlow -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def improved_checkpoint(digits, improved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("improved")
+    call("train", *tiny(digits, folder), *improved, "--max-steps", 40, "--lr", 0.02)
+    return folder / "checkpoints" / "0000040.pt"
+
+
+def test_guidance_is_chosen_when_sampling(improved_checkpoint, tmp_path):
+    made = {}
+    for name, extra in (("default", []), ("none", ["--cfg", 1, "--cfg-interval", 0, 1]),
+                        ("strong", ["--cfg", 4]), ("late", ["--cfg-interval", 0.2, 0.6])):
+        call("sample", *options(improved_checkpoint, tmp_path / name), *extra)
+        made[name] = files(tmp_path / name)
+        del made[name]["samples.json"]
+    assert made["default"] == made["none"]  # nothing is published for the tiny size
+    assert made["default"] != made["strong"] != made["late"] != made["default"]
+    stored = json.loads((tmp_path / "late" / "samples.json").read_text())
+    assert (stored["omega"], stored["interval"]) == (1, [0.2, 0.6])
+    with pytest.raises(UserError, match="--sample-dir .*omega"):
+        call("sample", *options(improved_checkpoint, tmp_path / "late"), "--cfg", 2)
+
+
+def test_published_guidance_is_the_default_of_its_size():
+    assert sample.default_guidance("iMF-XL/2") == {"omega": 8.0, "interval": [0.42, 0.62]}
+    assert sample.default_guidance("DiT-XL/2") == {}

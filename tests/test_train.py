@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import growth
 import pytest
@@ -9,8 +10,12 @@ import torch
 from conftest import assert_same_weights, call, load_weights, run_ranks, save_small_vae, tiny
 from PIL import Image
 
-import sample
+import meanflow
 import train
+from dataset.vae import normalisation, posterior_sample
+from engine.distributed import World
+from engine.options import UserError
+from sample import ImageSampler, starts
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +24,17 @@ def evaluation(reference):
     return ["--eval-every", 4, "--fid-ref", reference, "--eval-samples", 60, "--protocol", "pixels"]
 
 
+@pytest.fixture(scope="module", params=["guided", "improved"])
+def method(request):
+    """Options of a run with either method."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def one(digits, evaluation, guided, tmp_path_factory):
+def one(digits, evaluation, method, tmp_path_factory):
     """The folder of a run of one process: eight guided steps with evaluations."""
     folder = tmp_path_factory.mktemp("one")
-    call("train", *tiny(digits, folder), *guided, *evaluation)
+    call("train", *tiny(digits, folder), *method, *evaluation)
     return folder
 
 
@@ -36,20 +47,20 @@ def records(folder, key):
 # ---- one result, however the work is divided ---------------------------------------------------
 
 
-def test_micro_batches_and_recomputed_activations_give_the_same_weights(one, digits, guided,
+def test_micro_batches_and_recomputed_activations_give_the_same_weights(one, digits, method,
                                                                         tmp_path):
-    call("train", *tiny(digits, tmp_path), *guided, "--grad-accum-steps", 4,
+    call("train", *tiny(digits, tmp_path), *method, "--grad-accum-steps", 4,
          "--checkpoint-activations")
     assert_same_weights(load_weights(tmp_path, 8), load_weights(one, 8))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "parts"), [(2, 2), (4, 1)])
-def test_several_processes_train_and_evaluate_as_one(processes, parts, one, digits, guided,
+def test_several_processes_train_and_evaluate_as_one(processes, parts, one, digits, method,
                                                      evaluation, tmp_path):
     """The draws belong to the global batch, so the results differ by rounding only. The ranks hold
     the same bits after every step: DistributedDataParallel sums gradients in one order for all."""
-    said = run_ranks("watched_train", *tiny(digits, tmp_path / "run"), *guided, *evaluation,
+    said = run_ranks("watched_train", *tiny(digits, tmp_path / "run"), *method, *evaluation,
                      "--no-compile", "--grad-accum-steps", parts, processes=processes,
                      output=tmp_path / "said")
     assert [text.count("made a step") for text in said] == processes * [8]
@@ -132,8 +143,8 @@ def test_averages_are_part_of_no_graph(digits, tmp_path, monkeypatch):
     def look(net, *known, **options):
         seen.extend((p.requires_grad, p.grad_fn) for p in net.parameters())
         return original(net, *known, **options)
-    original = sample.sample
-    monkeypatch.setattr(sample, "sample", look)
+    original = meanflow.sample
+    monkeypatch.setattr(meanflow, "sample", look)
     call("train", *tiny(digits, tmp_path), "--max-steps", 2, "--sample-every", 2)
     assert seen and set(seen) == {(False, None)}
 
@@ -162,15 +173,92 @@ def test_training_lowers_the_unweighted_error(digits, tmp_path):
 
 
 def test_the_run_directory_is_named_after_model_and_guidance():
-    args = train.parse_args(["--data-path", "x", "--model", "DiT-XL/2", "--cfg", "2.5"])
-    assert str(args.run_dir) == "results/DiT-XL-2-cfg2.5"
+    for model, name in ((["DiT-XL/2", "--cfg", "2.5"], "DiT-XL-2-cfg2.5"),
+                        (["iMF-XL/2"], "iMF-XL-2-omega8.0")):
+        args = train.parse_args(["--data-path", "x", "--model", *model])
+        assert str(args.run_dir) == f"results/{name}"
+
+
+def test_each_method_has_its_own_defaults():
+    plain, improved = (train.parse_args(["--data-path", "x", "--model", model])
+                       for model in ("DiT-B/4", "iMF-B/2"))
+    assert (plain.ratio, plain.cfg, plain.tangent, plain.omega_max) == (0.25, 3, "velocity", None)
+    assert (improved.ratio, improved.omega_max, improved.beta, improved.cfg) == (0.5, 8, 1, None)
+
+
+def test_a_run_of_an_earlier_version_resumes(trained, digits, tmp_path):
+    """Its configs lack the options that came since."""
+    folder = shutil.copytree(trained.parent.parent, tmp_path / "run")
+    paths = [folder / "config.json", *folder.glob("checkpoints/*.pt")]
+    for path in paths:
+        state = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path)
+        config = state.get("config", state)
+        for name in train.EARLIER:
+            del config[name]
+        config["run_dir"] = str(folder)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(state))
+        else:
+            torch.save(state, path)
+    call("train", *tiny(digits, folder), "--max-steps", 13)
+    with pytest.raises(UserError, match="--run-dir .*clip_grad"):
+        call("train", *tiny(digits, folder), "--max-steps", 14, "--clip-grad", 1)
+
+
+def test_the_rate_rises_to_the_given_one_and_large_gradients_are_clipped(digits, tmp_path,
+                                                                        monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+
+    def watched(self):
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.param_groups[0]["params"])
+        seen.append((self.param_groups[0]["lr"], float(norm)))
+        step(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    call("train", *tiny(digits, tmp_path), "--max-steps", 6, "--warmup-steps", 4, "--lr", 0.1,
+         "--clip-grad", 0.01, "--log-every", 1)
+    rates, norms = zip(*seen)
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
+    assert max(norms) <= 0.01 * (1 + 1e-4)
+    logged = [record["grad_norm"] for record in records(tmp_path, "grad_norm")]
+    assert max(logged) > 0.02  # the one before
+
+
+def test_improved_meanflow_normalises_latents_per_channel(digits, tmp_path):
+    vae = save_small_vae(tmp_path / "vae")
+    call("train", *tiny(digits, tmp_path / "run"), "--model", "iMF-T/4", "--image-size", 32,
+         "--vae", vae, "--max-steps", 1, "--sample-every", 1)
+    config = load_weights(tmp_path / "run", 1, "config")
+    mean, std = (torch.tensor(config[name]).view(1, 4, 1, 1)
+                 for name in ("latent_mean", "latent_std"))
+    moments = torch.randn(2, 2, 4, 4, 4).abs()
+    x = posterior_sample(moments, torch.ones(2, 4, 4, 4), *normalisation(config))
+    assert torch.allclose(x, (moments.sum(1) - mean) / std, rtol=1e-5, atol=1e-6)
+    space = SimpleNamespace(decode=lambda latents: latents)
+    sampler = ImageSampler(lambda *_, heads: (torch.zeros(2, 4, 4, 4), None), space, config,
+                           World(0, 1, torch.device("cpu"), "fp32"))
+    z1, _ = starts(range(2), (4, 4, 4), seed=0, num_classes=10)
+    assert torch.allclose(sampler.images(range(2)), (z1 * std + mean) * config["scale"], rtol=1e-5)
+
+
+def test_a_normalisation_that_does_not_fit_the_channels_is_refused(digits, tmp_path, refusal):
+    vae = save_small_vae(tmp_path / "vae", latent_channels=8)
+    options = [*tiny(digits, tmp_path / "run"), "--model", "iMF-T/4", "--image-size", 32,
+               "--vae", vae]
+    assert "4 channels" in refusal("train", options, "--vae")
 
 
 # ---- evaluation while training -----------------------------------------------------------------
 
 
-def test_evaluation_changes_nothing_but_the_metrics(one, digits, guided, tmp_path):
-    call("train", *tiny(digits, tmp_path), *guided)
+def test_a_resumed_run_ends_with_the_same_bits(one, digits, method, tmp_path):
+    for steps in (3, 8):
+        call("train", *tiny(digits, tmp_path), *method, "--max-steps", steps)
+    resumed, whole = load_weights(tmp_path, 8, "ema"), load_weights(one, 8, "ema")
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
+
+
+def test_evaluation_changes_nothing_but_the_metrics(one, digits, method, tmp_path):
+    call("train", *tiny(digits, tmp_path), *method)
     plain, evaluated = load_weights(tmp_path, 8), load_weights(one, 8)
     assert all(torch.equal(value, evaluated[key]) for key, value in plain.items())
 
@@ -196,11 +284,11 @@ def test_the_log_says_what_was_measured(one):
     assert "60 samples where the reference suggests 200" in log
 
 
-def test_an_evaluation_that_was_cut_short_is_redone(one, digits, guided, evaluation, tmp_path):
+def test_an_evaluation_that_was_cut_short_is_redone(one, digits, method, evaluation, tmp_path):
     run, before = shutil.copytree(one, tmp_path / "run"), records(one, "fid")
     path = run / "metrics.jsonl"
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True)
                             if not ("fid" in line and '"step": 8' in line)))
     for _ in range(2):
-        call("train", *tiny(digits, run), *guided, *evaluation)
+        call("train", *tiny(digits, run), *method, *evaluation)
         assert records(run, "fid") == before

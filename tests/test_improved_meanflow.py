@@ -1,0 +1,196 @@
+"""Improved MeanFlow: parity with the official step, the necessary passes, the draws."""
+
+import json
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from conftest import assert_official, golden, golden_improved_network
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from improved_meanflow import ImprovedDraws, ImprovedMeanFlow, sample
+
+CASES = ["default", "no_guidance", "ratio25_beta2", "drop50"]
+
+
+def official(case, dtype):
+    """(method, x, labels, draws, numbers) of a golden loss file."""
+    numbers = golden(f"imf/loss_{case}", dtype)
+    s = json.loads(numbers["settings"])
+    method = ImprovedMeanFlow(
+        num_classes=s["num_classes"], ratio=1 - s["data_proportion"], omega_max=1 + s["s_max"],
+        beta=s["cfg_beta"], label_drop=s["class_dropout_prob"], p=s["norm_p"], c=s["norm_eps"])
+    draws = ImprovedDraws(*(numbers[name] for name in ("r", "t", "e", "drop_mask")),
+                          int(numbers["equal"]),
+                          *(numbers[name] for name in ("omega", "t_min", "t_max")))
+    return method, numbers["x"], numbers["labels"], draws, numbers
+
+
+class Counted:
+    """Wraps a network and notes rows, heads and omega of each call."""
+
+    def __init__(self, net):
+        self.net, self.calls = net, []
+
+    def __call__(self, z, r, t, y, omega, t_min, t_max, heads="uv"):
+        self.calls.append((len(z), heads))
+        return self.net(z, r, t, y, omega, t_min, t_max, heads=heads)
+
+
+# ---- parity --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_step_equals_the_official_implementation(case, dtype):
+    net = golden_improved_network(dtype)
+    method, x, y, draws, numbers = official(case, dtype)
+    out = method.loss(net, x, y, draws)
+    out.loss.backward()
+    assert_official(out.error, numbers["err_u"])
+    assert_official(out.velocity_error, numbers["err_v"])
+    assert_official(out.loss.detach(), numbers["loss"])
+    gradients = {key: p.grad for key, p in net.named_parameters()}
+    compared = 0
+    for key, value in numbers.items():
+        if key.startswith("grad."):
+            assert_official(gradients[key[5:]], value)
+        elif key.startswith("gradsub."):
+            assert_official(gradients[key[8:]].flatten()[::13], value)
+        compared += key.startswith(("grad.", "gradsub."))
+    assert compared == len(gradients) == 108
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_samples_equal_the_official_implementation(dtype):
+    """Without the v head, as released checkpoints are."""
+    net, numbers = golden_improved_network(dtype, v_head=False), golden("imf/sample", dtype)
+    names = [key.removeprefix("setting_") for key in numbers if key.startswith("setting_")]
+    assert len(names) == 3
+    for name in names:
+        steps, omega, *interval = numbers[f"setting_{name}"].tolist()
+        ours = sample(net, numbers["noise"], numbers["labels"], steps=int(steps), omega=omega,
+                      interval=interval)
+        assert_official(ours, numbers[f"z0_{name}"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step_equals_the_naive_one(case):
+    """All passes on all rows, as the paper writes the step, and not only the necessary ones."""
+    method, x, y, draws, _ = official(case, torch.float64)
+    fast, naive = (golden_improved_network(torch.float64) for _ in range(2))
+    method.loss(fast, x, y, draws).loss.backward()
+    naive_loss(naive, method, x, y, draws).backward()
+    for (key, a), b in zip(fast.named_parameters(), naive.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12), key
+
+
+def naive_loss(net, method, x, y, draws):
+    """The step in the order of improved_meanflow.py's docstring, every pass on every row."""
+    t, r, omega, t_min, t_max = draws.t, draws.r, draws.omega, draws.t_min, draws.t_max
+    null, ones = torch.full_like(y, method.num_classes), torch.ones_like(t)
+    column = [-1, 1, 1, 1]
+    z = (1 - t.view(column)) * x + t.view(column) * draws.eps
+    v, w = draws.eps - x, torch.where((t_min <= t) & (t <= t_max), omega, 1)
+    with torch.no_grad():
+        v_c = net(z, t, t, y, w, 0 * t, ones)[1]
+        v_u = net(z, t, t, null, ones, 0 * t, ones)[1]
+        v_g = v + (1 - 1 / w).view(column) * (v_c - v_u)
+        v_g = torch.where(draws.dropped.view(column), v, v_g)
+    y = torch.where(draws.dropped, null, y)
+    with sdpa_kernel(SDPBackend.MATH):
+        u, du_dt, head = torch.func.jvp(
+            lambda z, r, t: net(z, r, t, y, omega, t_min, t_max), (z, r, t),
+            (v_c, 0 * r, ones), has_aux=True)
+    errors = [(u + (t - r).view(column) * du_dt.detach() - v_g), head - v_g]
+    errors = [error.square().flatten(1).sum(1) for error in errors]
+    return sum(error / (error.detach() + method.c) ** method.p for error in errors).mean()
+
+
+@pytest.mark.slow
+def test_compiled_step_equals_the_official_implementation():
+    net = golden_improved_network(torch.float32)
+    method, x, y, draws, numbers = official("default", torch.float32)
+    method.compile(backend="aot_eager")
+    out = method.loss(net, x, y, draws, forward=torch.compile(net, backend="aot_eager"))
+    out.loss.backward()
+    assert_official(out.error, numbers["err_u"])
+    assert_official(out.velocity_error, numbers["err_v"])
+    for key, p in net.named_parameters():
+        if f"grad.{key}" in numbers:
+            assert_official(p.grad, numbers[f"grad.{key}"])
+
+
+# ---- cost: passes that are not needed are not made -------------------------------------------
+
+
+@pytest.mark.parametrize(("settings", "equal", "calls"), [
+    ({}, 6, [(8, "uv"), (2, "v"), (8, "v"), (2, "u")]),
+    ({"omega_max": 1}, 6, [(8, "uv"), (2, "v"), (2, "u")]),
+    ({}, 8, [(8, "uv"), (8, "v")]),
+    ({"omega_max": 1}, 8, [(8, "uv")])])
+def test_only_the_necessary_passes_are_made(settings, equal, calls):
+    method, net = ImprovedMeanFlow(num_classes=10, **settings), Counted(
+        golden_improved_network(torch.float32))
+    draws = replace(method.draw((8, 4, 8, 8)), equal=equal)
+    method.loss(net, torch.randn(8, 4, 8, 8), torch.arange(8), draws)
+    assert net.calls == calls
+
+
+# ---- the draws -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+def test_omega_has_the_density_of_its_power(beta):
+    """By the largest distance of 20,000 draws from the distribution: false alarm below 1e-6."""
+    method = ImprovedMeanFlow(num_classes=10, omega_max=8, beta=beta)
+    omega = method.scale(torch.rand(20_000, dtype=torch.float64)).sort().values
+    assert omega[0] >= 1 and omega[-1] <= 8
+    if beta == 1:
+        expected = omega.log() / math.log(8)
+    else:
+        expected = (omega ** (1 - beta) - 1) / (8 ** (1 - beta) - 1)
+    steps = torch.arange(1, 20_001) / 20_000
+    assert (expected - steps).abs().max() < 2.7 / math.sqrt(20_000)
+
+
+def test_intervals_hold_a_half_and_all_times_where_r_is_t():
+    draws = ImprovedMeanFlow(num_classes=10, ratio=0.25).draw((4000, 1))
+    assert draws.equal == 3000 and torch.equal(draws.r[:3000], draws.t[:3000])
+    assert draws.t_min[:3000].max() == 0 and draws.t_max[:3000].min() == 1
+    t_min, t_max = draws.t_min[3000:], draws.t_max[3000:]
+    assert t_min.min() >= 0 and t_min.max() <= 0.5 <= t_max.min() and t_max.max() <= 1
+    assert abs(t_min.mean() - 0.25) < 0.03 and abs(t_max.mean() - 0.75) < 0.03  # 6 sigma
+
+
+def test_parts_share_all_draws():
+    draws = ImprovedMeanFlow(num_classes=10).draw((8, 2))
+    parts = [draws.part(i, 2) for i in range(2)]
+    for field in fields(ImprovedDraws):
+        whole, halves = getattr(draws, field.name), [getattr(part, field.name) for part in parts]
+        if field.name == "equal":
+            assert halves == [2, 2]
+        else:
+            assert torch.equal(torch.stack(halves, 1).flatten(0, 1), whole), field.name
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", [
+    {"omega_max": 0.5}, {"omega_max": math.inf}, {"beta": -1.0}, {"beta": math.nan},
+    {"ratio": 1.5}, {"p": -1.0}, {"c": 0.0}, {"label_drop": 2.0}, {"num_classes": 0}])
+def test_settings_out_of_range_are_refused_by_name(setting):
+    name, = setting
+    with pytest.raises(ValueError, match=f"^{name} must be .*got.*; choose another"):
+        ImprovedMeanFlow(**({"num_classes": 10} | setting))
+
+
+@pytest.mark.parametrize("guidance", [
+    {"omega": 0.5}, {"omega": math.inf}, {"interval": (0.6, 0.4)}, {"interval": (-0.1, 0.5)},
+    {"interval": (0.5, 1.1)}])
+def test_guidance_that_is_none_is_refused(guidance):
+    name, = guidance
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        sample(None, torch.zeros(1, 2), torch.zeros(1), **guidance)
