@@ -21,12 +21,21 @@ class RunError(OneLine, RuntimeError):
     """A failure that is not the user's mistake: what happened, what to do. The exit code is 1."""
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the defaults that there are and that the help does not tell itself."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors and whose help prints defaults."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=_Defaults)
 
     def error(self, message):
         """Raises UserError. argparse's own messages have no remedy, ours have."""

@@ -37,6 +37,17 @@ def test_every_error_of_a_command_line_is_one_line_with_a_remedy(parser, words):
     assert "; " in str(error.value) and "\n" not in str(error.value)
 
 
+def test_help_tells_each_default_once(parser):
+    parser.add_argument("--count", type=int_range(1), default=3, help="how many")
+    parser.add_argument("--folder", help="where (default: here)")
+    parser.add_argument("--steps", type=int_range(1), help="how long")
+    help = parser.format_help()
+    assert "how many (default: 3)" in help and "where (default: here)\n" in help
+    assert "how long\n" in help and "None" not in help
+    args = parser.parse_args(["--label-drop", "1"])
+    assert (args.count, args.folder, args.steps) == (3, None, None)
+
+
 def test_options_have_no_abbreviations_and_take_their_type(parser):
     args = parser.parse_args(["--label-drop", "1"])
     assert args.label_drop == 1.0

@@ -268,6 +268,7 @@ def test_evaluations_are_those_of_samples_on_disk(one, reference, tmp_path, capf
     assert (first["step"], last["step"]) == (4, 8)
     assert first["protocol"] == "pixels" and first["num_samples"] == 60
     assert first["labels"] == "balanced" and first["seed"] == 0
+    assert ("omega" in first) == ("iMF" in load_weights(one, 8, "config")["model"])
     call("sample", "--ckpt", one / "checkpoints" / "0000008.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 60, "--per-proc-batch-size", 50)
     call("evaluate_fid", "--samples", tmp_path / "samples.npz", "--ref", reference, "--protocol",
