@@ -21,8 +21,8 @@ At the fixed point v_c is the guided velocity of scale omega, so one evaluation 
 guidance: z0 = z1 - u(z1, 0, 1; y, omega, t_min, t_max).
 
 ``net`` is any callable (z, r, t, y, omega, t_min, t_max, heads="uv") -> (u, v); heads="u" or "v"
-asks for one and gets None for the other. Which rows have r = t, lose their label or their interval
-is as in the official implementation (Lyy-iiis/imeanflow).
+asks for one and gets None for the other. Which rows have r = t or lose their label, and the
+interval [0, 1] where r = t, are as in the official implementation (Lyy-iiis/imeanflow).
 """
 
 import math
@@ -82,8 +82,9 @@ class ImprovedMeanFlow(MeanFlow):
         """omega (B,) in [1, omega_max] by uniform (B,): the inverse of its distribution."""
         if self.beta == 1:
             return self.omega_max ** uniform
-        power = 1 - self.beta
-        return (1 + uniform * (self.omega_max**power - 1)) ** (1 / power)
+        power = 1 - self.beta  # expm1 and log1p: near beta = 1 the plain formula would cancel
+        area = math.expm1(power * math.log(self.omega_max))
+        return torch.exp(torch.log1p(uniform * area) / power)
 
     # ---- the loss: a function of weights, data and draws -------------------------------------
 
@@ -149,8 +150,9 @@ def sample(net, z1, y, *, steps=1, omega=8.0, interval=(0.4, 0.65)):
     """Data (B, ...) from noise z1 (B, ...) and labels y (B,), guided by omega in the interval.
 
     Each step is z_r = z_t - (t-r) u(z_t, r, t, y, omega, t_min, t_max); guidance costs nothing, and
-    omega = 1 with the interval (0, 1) is none. steps: as for meanflow.sample. Raises ValueError for
-    omega below 1, an interval that is none, and steps as meanflow.sample does.
+    omega = 1 with the interval (0, 1) is none. The defaults are the published ones of iMF-B/2 in
+    one step. steps: as for meanflow.sample. Raises ValueError for omega below 1, an interval that
+    is none, and steps as meanflow.sample does.
     """
     t_min, t_max = interval
     if not 1 <= omega < math.inf:

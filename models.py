@@ -164,7 +164,7 @@ def check_sizes(input_size, patch_size, hidden_size, num_heads):
         raise ValueError(f"input size {input_size} is not a multiple of patch size "
                          f"{patch_size}; choose another image size or a model with another "
                          f"patch size")
-    if hidden_size % num_heads or hidden_size // num_heads % 2 or hidden_size % 4:
+    if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the "
                          f"{num_heads} heads; choose a hidden size that is")
 
@@ -200,7 +200,8 @@ class ImprovedDiT(nn.Module):
     ``net(z, r, t, y, omega, t_min, t_max)``: z, r, t, y as for DiT; omega (B,) the guidance scale,
     1 or more, which acts at times from t_min to t_max, both (B,) in [0, 1]. Returns (u, v), each
     (B, C, H, W). heads: "uv", or "u" or "v" alone, which saves the other head's blocks and returns
-    None in its place. Of the times only t - r is an input, as in the official code.
+    None in its place; by default all that there are. Of the times only t - r is an input, as in the
+    official code.
 
     depth counts the blocks of the u path: depth - head_depth shared ones, then head_depth of the u
     head; the v head has as many. v_head=False leaves it out: sampling needs u alone. Set
@@ -215,6 +216,9 @@ class ImprovedDiT(nn.Module):
         check_sizes(input_size, patch_size, hidden_size, num_heads)
         if not 0 < head_depth < depth:
             raise ValueError(f"head depth {head_depth} is not between 0 and the depth {depth}")
+        if hidden_size // num_heads % 2:
+            raise ValueError(f"{hidden_size // num_heads} channels a head cannot be paired for the "
+                             f"rotary embedding; choose an even number")
         self.patch_size, self.num_classes = patch_size, num_classes
         self.checkpoint_activations = False
 
@@ -224,7 +228,7 @@ class ImprovedDiT(nn.Module):
         self.class_tokens, self.omega_tokens = tokens(8), tokens(4)
         self.t_min_tokens, self.t_max_tokens, self.time_tokens = tokens(2), tokens(2), tokens(4)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.omega_embedder = TimestepEmbedder(hidden_size)
+        self.omega_embedder = TimestepEmbedder(hidden_size)  # names as in the official state dict
         self.cfg_t_start_embedder = TimestepEmbedder(hidden_size)
         self.cfg_t_end_embedder = TimestepEmbedder(hidden_size)
         self.h_embedder = TimestepEmbedder(hidden_size)  # of h = t - r
@@ -270,18 +274,18 @@ class ImprovedDiT(nn.Module):
         tokens = [tokens + condition[:, None] for tokens, condition in conditions]
         return torch.cat([*tokens, self.x_embedder(z)], dim=1)
 
-    def forward(self, z, r, t, y, omega, t_min, t_max, heads="uv"):
+    def forward(self, z, r, t, y, omega, t_min, t_max, heads=None):
         x = self.sequence(z, t - r, y, omega, t_min, t_max)  # (B, N, D), N = 20 + (H / p)^2
-        x = self.run(self.shared_blocks, x)
+        x = self.through(self.shared_blocks, x)
         paths = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}
         found = {}
-        for head in heads:
+        for head in heads or ("uv" if self.v_final_layer else "u"):
             blocks, final_layer = paths[head]
-            patches = self.run(blocks, x)[:, 20:]  # (B, T, D)
+            patches = self.through(blocks, x)[:, 20:]  # (B, T, D)
             found[head] = unpatchify(final_layer(patches), self.patch_size)  # (B, C, H, W)
         return found.get("u"), found.get("v")
 
-    def run(self, blocks, x):
+    def through(self, blocks, x):
         """(B, N, D) -> (B, N, D) through blocks."""
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in blocks:
@@ -324,7 +328,9 @@ class RotaryAttention(nn.Module):
     def forward(self, x, rope):
         q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, d)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (rotate(x, rope).to(v.dtype) for x in (self.q_norm(q), self.k_norm(k)))
+        precise = torch.promote_types(x.dtype, torch.float32)  # also under autocast, as official
+        q, k = self.q_norm(q.to(precise)), self.k_norm(k.to(precise))
+        q, k = (rotate(a, rope).to(v.dtype) for a in (q, k))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -407,8 +413,8 @@ DiT_models = {
 
 def is_improved(name):
     """Whether the network of this name takes guidance as input and returns u and v."""
-    constructor = DiT_models[name]
-    return getattr(constructor, "func", constructor) is ImprovedDiT
+    constructor = getattr(DiT_models[name], "func", DiT_models[name])
+    return isinstance(constructor, type) and issubclass(constructor, ImprovedDiT)
 
 
 def build(config):

@@ -80,10 +80,10 @@ def add_image_options(group):
                        help="label of image i: i modulo the number of classes, or random")
     group.add_argument("--cfg", type=float_range(1), metavar="W",
                        help="guidance scale omega of an iMF model, 1 = none (default: the "
-                            "published one of its size)")
+                            "published one of its size for one step)")
     group.add_argument("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("A", "B"),
                        help="times in which guidance of an iMF model acts (default: the published "
-                            "ones of its size)")
+                            "ones of its size for one step; 0 1 with --cfg 1)")
     group.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
                                      "checkpoint's)")
     group.add_argument("--per-proc-batch-size", type=int_range(1), default=25,
@@ -170,17 +170,27 @@ PUBLISHED_GUIDANCE = {"iMF-B/2": (8.0, 0.4, 0.65), "iMF-M/2": (10.5, 0.4, 0.6),
                       "iMF-L/2": (10.5, 0.4, 0.6), "iMF-XL/2": (8.0, 0.42, 0.62)}
 
 
-def default_guidance(model):
-    """{"omega", "interval"} of an improved model, {} of any other."""
-    if not is_improved(model):
+def default_guidance(config):
+    """{"omega", "interval"} of an improved model, {} of any other.
+
+    None, omega 1, where nothing is published for its size or for its training.
+    """
+    if not is_improved(config["model"]):
         return {}
-    omega, t_min, t_max = PUBLISHED_GUIDANCE.get(model, (1.0, 0.0, 1.0))
+    none = 1.0, 0.0, 1.0
+    published = config.get("omega_max", 8) >= 8 and config["vae"] != "none"
+    omega, t_min, t_max = PUBLISHED_GUIDANCE.get(config["model"], none) if published else none
     return {"omega": omega, "interval": [t_min, t_max]}
 
 
 def choose_guidance(args, config):
-    """As default_guidance, by --cfg and --cfg-interval. Raises UserError for a MeanFlow model."""
-    guidance = default_guidance(config["model"])
+    """The guidance to sample with: --cfg and --cfg-interval where given, else the default.
+
+    Raises UserError for a MeanFlow model.
+    """
+    guidance = default_guidance(config)
+    if guidance and args.cfg == 1:
+        guidance["interval"] = [0.0, 1.0]
     for option, name in (("--cfg", "omega"), ("--cfg-interval", "interval")):
         value = args.cfg if name == "omega" else args.cfg_interval
         if value is not None and not guidance:
@@ -194,15 +204,16 @@ def choose_guidance(args, config):
 class ImageSampler:
     """Makes image i of a network, for any i.
 
-    net: (z, r, t, y) -> u, or an improved one; space: the VAE or pixels; config: of the checkpoint;
-    labels: as in starts; steps: as in meanflow.sample; guidance: as default_guidance returns it.
+    net: (z, r, t, y) -> u, or called as ImprovedDiT is; space: the VAE or pixels; config: of the
+    checkpoint; labels: as in starts; steps: as in meanflow.sample; guidance: as default_guidance
+    returns it.
     """
 
     def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1,
                  guidance=None):
         self.net, self.space, self.config, self.world = net, space, config, world
         self.seed, self.labels, self.steps = seed, labels, steps
-        self.guidance = default_guidance(config["model"]) if guidance is None else guidance
+        self.guidance = default_guidance(config) if guidance is None else guidance
         self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
 
     @torch.no_grad()
@@ -216,7 +227,7 @@ class ImageSampler:
                                 steps=self.steps, **self.guidance)
             if "latent_mean" in self.config:
                 scale, shift = normalisation(self.config, x.device)
-                x = (x / scale + shift) * self.config["scale"]  # as the space scales latents
+                x = (x / scale + shift) * self.space.scale  # which decode takes back
             return self.space.decode(x)
 
     def batches(self, count, batch_size):

@@ -80,6 +80,7 @@ def parse_args(argv=None):
                      f"the reference statistics")
     if args.run_dir is None:
         scale = f"omega{args.omega_max}" if is_improved(args.model) else f"cfg{args.cfg}"
+        scale += "-boundary" if args.tangent == "network" else ""
         args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
     if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
         parser.error(f"--run-dir must lie outside --data-path, where it would be taken for a "
@@ -92,10 +93,11 @@ def choose_defaults(parser, args):
     own, other = MEANFLOW, IMPROVED_MEANFLOW
     if is_improved(args.model):
         own, other = other, own
-    for name in other.keys() - own.keys():
-        if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} must come with a model of its method, got "
-                         f"--model {args.model}; leave it out")
+    for name in other:
+        if name not in own and getattr(args, name) is not None:
+            kind = "DiT" if own is IMPROVED_MEANFLOW else "iMF"
+            parser.error(f"--{name.replace('_', '-')} must come with a {kind} model, got --model "
+                         f"{args.model}; leave it out")
     for name, value in own.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -647,7 +649,7 @@ def make_config(args, dataset, space):
     shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
     compiles = torch.cuda.is_available() if args.compile is None else args.compile
     config = {name: plain(value) for name, value in vars(args).items()}
-    if is_improved(args.model) and args.vae != "none":
+    if is_improved(args.model) and (dataset.vae if args.encoded_data else args.vae) != "none":
         if shape[0] != len(LATENT_MEAN):
             raise UserError(f"--vae must have latents of {len(LATENT_MEAN)} channels for --model "
                             f"{args.model}, whose normalisation is of those, got {shape[0]}; give "

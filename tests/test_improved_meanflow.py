@@ -141,13 +141,13 @@ def test_only_the_necessary_passes_are_made(settings, equal, calls):
 # ---- the draws -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1 + 1e-9, 2.0])
 def test_omega_has_the_density_of_its_power(beta):
     """By the largest distance of 20,000 draws from the distribution: false alarm below 1e-6."""
     method = ImprovedMeanFlow(num_classes=10, omega_max=8, beta=beta)
-    omega = method.scale(torch.rand(20_000, dtype=torch.float64)).sort().values
-    assert omega[0] >= 1 and omega[-1] <= 8
-    if beta == 1:
+    omega = method.scale(torch.rand(20_000)).double().sort().values
+    assert omega[0] >= 1 and omega[-1] <= 8 * (1 + 1e-6)
+    if abs(beta - 1) < 1e-6:
         expected = omega.log() / math.log(8)
     else:
         expected = (omega ** (1 - beta) - 1) / (8 ** (1 - beta) - 1)

@@ -1,5 +1,7 @@
 """The network: parity with the official implementation, sizes, names, initialisation."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import (
@@ -142,8 +144,16 @@ def test_one_head_alone_gives_the_same_and_none_for_the_other():
     for heads, expected in (("u", (u, None)), ("v", (None, v))):
         found = net(*inputs, heads=heads)
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected))
-    headless = golden_improved_network(torch.float32, v_head=False)
-    assert torch.equal(headless(*inputs, heads="u")[0], u)
+    found = golden_improved_network(torch.float32, v_head=False)(*inputs)
+    assert torch.equal(found[0], u) and found[1] is None
+
+
+def test_a_subclass_of_the_improved_network_is_one(monkeypatch):
+    class Mine(ImprovedDiT):
+        pass
+
+    monkeypatch.setitem(DiT_models, "iMF-Mine", partial(Mine, head_depth=4))
+    assert is_improved("iMF-Mine") and not is_improved("DiT-B/4")
 
 
 def test_of_the_times_the_improved_network_sees_the_interval_alone():

@@ -174,6 +174,7 @@ def test_training_lowers_the_unweighted_error(digits, tmp_path):
 
 def test_the_run_directory_is_named_after_model_and_guidance():
     for model, name in ((["DiT-XL/2", "--cfg", "2.5"], "DiT-XL-2-cfg2.5"),
+                        (["DiT-B/2", "--tangent", "network"], "DiT-B-2-cfg3.0-boundary"),
                         (["iMF-XL/2"], "iMF-XL-2-omega8.0")):
         args = train.parse_args(["--data-path", "x", "--model", *model])
         assert str(args.run_dir) == f"results/{name}"
@@ -233,11 +234,23 @@ def test_improved_meanflow_normalises_latents_per_channel(digits, tmp_path):
     moments = torch.randn(2, 2, 4, 4, 4).abs()
     x = posterior_sample(moments, torch.ones(2, 4, 4, 4), *normalisation(config))
     assert torch.allclose(x, (moments.sum(1) - mean) / std, rtol=1e-5, atol=1e-6)
-    space = SimpleNamespace(decode=lambda latents: latents)
+    space = SimpleNamespace(decode=lambda latents: latents, scale=config["scale"])
     sampler = ImageSampler(lambda *_, heads: (torch.zeros(2, 4, 4, 4), None), space, config,
                            World(0, 1, torch.device("cpu"), "fp32"))
     z1, _ = starts(range(2), (4, 4, 4), seed=0, num_classes=10)
     assert torch.allclose(sampler.images(range(2)), (z1 * std + mean) * config["scale"], rtol=1e-5)
+
+
+def test_encoded_latents_are_normalised_whatever_the_vae_option(digits, tmp_path):
+    """With --vae none, which loads no VAE, they were taken for pixels."""
+    vae = save_small_vae(tmp_path / "vae")
+    for name, encoder, normalised in (("latents", vae, True), ("pixels", "none", False)):
+        call("encode_imagenet", "--data-path", digits, "--out-path", tmp_path / name, "--vae",
+             encoder, "--image-size", 32, "--num-workers", 0)
+        call("train", *tiny(tmp_path / name, tmp_path / f"run {name}"), "--encoded-data",
+             "--model", "iMF-T/4", "--image-size", 32, "--max-steps", 1)
+        config = load_weights(tmp_path / f"run {name}", 1, "config")
+        assert ("latent_mean" in config) == normalised
 
 
 def test_a_normalisation_that_does_not_fit_the_channels_is_refused(digits, tmp_path, refusal):
