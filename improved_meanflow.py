@@ -30,7 +30,8 @@ from dataclasses import dataclass
 
 import torch
 
-from meanflow import Draws, Loss, MeanFlow, per_row, schedule, total_derivative
+import meanflow
+from meanflow import Draws, Loss, MeanFlow, per_row, total_derivative
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,6 @@ class ImprovedMeanFlow(MeanFlow):
             lambda z, r, t: net(z, r, t, y, omega, t_min, t_max, heads="u")[0], z, r, t, tangent)
 
 
-@torch.no_grad()
 def sample(net, z1, y, *, steps=1, omega=8.0, interval=(0.4, 0.65)):
     """Data (B, ...) from noise z1 (B, ...) and labels y (B,), guided by omega in the interval.
 
@@ -159,9 +159,6 @@ def sample(net, z1, y, *, steps=1, omega=8.0, interval=(0.4, 0.65)):
         raise ValueError(f"omega must be 1 or more and finite, got {omega}")
     if not 0 <= t_min <= t_max <= 1:
         raise ValueError(f"interval must be two increasing times in [0, 1], got {t_min} {t_max}")
-    times = schedule(steps)
-    z, guidance = z1, [z1.new_full((len(z1),), value) for value in (omega, t_min, t_max)]
-    for t, r in zip(times[:-1], times[1:], strict=True):
-        u, _ = net(z, z.new_full((len(z),), r), z.new_full((len(z),), t), y, *guidance, heads="u")
-        z = z - (t - r) * u.to(z.dtype)
-    return z
+    guidance = [z1.new_full((len(z1),), value) for value in (omega, t_min, t_max)]
+    return meanflow.sample(lambda z, r, t, y: net(z, r, t, y, *guidance, heads="u")[0], z1, y,
+                           steps=steps)

@@ -339,7 +339,9 @@ def beside(args, suffix):
 
 def settings(args, world, net, config):
     """The content of samples.json: all that the images depend on."""
-    weights = world.on_main(lambda: fingerprint(net.state_dict()))
+    weights = None  # a hash of gigabytes, for the sample folder only
+    if args.save_images:
+        weights = world.on_main(lambda: fingerprint(net.state_dict()))
     return {"images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
             "noise": NOISE, "labels": args.labels, "batch": args.per_proc_batch_size,
             "precision": args.precision, "vae": args.vae or config["vae"], "weights": weights}
@@ -362,8 +364,9 @@ def check_sample_dir(args, wanted, net):
         return
     try:
         stored = json.loads((folder / MARKER).read_text())
-        if stored.get("weights") in (hash_of(tensor) for tensor in net.state_dict().values()):
-            stored["weights"] = wanted["weights"]  # earlier versions took the hash of one tensor
+        if (stored.get("weights") != wanted["weights"]  # earlier versions hashed one tensor
+                and stored.get("weights") in map(hash_of, net.state_dict().values())):
+            stored["weights"] = wanted["weights"]
         fault = differences(stored, wanted)
         has_images = found != [folder / MARKER] or stored.keys() != wanted.keys()
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -56,8 +56,6 @@ MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep
 EARLIER = {"tangent": "velocity", "omega_max": None, "beta": None, "warmup_steps": 0,
            "weight_decay": 0.0, "clip_grad": 0.0}
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
-
-
 # Defaults of the options that only one method has, or that differ between the two
 MEANFLOW = {"ratio": 0.25, "time_sampler": "logit_normal", "cfg": 3.0, "kappa": 0.0,
             "cfg_interval": (0.0, 1.0), "tangent": "velocity"}

@@ -5,13 +5,13 @@ the data of the method, to uint8 images. posterior_sample draws x from moments.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import warnings
 
 import torch
 
+from engine.checkpoint import fingerprint
 from engine.options import UserError
 
 # Two fine-tuned decoders of one autoencoder: their encoders, and so their latents, are the same
@@ -74,11 +74,8 @@ class VAE:
 
     def fingerprint(self):
         """SHA-256 of the encoder's weights, which are the same for ema and mse."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            if name.startswith(("encoder.", "quant_conv.")):
-                digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint({name: tensor for name, tensor in self.model.state_dict().items()
+                            if name.startswith(("encoder.", "quant_conv."))})
 
     @torch.no_grad()
     def encode(self, images):

@@ -316,3 +316,14 @@ def assert_official(ours, theirs):
     tolerance = 3e-7 if ours.dtype == torch.float64 else 1e-5
     error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def assert_official_gradients(net, numbers, stride):
+    """All gradients of net: golden files hold grad.KEY, or every stride-th value as gradsub.KEY."""
+    gradients = {key: p.grad for key, p in net.named_parameters()}
+    stored = {key for key in numbers if key.startswith(("grad.", "gradsub."))}
+    assert {key.split(".", 1)[1] for key in stored} == gradients.keys()
+    for key in stored:
+        kind, name = key.split(".", 1)
+        found = gradients[name] if kind == "grad" else gradients[name].flatten()[::stride]
+        assert_official(found, numbers[key])

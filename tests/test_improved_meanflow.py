@@ -6,7 +6,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import assert_official, golden, golden_improved_network
+from conftest import (
+    assert_official,
+    assert_official_gradients,
+    golden,
+    golden_improved_network,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from improved_meanflow import ImprovedDraws, ImprovedMeanFlow, sample
@@ -51,15 +56,8 @@ def test_step_equals_the_official_implementation(case, dtype):
     assert_official(out.error, numbers["err_u"])
     assert_official(out.velocity_error, numbers["err_v"])
     assert_official(out.loss.detach(), numbers["loss"])
-    gradients = {key: p.grad for key, p in net.named_parameters()}
-    compared = 0
-    for key, value in numbers.items():
-        if key.startswith("grad."):
-            assert_official(gradients[key[5:]], value)
-        elif key.startswith("gradsub."):
-            assert_official(gradients[key[8:]].flatten()[::13], value)
-        compared += key.startswith(("grad.", "gradsub."))
-    assert compared == len(gradients) == 108
+    assert len(list(net.parameters())) == 108
+    assert_official_gradients(net, numbers, stride=13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -117,9 +115,7 @@ def test_compiled_step_equals_the_official_implementation():
     out.loss.backward()
     assert_official(out.error, numbers["err_u"])
     assert_official(out.velocity_error, numbers["err_v"])
-    for key, p in net.named_parameters():
-        if f"grad.{key}" in numbers:
-            assert_official(p.grad, numbers[f"grad.{key}"])
+    assert_official_gradients(net, numbers, stride=13)
 
 
 # ---- cost: passes that are not needed are not made -------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_official, golden, golden_network
+from conftest import assert_official, assert_official_gradients, golden, golden_network
 from naive import naive_step
 
 from meanflow import Draws, MeanFlow, sample, schedule
@@ -54,15 +54,8 @@ def test_step_equals_the_official_implementation(case, dtype):
     assert_official(out.error, numbers["sq_err"])
     assert_official(out.velocity_error, numbers["v_loss"])
     assert_official(out.loss.detach(), numbers["loss"])
-    gradients = {key: p.grad for key, p in net.named_parameters()}
-    compared = 0
-    for key, value in numbers.items():
-        if key.startswith("grad."):
-            assert_official(gradients[key[5:]], value)
-        elif key.startswith("gradsub."):
-            assert_official(gradients[key[8:]].flatten()[::7], value)
-        compared += key.startswith(("grad.", "gradsub."))
-    assert compared == len(gradients) == 45
+    assert len(list(net.parameters())) == 45
+    assert_official_gradients(net, numbers, stride=7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -78,14 +71,7 @@ def test_step_with_the_networks_tangent_equals_its_golden_numbers(case, dtype):
     out = method.loss(net, numbers["x"], numbers["labels"], draws)
     out.loss.backward()
     assert_official(out.error, numbers["sq_err"])
-    gradients, compared = {key: p.grad for key, p in net.named_parameters()}, 0
-    for key, value in numbers.items():
-        if key.startswith("grad."):
-            assert_official(gradients[key[5:]], value)
-        elif key.startswith("gradsub."):
-            assert_official(gradients[key[8:]].flatten()[::13], value)
-        compared += key.startswith(("grad.", "gradsub."))
-    assert compared == len(gradients)
+    assert_official_gradients(net, numbers, stride=13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_official, golden, golden_network
+from conftest import assert_official, assert_official_gradients, golden, golden_network
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,11 +30,7 @@ def golden_step(case, dtype=torch.float32):
 def assert_official_step(net, errors, numbers):
     """Compare errors (B,) and all 45 gradients, stored in full or every 7th value."""
     assert_official(errors, numbers["sq_err"])
-    for key, p in net.named_parameters():
-        if f"grad.{key}" in numbers:
-            assert_official(p.grad, numbers[f"grad.{key}"])
-        else:
-            assert_official(p.grad.flatten()[::7], numbers[f"gradsub.{key}"])
+    assert_official_gradients(net, numbers, stride=7)
 
 
 def gradient(net):
