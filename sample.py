@@ -178,7 +178,8 @@ def default_guidance(config):
     if not is_improved(config["model"]):
         return {}
     none = 1.0, 0.0, 1.0
-    published = config.get("omega_max", 8) >= 8 and config["vae"] != "none"
+    published = (config.get("omega_max", 8) >= 8 and config["vae"] != "none"
+                 and not (config.get("sizes") or {}).keys() - {"v_head"})
     omega, t_min, t_max = PUBLISHED_GUIDANCE.get(config["model"], none) if published else none
     return {"omega": omega, "interval": [t_min, t_max]}
 

@@ -16,7 +16,7 @@ import torch
 
 from engine.files import atomic_file, find_damage
 from engine.options import UserError
-from models import build
+from models import build, describe
 
 KEYS = ("step", "model", "ema", "opt", "config")
 
@@ -169,7 +169,7 @@ def load_network(path):
         with torch.device("meta"):  # a hostile config may ask for more memory than there is
             shapes = {name: value.shape for name, value in build(config).state_dict().items()}
         if shapes != {name: value.shape for name, value in state["ema"].items()}:
-            raise ValueError(f"the tensors are not those of {config['model']}")
+            raise ValueError(f"the tensors are not those of {describe(config)}")
         net = build(config)
         net.load_state_dict(state["ema"])
     return net.eval().requires_grad_(False), config

@@ -156,7 +156,14 @@ def test_a_folder_of_another_run_names_the_options_that_differ(trained, digits, 
     ("--ckpt", {"latent_shape": None}), ("--ckpt", {"num_classes": "x"}),
     ("--ckpt", {"num_classes": 10**30}), ("--ckpt", {"num_classes": 2 * 10**9}),
     ("--ckpt", {"model": ["DiT-T/4"]}), ("--ckpt", {"model": "DiT-S/4"}), ("--ckpt", {"vae": 5}),
-    ("--vae", {"vae": "../../../etc"}), ("--ckpt", {"image_size": True})])
+    ("--ckpt", {"sizes": [1]}), ("--ckpt", {"sizes": {"depth": "4"}}),
+    ("--ckpt", {"sizes": {"depth": 10**9}}), ("--ckpt", {"sizes": {"hidden_size": 2**40}}),
+    ("--ckpt", {"sizes": {"depth": -4}}), ("--ckpt", {"sizes": {"mlp_ratio": float("inf")}}),
+    ("--ckpt", {"sizes": {"patch_size": 0}}), ("--ckpt", {"sizes": {"depth": True}}),
+    ("--ckpt", {"sizes": {"input_size": 8}}), ("--ckpt", {"sizes": {"device": "cuda"}}),
+    ("--ckpt", {"sizes": {4: 4}}), ("--ckpt", {"sizes": {"depth": 5}}),
+    ("--ckpt", {"model": "DiT"}), ("--ckpt", {"image_size": True}),
+    ("--vae", {"vae": "../../../etc"})])
 def test_a_checkpoint_that_lies_is_refused(option, change, trained, tmp_path, refusal):
     """Before sampling takes the memory, or opens the file, that a stranger's file asks for."""
     state = torch.load(trained, weights_only=True)

@@ -12,7 +12,16 @@ from conftest import (
     golden_network,
 )
 
-from models import IMPROVED_SIZES, SIZES, DiT, DiT_models, ImprovedDiT, is_improved
+from models import (
+    IMPROVED_SIZES,
+    SIZES,
+    DiT,
+    DiT_models,
+    ImprovedDiT,
+    build,
+    describe,
+    is_improved,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -214,3 +223,39 @@ def test_checkpointed_activations_of_the_improved_network_give_the_same_gradient
         sum(out.square().sum() for out in net(*inputs)).backward()
         gradients.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# ---- networks outside the table ----------------------------------------------------------------
+
+DIGITS = {"latent_shape": [3, 8, 8], "num_classes": 10}
+FAMILY_SIZES = {"DiT": {"patch_size": 2, "hidden_size": 48, "depth": 3, "num_heads": 4,
+                        "mlp_ratio": 2.5},
+                "iMF": {"patch_size": 2, "hidden_size": 48, "depth": 3, "head_depth": 1,
+                        "num_heads": 4, "v_head": False}}
+
+
+@pytest.mark.parametrize("family", FAMILY_SIZES)
+def test_a_family_builds_a_network_of_any_sizes(family):
+    sizes = FAMILY_SIZES[family]
+    net = build({"model": family, "sizes": sizes, **DIGITS})
+    own = {"DiT": DiT, "iMF": ImprovedDiT}[family](
+        input_size=8, in_channels=3, num_classes=10, **sizes)
+    assert net.state_dict().keys() == own.state_dict().keys()
+    assert all(net.state_dict()[key].shape == value.shape
+               for key, value in own.state_dict().items())
+    assert is_improved(family) == (family == "iMF")
+    assert describe({"model": family, "sizes": sizes}).startswith(f"{family}, patch_size 2, ")
+
+
+def test_sizes_replace_those_of_the_table():
+    net = build({"model": "iMF-T/4", "sizes": {"v_head": False}, **DIGITS})
+    assert len(net.v_heads) == 0 and len(net.u_heads) == 2
+    assert len(build({"model": "DiT-T/4", "sizes": {"depth": 2}, **DIGITS}).blocks) == 2
+    assert len(build({"model": "DiT-T/4", "sizes": None, **DIGITS}).blocks) == 4
+
+
+@pytest.mark.parametrize("missing", ["patch_size", "hidden_size", "depth", "num_heads"])
+def test_a_family_needs_every_size_of_its_rows(missing):
+    sizes = {name: value for name, value in FAMILY_SIZES["DiT"].items() if name != missing}
+    with pytest.raises(ValueError, match=f"must have {missing}"):
+        build({"model": "DiT", "sizes": sizes, **DIGITS})
