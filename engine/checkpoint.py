@@ -2,6 +2,9 @@
 
 A checkpoint is one file of tensors and plain values, {"step", "model", "ema", "opt", "config"},
 from which training continues and sampling starts: <run-dir>/checkpoints/0050000.pt.
+
+A .safetensors file is a checkpoint, too. Its tensors are the averaged weights, "ema". Its metadata
+hold config as JSON, step, and the SHA-256 of all of these, as the format itself has no checksum.
 """
 
 import concurrent.futures
@@ -19,6 +22,9 @@ from engine.options import UserError
 from models import build, describe
 
 KEYS = ("step", "model", "ema", "opt", "config")
+SAFETENSORS = ".safetensors"
+REMEDY = ("give a checkpoint that train.py wrote, or convert it first: python "
+          "convert_checkpoint.py --in FILE --out CONVERTED.pt")
 
 # ---- writing -------------------------------------------------------------------------------
 
@@ -26,11 +32,14 @@ KEYS = ("step", "model", "ema", "opt", "config")
 def save_checkpoint(path, state, *, keep_last=0):
     """Write a checkpoint; then, if keep_last > 0, remove all but the newest so many.
 
-    Raises UserError if the disk is full or the folder cannot be written.
+    The suffix .safetensors chooses that format, which keeps ema, step and config alone. Raises
+    UserError if the disk is full or the folder cannot be written.
     """
+    path = Path(path)
+    write = _write_safetensors if path.suffix == SAFETENSORS else torch.save
     with atomic_file(path) as temporary:
         try:
-            torch.save(state, temporary)
+            write(state, temporary)
         except RuntimeError as error:  # what PyTorch raises where the disk is full
             raise OSError(str(error).splitlines()[0]) from error
     if keep_last:
@@ -39,6 +48,23 @@ def save_checkpoint(path, state, *, keep_last=0):
         for old in until[keep_last:]:
             with contextlib.suppress(OSError):
                 old.unlink()
+
+
+def _write_safetensors(state, path):
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: value.contiguous() for name, value in state["ema"].items()}
+    config, step = json.dumps(state["config"]), str(state["step"])
+    try:
+        save_file(tensors, path, metadata={"format": "pt", "config": config, "step": step,
+                                           "sha256": _digest(tensors, config, step)})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _digest(tensors, config, step):
+    return hashlib.sha256(f"{fingerprint(tensors)} {step} {config}".encode()).hexdigest()
 
 
 class Saver:
@@ -110,36 +136,74 @@ def list_checkpoints(folder):
 def load_checkpoint(path, *, option="--ckpt"):
     """A checkpoint's dict, on the CPU, its tensors memory-mapped from the file.
 
-    Raises UserError for a missing, torn or foreign file; verify_checkpoint finds damaged bytes.
+    Of a .safetensors file model is ema, and opt is None. Raises UserError for a missing, torn or
+    foreign file; verify_checkpoint finds damaged bytes.
     """
-    remedy = "give a checkpoint that train.py wrote"
-    if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "no such file"
-        raise UserError(f"{option} must be a checkpoint file, got {path} ({found}); {remedy}")
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{option} must be a checkpoint file, got {path} ({found}); {REMEDY}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = (_read_safetensors(path)[0] if path.suffix == SAFETENSORS else
+                 torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
         raise UserError(f"{option} must be a checkpoint file, got {path} (torn, or not opened as "
-                        f"data: {type(error).__name__}); {remedy}") from error
+                        f"data: {type(error).__name__}); {REMEDY}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
         raise UserError(f"{option} must hold {', '.join(KEYS)}, got {path} (a foreign file); "
-                        f"{remedy}")
+                        f"{REMEDY}")
     return state
+
+
+def _read_safetensors(path):
+    """(dict as load_checkpoint returns it, metadata); ({}, metadata) of a foreign file.
+
+    Raises errors of many kinds for a torn file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        try:
+            config, step = json.loads(metadata["config"]), int(metadata["step"])
+        except (KeyError, ValueError, RecursionError):
+            return {}, metadata
+        ema = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return {"step": step, "model": ema, "ema": ema, "opt": None, "config": config}, metadata
 
 
 def verify_checkpoint(path, *, option="--ckpt"):
     """Raises UserError as load_checkpoint does, and where the file's bytes are damaged.
 
-    torch.load compares no checksums; the archive has one for each tensor.
+    torch.load compares no checksums; the archive has one for each tensor. A .safetensors file has
+    one only if save_checkpoint wrote it.
     """
     try:
-        damage = find_damage(path) if zipfile.is_zipfile(path) else None
+        damage = _find_damage(Path(path))
     except Exception as error:  # damaged headers raise errors of many kinds
         damage = str(error)
     if damage:
         raise UserError(f"{option} must be a checkpoint as it was written, got {path} (damaged: "
                         f"{damage:.200}); give another or copy it again")
     load_checkpoint(path, option=option)
+
+
+def _find_damage(path):
+    """What is damaged in a checkpoint, or None; also None where no checkpoint can be seen at all.
+
+    Raises errors of many kinds where headers are damaged.
+    """
+    if path.suffix != SAFETENSORS:
+        return find_damage(path) if zipfile.is_zipfile(path) else None
+    try:
+        state, metadata = _read_safetensors(path)
+    except Exception:  # torn: load_checkpoint says so
+        return None
+    wanted = metadata.get("sha256")
+    if not state or wanted is None:
+        return None
+    found = _digest(state["ema"], metadata["config"], metadata["step"])
+    return None if found == wanted else "its SHA-256 is not the one that it records"
 
 
 def newest_checkpoint(folder):
@@ -160,10 +224,10 @@ def newest_checkpoint(folder):
     return None
 
 
-def load_network(path):
+def load_network(path, *, option="--ckpt"):
     """(network with the EMA weights, config) of a checkpoint file. Raises UserError."""
-    state = load_checkpoint(path)
-    with _fitting("--ckpt", path):
+    state = load_checkpoint(path, option=option)
+    with _fitting(option, path):
         config = state["config"]
         _check_fields(config)
         with torch.device("meta"):  # a hostile config may ask for more memory than there is

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
+from safetensors.torch import save_file
 
 from engine.checkpoint import (
     KEYS,
@@ -20,6 +22,7 @@ from engine.checkpoint import (
     newest_checkpoint,
     restore_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
 )
 from engine.files import lock_folder, write_json
 from engine.options import RunError, UserError
@@ -267,3 +270,69 @@ def test_a_run_of_other_options_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="--run-dir .*config.json"):
         check_config(tmp_path, CONFIG, ())
+
+
+# ---- .safetensors ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def safetensors(tmp_path):
+    """The path of a .safetensors file, and the state that it was written from."""
+    path, saved = tmp_path / "digits.safetensors", state(7)
+    save_checkpoint(path, saved)
+    return path, saved
+
+
+def test_a_safetensors_file_returns_every_bit(safetensors):
+    path, saved = safetensors
+    found = load_checkpoint(path)
+    assert found.keys() == set(KEYS) and found["opt"] is None and found["step"] == 7
+    assert found["config"] == saved["config"]
+    for kind in ("model", "ema"):
+        assert found[kind].keys() == saved["ema"].keys()
+        assert all(torch.equal(found[kind][key], value) for key, value in saved["ema"].items())
+    net, config = load_network(path)
+    assert config == CONFIG and torch.equal(net.pos_embed, saved["ema"]["pos_embed"])
+    verify_checkpoint(path)
+
+
+def test_tensors_of_a_mapped_file_and_transposed_ones_are_written(tmp_path):
+    torch.save(state(1), tmp_path / "a.pt")
+    saved = load_checkpoint(tmp_path / "a.pt")
+    saved["ema"]["turned"] = torch.arange(6.0).view(2, 3).t()
+    saved["ema"]["half"] = torch.rand(3).half()
+    save_checkpoint(tmp_path / "a.safetensors", saved)
+    found = load_checkpoint(tmp_path / "a.safetensors")["ema"]
+    assert all(torch.equal(found[key], value) for key, value in saved["ema"].items())
+
+
+@pytest.mark.parametrize("place", ["pos_embed", "DiT-T"])
+def test_damaged_bytes_of_a_safetensors_file_are_found(place, safetensors):
+    """The format has no checksums: weights or config would be taken as they are."""
+    path, saved = safetensors
+    wanted = place.encode() if place == "DiT-T" else saved["ema"][place].numpy().tobytes()
+    flip(path, path.read_bytes().index(wanted) + 2)
+    load_checkpoint(path)  # nothing to see so far
+    with refused("--ckpt", path.name, "damaged", "SHA-256"):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("case", ["torn", "empty", "text", "foreign", "config", "step"])
+def test_a_safetensors_file_that_is_no_checkpoint_is_refused(case, safetensors):
+    path, saved = safetensors
+    metadata = {"foreign": None, "config": {"config": "{", "step": "1"},
+                "step": {"config": "{}", "step": "x"}}
+    if case in metadata:
+        save_file(saved["ema"], path, metadata=metadata[case])
+    else:
+        path.write_bytes({"torn": path.read_bytes()[:-9], "empty": b"", "text": b"text" * 9}[case])
+    with refused("--ckpt", path.name, "convert_checkpoint.py"):
+        verify_checkpoint(path)
+
+
+def test_a_safetensors_file_appears_whole_or_not_at_all(safetensors, monkeypatch):
+    path, saved = safetensors
+    before = path.read_bytes()
+    with pytest.raises(KeyError):
+        save_checkpoint(path, {"ema": saved["ema"]})
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
