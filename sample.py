@@ -43,7 +43,8 @@ from engine.files import (
     remove_temporary_files,
     write_json,
 )
-from engine.options import Parser, UserError, float_range, int_range, utf8_path
+from engine.hub import file_or_address, shared_file
+from engine.options import Parser, UserError, float_range, int_range
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, notes
 from models import is_improved
@@ -68,8 +69,9 @@ def parse_args(argv=None):
 
 
 def add_image_options(group):
-    group.add_argument("--ckpt", type=utf8_path, required=True,
-                       help="checkpoint that train.py wrote; its EMA weights sample")
+    group.add_argument("--ckpt", type=file_or_address, required=True, metavar="FILE",
+                       help="checkpoint that train.py or convert_checkpoint.py wrote, .pt or "
+                            ".safetensors, or hf://OWNER/REPO/FILE; its EMA weights sample")
     group.add_argument("--num-fid-samples", type=int_range(1), default=50000,
                        help="count of images")
     group.add_argument("--num-sampling-steps", type=int_range(1, 10000), default=1,
@@ -107,8 +109,9 @@ def add_output_options(group):
 def main(args):
     # A rank that has finished waits for the others, which may take hours on a CPU
     with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
-        world.on_main(lambda: verify_checkpoint(args.ckpt))
-        net, config = load_network(args.ckpt)
+        path = shared_file(args.ckpt, "--ckpt", world)
+        world.on_main(lambda: verify_checkpoint(path))
+        net, config = load_network(path)
         guidance = choose_guidance(args, config)
         wanted = settings(args, world, net, config) | guidance
         if args.save_images:

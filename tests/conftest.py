@@ -1,10 +1,13 @@
 """What several test files share: data, scripts run as users run them, the official numbers."""
 
+import hashlib
 import importlib
 import os
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +148,77 @@ def trained(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("trained")
     call("train", *tiny(digits, folder), "--max-steps", 12)
     return folder / "checkpoints" / "0000012.pt"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers what huggingface_hub asks for a file. See the fixture hub."""
+
+    def do_GET(self, body=True):  # noqa: N802
+        self.server.asked.append(f"{self.command} {self.path}")
+        status, error, content = self.look_up()
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", len(content))
+        if error:
+            self.send_header("X-Error-Code", error)
+            self.send_header("X-Error-Message", error)
+        else:
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def do_HEAD(self):  # noqa: N802
+        self.do_GET(body=False)
+
+    def look_up(self):
+        """(status, error code of the Hub or None, content) for this path."""
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+        repo = found and self.server.folder / found[1]
+        if not found or not repo.is_dir():
+            return 401, "RepoNotFound", b""
+        if (repo / "gated").exists():
+            return 403, "GatedRepo", b""
+        if found[2] not in ("main", "c" * 40, "v1"):
+            return 404, "RevisionNotFound", b""
+        path = repo / found[3]
+        return (200, None, path.read_bytes()) if path.is_file() else (404, "EntryNotFound", b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A stand-in for the Hugging Face Hub, with an empty cache, for this process and its children.
+
+    hf://OWNER/REPO/FILE is the file hub.folder / OWNER / REPO / FILE; a repository with a file
+    named gated is gated; revisions are main and v1. hub.asked lists the requests so far.
+    hub.shutdown() takes the network away.
+    """
+    from huggingface_hub import close_session, constants
+
+    home = tmp_path_factory.mktemp("hf")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server.folder, server.asked = tmp_path_factory.mktemp("hub"), []
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
+                        "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {  # read from the environment when huggingface_hub was imported
+            "ENDPOINT": endpoint, "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": False,
+            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    close_session()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    close_session()
 
 
 # ---- images, a VAE and Inception weights -----------------------------------------------------
