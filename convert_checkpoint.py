@@ -1,0 +1,76 @@
+"""Make a checkpoint of other people's weights, or other people's files of ours.
+
+    python convert_checkpoint.py --in hf://Lyy0725/iMF/iMF-B-2.pth --out iMF-B-2.pt
+    python convert_checkpoint.py --in results/run/checkpoints/0400000.pt --out model.safetensors
+
+sample.py and train.py --init take what this writes. A report on stderr says what was recognised,
+renamed and left out; the path of the new file is printed on stdout.
+"""
+
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
+
+from dataset.vae import LATENT_MEAN, LATENT_STD
+from engine.checkpoint import save_checkpoint
+from engine.containers import read_source
+from engine.distributed import run_main
+from engine.files import check_folder
+from engine.hub import file_or_address, local_file
+from engine.interop import FORMATS, SOURCES, convert, export
+from engine.options import Parser, UserError, int_range, utf8_path
+from models import is_improved
+
+
+def parse_args(argv=None):
+    parser = Parser("Make a checkpoint of weights from elsewhere: MeanFlow, improved MeanFlow, or "
+                    "a flow model (SiT, REPA) as a start for training. Or write ours for others.")
+    parser.add_argument("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
+                        help="file or folder, or hf://OWNER/REPO/FILE")
+    parser.add_argument("--out", type=utf8_path, required=True,
+                        help="new file: .pt, or .safetensors")
+    parser.add_argument("--raw", action="store_true",
+                        help="take the weights of the last step, not their average")
+    parser.add_argument("--heads", type=int_range(1, 1024),
+                        help="attention heads, for a DiT of a width that is not published")
+    parser.add_argument("--image-size", type=int_range(1, 2**16),
+                        help="side of the images in pixels, for files without a position table "
+                             "(JAX, improved MeanFlow; default: 256)")
+    parser.add_argument("--source", choices=SOURCES,
+                        help="repository of a bare state dict, where it cannot be told")
+    parser.add_argument("--format", choices=FORMATS, default="ours",
+                        help="write the names of another repository, to run a model there")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".pt", ".safetensors"):
+        parser.error(f"--out must end in .pt or .safetensors, got {args.out}; rename it")
+    if args.format != "ours" and args.out.suffix != ".pt":
+        parser.error(f"--out must end in .pt with --format {args.format}, got {args.out}; rename "
+                     f"it")
+    return args
+
+
+def main(args):
+    if args.out.exists():
+        raise UserError(f"--out must be a new file, got {args.out}; remove it or choose another")
+    check_folder("--out", args.out.parent)
+    source = read_source(local_file(args.input, option="--in"), raw=args.raw)
+    state, report = convert(source, heads=args.heads, image_size=args.image_size,
+                            named=args.source)
+    config = state["config"]
+    if source.config is None and is_improved(config["model"]) and config["vae"] != "none":
+        config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
+    if args.format != "ours":
+        state = export(state, args.format)
+        report.append(f"written: for {args.format}, which scales latents its own way: this "
+                      f"network's are scaled by {config['scale']}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(args.out, state)
+    for line in report:
+        print(line, file=sys.stderr)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args)
