@@ -17,7 +17,7 @@ from dataset.vae import LATENT_MEAN, LATENT_STD
 from engine.checkpoint import save_checkpoint
 from engine.containers import read_source
 from engine.distributed import run_main
-from engine.files import check_folder
+from engine.files import check_folder, make_folder
 from engine.hub import file_or_address, local_file
 from engine.interop import FORMATS, SOURCES, convert, export
 from engine.options import Parser, UserError, int_range, utf8_path
@@ -65,7 +65,7 @@ def main(args):
         state = export(state, args.format)
         report.append(f"written: for {args.format}, which scales latents its own way: this "
                       f"network's are scaled by {config['scale']}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", args.out.parent)
     save_checkpoint(args.out, state)
     for line in report:
         print(line, file=sys.stderr)

@@ -30,6 +30,7 @@ from PIL import Image
 
 import improved_meanflow
 import meanflow
+from dataset.classes import find_classes
 from dataset.images import save_grid
 from dataset.vae import load_vae, normalisation
 from engine.checkpoint import differences, fingerprint, load_network, verify_checkpoint
@@ -80,6 +81,9 @@ def add_image_options(group):
                        help="fixes the images; no two seeds share one")
     group.add_argument("--labels", choices=("balanced", "random"), default="balanced",
                        help="label of image i: i modulo the number of classes, or random")
+    group.add_argument("--classes", nargs="+", metavar="CLASS",
+                       help="only these classes: folder names, numbers from 0, or names of "
+                            "ImageNet's (default: all)")
     group.add_argument("--cfg", type=float_range(1), metavar="W",
                        help="guidance scale omega of an iMF model, 1 = none (default: the "
                             "published one of its size for one step)")
@@ -113,7 +117,8 @@ def main(args):
         world.on_main(lambda: verify_checkpoint(path))
         net, config = load_network(path)
         guidance = choose_guidance(args, config)
-        wanted = settings(args, world, net, config) | guidance
+        classes = find_classes(args.classes, config) if args.classes else None
+        wanted = settings(args, world, net, config) | guidance | {"classes": classes}
         if args.save_images:
             check_sample_dir(args, wanted, net)
         evaluation = statistics = None
@@ -124,14 +129,14 @@ def main(args):
         if args.save_images:
             open_sample_dir(args, wanted, net, world, stack)
         sampler = ImageSampler(net.to(world.device), space, config, world, seed=args.seed,
-                               labels=args.labels, steps=args.num_sampling_steps,
-                               guidance=guidance)
+                               labels=args.labels, classes=classes,
+                               steps=args.num_sampling_steps, guidance=guidance)
         make_images(args, sampler, statistics)
         world.barrier()
         if args.save_images and world.main:
             paths = [png_path(args.sample_dir, i) for i in range(args.num_fid_samples)]
             write_npz(beside(args, ".npz"), paths, world)
-            sampler.picture(beside(args, ".png"))
+            sampler.picture(beside(args, ".png"), at_most=args.num_fid_samples)
         result = evaluation.metrics(statistics) if args.fid_ref else None
         if world.main:
             report(args, wanted, evaluation, result)
@@ -209,14 +214,15 @@ class ImageSampler:
     """Makes image i of a network, for any i.
 
     net: (z, r, t, y) -> u, or called as ImprovedDiT is; space: the VAE or pixels; config: of the
-    checkpoint; labels: as in starts; steps: as in meanflow.sample; guidance: as default_guidance
-    returns it.
+    checkpoint; labels: as in starts; classes: their labels, all by default; steps: as in
+    meanflow.sample; guidance: as default_guidance returns it.
     """
 
-    def __init__(self, net, space, config, world, *, seed=0, labels="balanced", steps=1,
-                 guidance=None):
+    def __init__(self, net, space, config, world, *, seed=0, labels="balanced", classes=None,
+                 steps=1, guidance=None):
         self.net, self.space, self.config, self.world = net, space, config, world
         self.seed, self.labels, self.steps = seed, labels, steps
+        self.classes = torch.tensor(classes or range(config["num_classes"]))
         self.guidance = default_guidance(config) if guidance is None else guidance
         self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
 
@@ -224,12 +230,13 @@ class ImageSampler:
     def images(self, rows):
         """The images of these numbers, uint8 (B, 3, H, W), on the device of this rank."""
         z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
-                       num_classes=self.config["num_classes"])
+                       num_classes=len(self.classes))
+        y = self.classes[y]
         with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
                 x = self.sample(self.net, z1.to(self.world.device), y.to(self.world.device),
                                 steps=self.steps, **self.guidance)
-            if "latent_mean" in self.config:
+            if "latent_mean" in self.config or self.config["scale"] != self.space.scale:
                 scale, shift = normalisation(self.config, x.device)
                 x = (x / scale + shift) * self.space.scale  # which decode takes back
             return self.space.decode(x)
@@ -242,10 +249,10 @@ class ImageSampler:
         firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
         return [range(first, min(first + batch_size, count)) for first in firsts]
 
-    def picture(self, path):
+    def picture(self, path, at_most=80):
         """Write eight rows of images as one picture, a column per class, ten at most."""
-        columns = min(self.config["num_classes"], 10)
-        save_grid(path, self.images(range(8 * columns)), columns)
+        columns = min(len(self.classes), 10)
+        save_grid(path, self.images(range(min(8 * columns, at_most))), columns)
 
 
 # ---- making and writing -------------------------------------------------------------------------
@@ -324,7 +331,7 @@ def report(args, wanted, evaluation, result):
              "ckpt": str(args.ckpt), "vae": wanted["vae"], "labels": args.labels,
              "seed": args.seed, "steps": args.num_sampling_steps,
              "sampling_precision": args.precision}  # "precision" is a metric
-    about |= {name: wanted[name] for name in ("omega", "interval") if name in wanted}
+    about |= {name: wanted[name] for name in ("omega", "interval", "classes") if wanted.get(name)}
     assert result.keys().isdisjoint(about)
     print(json.dumps(result | about))
 

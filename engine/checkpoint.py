@@ -249,10 +249,12 @@ def fingerprint(tensors):
 
 def _check_fields(config):
     """Raises ValueError for a field that sampling cannot use. load_network compares shapes, too."""
-    kinds = {"model": str, "vae": str, "image_size": int, "num_classes": int, "latent_shape": list}
+    kinds = {"model": str, "vae": str, "image_size": int, "num_classes": int, "latent_shape": list,
+             "scale": (float, int)}
     _, height, width = config["latent_shape"]
     for name, kind in kinds.items():
-        if type(config[name]) is not kind or height != width and name == "latent_shape":
+        fits = isinstance(config[name], kind) and not isinstance(config[name], bool)
+        if not fits or height != width and name == "latent_shape":
             raise ValueError(f"{name} is {config[name]!s:.60}")
 
 

@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from soak import Child
 
 import sample
+from dataset.vae import Pixels
 from engine.files import lock_folder
 from engine.options import UserError
 from metrics.inception import PROTOCOLS
@@ -300,6 +302,27 @@ def improved_checkpoint(digits, improved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("improved")
     call("train", *tiny(digits, folder), *improved, "--max-steps", 40, "--lr", 0.02)
     return folder / "checkpoints" / "0000040.pt"
+
+
+def test_classes_are_chosen_when_sampling(tmp_path):
+    """Image i has the i-th of these classes in turn, and the noise that it always has."""
+    seen = []
+
+    def net(z, r, t, y):
+        seen.append((z, y.tolist()))
+        return torch.zeros_like(z)
+
+    world = SimpleNamespace(device="cpu", autocast=nullcontext)
+    config = {"model": "DiT-T/4", "vae": "none", "latent_shape": [3, 8, 8], "num_classes": 10,
+              "scale": 1.0}
+    for classes in (None, [3, 1, 5]):
+        sampler = sample.ImageSampler(net, Pixels(), config, world, classes=classes)
+        sampler.images(range(4))
+        sampler.picture(tmp_path / f"{classes}.png", at_most=20)
+    assert [y for _, y in seen[::2]] == [[0, 1, 2, 3], [3, 1, 5, 3]]
+    assert torch.equal(seen[0][0], seen[2][0])
+    sizes = [Image.open(tmp_path / f"{classes}.png").size for classes in (None, [3, 1, 5])]
+    assert sizes == [(10 * 66 + 2, 2 * 66 + 2), (3 * 66 + 2, 7 * 66 + 2)]  # at most 20 images
 
 
 def test_guidance_is_chosen_when_sampling(improved_checkpoint, tmp_path):
