@@ -38,13 +38,15 @@ from engine.checkpoint import (
 from engine.distributed import counted_generator, data_parallel, run_main, start_processes
 from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
+from engine.hub import file_or_address
 from engine.log import Log, describe_environment
 from engine.options import Parser, UserError, float_range, int_range, utf8_path
+from engine.start import Start, begun_from
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, metric_names, notes
-from models import DiT_models, build, is_improved
+from models import DiT_models, build, describe, is_improved
 from sample import ImageSampler
 
 # Options that may change when a run is resumed
@@ -54,7 +56,8 @@ MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep
               "protocol")
 # What newer options stand for in a run that began without them
 EARLIER = {"tangent": "velocity", "omega_max": None, "beta": None, "warmup_steps": 0,
-           "weight_decay": 0.0, "clip_grad": 0.0}
+           "weight_decay": 0.0, "clip_grad": 0.0, "init": None, "sizes": None}
+DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 # Defaults of the options that only one method has, or that differ between the two
 MEANFLOW = {"ratio": 0.25, "time_sampler": "logit_normal", "cfg": 3.0, "kappa": 0.0,
@@ -63,6 +66,15 @@ IMPROVED_MEANFLOW = {"ratio": 0.5, "omega_max": 8.0, "beta": 1.0}
 
 
 def parse_args(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.eval_every and args.fid_ref is None:
+        parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
+                     f"the reference statistics")
+    return args if args.init else complete(args, DEFAULT_MODEL)  # else open_start completes them
+
+
+def make_parser():
     parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
                     "command to resume its run.")
     add_data_options(parser.add_argument_group("data"))
@@ -70,20 +82,41 @@ def parse_args(argv=None):
         "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)"))
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
     add_run_options(parser.add_argument_group("run"))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def complete(args, model, sizes=None):
+    """Fill in and check what depends on the network: model and sizes, as build takes them.
+
+    Returns args. Raises UserError.
+    """
+    parser = make_parser()
+    if args.init and args.model not in (None, model):
+        parser.error(f"--model must be {model} like the network of --init, got {args.model}; leave "
+                     f"it out")
+    args.model, args.sizes = args.model or model, sizes
     choose_defaults(parser, args)
     parser.validate(make_method, args, num_classes=1)
-    if args.eval_every and args.fid_ref is None:
-        parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
-                     f"the reference statistics")
     if args.run_dir is None:
         scale = f"omega{args.omega_max}" if is_improved(args.model) else f"cfg{args.cfg}"
         scale += "-boundary" if args.tangent == "network" else ""
+        scale += "-init" if args.init else ""
         args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
     if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
         parser.error(f"--run-dir must lie outside --data-path, where it would be taken for a "
                      f"class, got {args.run_dir}; choose another folder")
     return args
+
+
+def open_start(args, world):
+    """The Start of --init, with args completed; None without --init, and for a run that goes on
+    from its own checkpoint: it no longer needs that file. Raises UserError."""
+    if not args.init:
+        return None
+    begun = world.on_main(lambda: args.run_dir and begun_from(args.run_dir, args.init))
+    start = None if begun else Start(args.init, world)
+    complete(args, *(begun or (start.model, start.sizes)))
+    return start
 
 
 def choose_defaults(parser, args):
@@ -94,7 +127,8 @@ def choose_defaults(parser, args):
     for name in other:
         if name not in own and getattr(args, name) is not None:
             kind = "DiT" if own is IMPROVED_MEANFLOW else "iMF"
-            parser.error(f"--{name.replace('_', '-')} must come with a {kind} model, got --model "
+            where = "--init with" if args.init else "--model"
+            parser.error(f"--{name.replace('_', '-')} must come with a {kind} model, got {where} "
                          f"{args.model}; leave it out")
     for name, value in own.items():
         if getattr(args, name) is None:
@@ -154,10 +188,15 @@ def add_method_options(group):
 
 
 def add_optimisation_options(group):
-    group.add_argument("--model", default="DiT-B/4", choices=DiT_models,
-                       metavar="NAME",
+    group.add_argument("--model", choices=DiT_models, metavar="NAME",
                        help="DiT-{T,S,B,M,L,XL}/{2,4,8} for MeanFlow, or iMF-{B,M,L,XL}/2 or "
-                            "iMF-T/4 for improved MeanFlow: size and patch size")
+                            "iMF-T/4 for improved MeanFlow: size and patch size (default: the "
+                            f"network of --init, without it {DEFAULT_MODEL})")
+    group.add_argument("--init", type=file_or_address, metavar="FILE",
+                       help="start from the weights of a checkpoint that train.py or "
+                            "convert_checkpoint.py wrote, .pt or .safetensors, or of "
+                            "hf://OWNER/REPO/FILE: network and average from its averaged weights, "
+                            "as sampling does; most published files hold no others")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int_range(1), default=80, help="passes over the data")
     length.add_argument("--max-steps", type=int_range(1),
@@ -268,7 +307,10 @@ class TrainingState:
         self.run, self.step, self.warm = run, 0, False
         args, world = run.args, run.world
         torch.manual_seed(args.seed)  # the same initial weights on every rank
-        self.net = build(run.config).to(world.device)
+        self.net = build(run.config)
+        if run.start:
+            run.start.load_into(self.net)
+        self.net = self.net.to(world.device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.net.checkpoint_activations = args.checkpoint_activations
         self.params = list(self.net.parameters())
@@ -499,10 +541,11 @@ class Run:
 
     Within ``with`` no other process can write to the folder. dataset: images or latent shards;
     space: the VAE or pixels, None for latents without pictures and evaluation; config: what a
-    checkpoint says of the run.
+    checkpoint says of the run; start: the weights of --init, where the run needs them.
     """
 
     def __init__(self, args, world):
+        self.start = open_start(args, world)
         self.args, self.world, self.folder = args, world, args.run_dir
         parts = world.size * args.grad_accum_steps
         if args.global_batch_size % parts:
@@ -512,6 +555,8 @@ class Run:
         self.dataset, self.space = open_data(args, world)
         self.config = make_config(args, self.dataset, self.space)
         check_network(args, self.config)
+        if self.start:
+            self.start.check(self.config)
         self.order = BatchSampler(len(self.dataset), args.global_batch_size, seed=args.seed,
                                   flip=args.flip, world=world)
         self.total_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
@@ -544,6 +589,9 @@ class Run:
         path = world.on_main(lambda: newest_checkpoint(self.folder / "checkpoints"))
         if path:
             state.restore(path)
+        elif self.args.init and not self.start:
+            raise UserError(f"--run-dir must keep its checkpoints during the start, got none in "
+                            f"{self.folder}; repeat the command to begin anew from --init")
         self.log = enter(Log(self.folder, active=world.main, step=state.step))
         for line in introduction(self, state):
             self.log.say(line)
@@ -678,9 +726,11 @@ def introduction(run, state):
     args, dataset = run.args, run.dataset
     parameters = sum(p.numel() for p in state.params)
     lines = describe_environment(run.world) + [
-        f"{args.model}, {parameters:,} parameters; {len(dataset):,} images of "
+        f"{describe(run.config)}, {parameters:,} parameters; {len(dataset):,} images of "
         f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
         f"steps {state.step} to {run.total_steps}, into {run.folder}"]
+    if run.start and not state.step:
+        lines += run.start.notes
     if args.encoded_data and dataset.note:
         lines.append(dataset.note)
     if run.evaluation:
