@@ -116,10 +116,6 @@ def recognise(source, weights, named=None):
     named: --source. Raises UserError for other networks, and where a file cannot tell.
     """
     choices = possible_origins(source, weights)
-    for name, wanted in (("path_type", ("linear",)), ("prediction", ("velocity", "v"))):
-        value = str(source.args.get(name, wanted[0]))
-        if value.lower() not in wanted:
-            raise refuse("hold a velocity of the linear path", f"{name} {value:.40}")
     if named and named not in choices:
         raise UserError(f"--source must be {' or '.join(choices)} for this file, got {named}; "
                         f"leave it out")
@@ -152,6 +148,10 @@ def possible_origins(source, weights):
         return "noamelata", "zhuyu"
     if not source.keys:
         return ("sit", "repa") if wide else ("repa", "sit")
+    for name, wanted in (("path_type", ("linear",)), ("prediction", ("velocity", "v"))):
+        value = str(source.args.get(name, wanted[0]))
+        if value.lower() not in wanted:
+            raise refuse("hold a velocity of the linear path", f"{name} {value:.40}")
     if wide and not {"path_type", "prediction"} <= source.args.keys():
         raise refuse("hold a velocity", "a DiT that predicts noise at integer times, of which no "
                      "MeanFlow can be made")

@@ -1,4 +1,4 @@
-"""convert_checkpoint.py: one command from a file of others to images; nothing is lost on the way."""
+"""convert_checkpoint.py: one command from a file of others to images, and back."""
 
 import json
 import shutil
