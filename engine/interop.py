@@ -138,14 +138,19 @@ def possible_origins(source, weights):
     if any("q_norm" in name for name in weights):
         raise refuse("hold attention as DiT has it", "one that normalises queries and keys "
                      "(attn.q_norm), as --qk-norm makes it")
-    channels, patch = weights["x_embedder.proj.weight"].shape[1:3]
-    wide = len(weights["final_layer.linear.bias"]) == 2 * channels * patch**2
     if "h_embedder.mlp.0.weight" in weights:
         return ("meanflow",) if source.jax else ("haoyizhu",)
-    if "r_embedder.mlp.0.weight" in weights:
-        if source.keys:  # of the two only zhuyu's training file tells the step
-            return ("zhuyu",) if "steps" in source.keys else ("noamelata",)
-        return "noamelata", "zhuyu"
+    if "r_embedder.mlp.0.weight" not in weights:
+        return flow_origins(source, weights)
+    if source.keys:  # of the two only zhuyu's training file tells the step
+        return ("zhuyu",) if "steps" in source.keys else ("noamelata",)
+    return "noamelata", "zhuyu"
+
+
+def flow_origins(source, weights):
+    """As possible_origins, of a network with one time embedder."""
+    channels, patch = weights["x_embedder.proj.weight"].shape[1:3]
+    wide = len(weights["final_layer.linear.bias"]) == 2 * channels * patch**2
     if not source.keys:
         return ("sit", "repa") if wide else ("repa", "sit")
     for name, wanted in (("path_type", ("linear",)), ("prediction", ("velocity", "v"))):
