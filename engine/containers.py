@@ -8,12 +8,14 @@ import argparse
 import importlib
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import KEYS
+from engine.checkpoint import KEYS, verify_checkpoint
+from engine.files import find_damage
 from engine.options import UserError
 
 INTERRUPTED = ".orbax-checkpoint-tmp"  # in the name of a folder that orbax has not finished
@@ -62,6 +64,9 @@ def read_source(path, *, raw=False):
 def read_torch(path, raw):
     """The Source of what torch.save wrote."""
     try:
+        damage = find_damage(path) if zipfile.is_zipfile(path) else None  # torch.load compares none
+        if damage:
+            raise ValueError(f"{damage} is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -74,8 +79,8 @@ def read_torch(path, raw):
                          f"{found[1]}, code that will not be run",
                          "save its state dict anew, without that object") from error
         raise refuse("be a file that torch.save wrote, whole", f"{path} (torn, or of another kind: "
-                     f"{type(error).__name__})", "copy it again, or unzip it if it is a zip "
-                     "of a folder") from error
+                     f"{type(error).__name__} {error!s:.100})", "copy it again, or unzip it if it "
+                     "is a zip of a folder") from error
     if not isinstance(state, dict):
         raise refuse("hold a dict of tensors", f"{path} with a {type(state).__name__}")
     return pick(state, raw, path)
@@ -118,6 +123,7 @@ def read_safetensors(path, raw):
         raise UserError(f"--raw must come with a training file, got {path}, which holds one set of "
                         f"weights; leave it out")
     if isinstance(config, dict):
+        verify_checkpoint(path, option="--in")
         return Source(weights, "our .safetensors file", "averaged", config=config)
     return Source(weights, "a bare .safetensors file")
 

@@ -7,7 +7,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_SIZES, assert_official, golden, golden_improved_network
+from conftest import (
+    GOLDEN,
+    GOLDEN_SIZES,
+    assert_official,
+    flip_bit,
+    golden,
+    golden_improved_network,
+)
 from torch import nn
 
 from engine.containers import read_source
@@ -425,6 +432,13 @@ def test_a_torn_file_is_refused(tmp_path, net, keep):
         (tmp_path / name).write_bytes(content[:keep if keep > 1 else int(keep * len(content))])
         with pytest.raises(UserError, match="--in must"):
             opened(tmp_path / name)
+
+
+def test_a_damaged_byte_is_found(tmp_path, net):
+    path = save(tmp_path, training_file(net.state_dict()))
+    flip_bit(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match="--in must .* damaged"):
+        opened(path)
 
 
 def test_a_folder_without_a_finished_checkpoint_is_refused(tmp_path, official):
