@@ -10,6 +10,7 @@ interrupted, rerun the command: it continues.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from PIL import Image
 
 import improved_meanflow
 import meanflow
-from dataset.classes import find_classes
+from dataset.classes import class_names, find_classes
 from dataset.images import save_grid
 from dataset.vae import load_vae, normalisation
 from engine.checkpoint import differences, fingerprint, load_network, verify_checkpoint
@@ -63,6 +64,9 @@ def parse_args(argv=None):
     if args.fid_ref is None and not args.save_images:
         parser.error("--no-save-images must come with --fid-ref, got neither images nor metrics "
                      "to make; give one")
+    if len(set(args.num_sampling_steps)) < len(args.num_sampling_steps):
+        parser.error(f"--num-sampling-steps must be different counts, got "
+                     f"{' '.join(map(str, args.num_sampling_steps))}; name each once")
     if args.cfg_interval and args.cfg_interval[0] > args.cfg_interval[1]:
         parser.error(f"--cfg-interval must be two increasing times, got {args.cfg_interval[0]} "
                      f"{args.cfg_interval[1]}; swap them")
@@ -73,10 +77,16 @@ def add_image_options(group):
     group.add_argument("--ckpt", type=file_or_address, required=True, metavar="FILE",
                        help="checkpoint that train.py or convert_checkpoint.py wrote, .pt or "
                             ".safetensors, or hf://OWNER/REPO/FILE; its EMA weights sample")
-    group.add_argument("--num-fid-samples", type=int_range(1), default=50000,
+    count = group.add_mutually_exclusive_group()
+    count.add_argument("--num-fid-samples", type=int_range(1), default=50000,
                        help="count of images")
-    group.add_argument("--num-sampling-steps", type=int_range(1, 10000), default=1,
-                       help="network evaluations per image, at equal steps of time")
+    count.add_argument("--per-class", type=int_range(1), metavar="N",
+                       help="N images of each class, in place of --num-fid-samples")
+    group.add_argument("--num-sampling-steps", type=int_range(1, 10000), nargs="+", default=[1],
+                       metavar="STEPS",
+                       help="network evaluations per image, at equal steps of time; several counts "
+                            "give several sample folders, and a picture of the same noise side by "
+                            "side")
     group.add_argument("--seed", type=int_range(0), default=0,
                        help="fixes the images; no two seeds share one")
     group.add_argument("--labels", choices=("balanced", "random"), default="balanced",
@@ -118,28 +128,57 @@ def main(args):
         net, config = load_network(path)
         guidance = choose_guidance(args, config)
         classes = find_classes(args.classes, config) if args.classes else None
-        wanted = settings(args, world, net, config) | guidance | {"classes": classes}
+        if args.per_class:
+            args.num_fid_samples = args.per_class * len(classes or range(config["num_classes"]))
+        parts = [of_one_count(args, steps) for steps in args.num_sampling_steps]
+        weights = None  # a hash of gigabytes, for the sample folders only
         if args.save_images:
-            check_sample_dir(args, wanted, net)
-        evaluation = statistics = None
-        if args.fid_ref:
-            evaluation = Evaluation(args.fid_ref, args.protocol, config, world)
-            statistics = evaluation.statistics(args.num_fid_samples)
+            weights = world.on_main(lambda: fingerprint(net.state_dict()))
+        wanted = [settings(part, config, weights) | guidance | {"classes": classes}
+                  for part in parts]
+        if args.save_images:
+            for part, entries in zip(parts, wanted):
+                check_sample_dir(part, entries, net)
+        evaluation = (Evaluation(args.fid_ref, args.protocol, config, world) if args.fid_ref
+                      else None)
         space = load_vae(args.vae or config["vae"], world.device, precision=args.precision)
-        if args.save_images:
-            open_sample_dir(args, wanted, net, world, stack)
-        sampler = ImageSampler(net.to(world.device), space, config, world, seed=args.seed,
-                               labels=args.labels, classes=classes,
-                               steps=args.num_sampling_steps, guidance=guidance)
-        make_images(args, sampler, statistics)
-        world.barrier()
-        if args.save_images and world.main:
-            paths = [png_path(args.sample_dir, i) for i in range(args.num_fid_samples)]
-            write_npz(beside(args, ".npz"), paths, world)
-            sampler.picture(beside(args, ".png"), at_most=args.num_fid_samples)
-        result = evaluation.metrics(statistics) if args.fid_ref else None
-        if world.main:
-            report(args, wanted, evaluation, result)
+        net.to(world.device)
+        samplers = [ImageSampler(net, space, config, world, seed=args.seed, labels=args.labels,
+                                 classes=classes, steps=part.num_sampling_steps, guidance=guidance)
+                    for part in parts]
+        for part, sampler, entries in zip(parts, samplers, wanted):
+            if args.save_images:
+                open_sample_dir(part, entries, net, world, stack)
+            sample_one_count(part, sampler, entries, evaluation)
+        if len(parts) > 1 and args.save_images and world.main:
+            name = "-".join(str(part.num_sampling_steps) for part in parts)
+            samplers[0].picture(beside(args, f"-{name}-steps.png"), at_most=args.num_fid_samples,
+                                beside=samplers[1:])
+
+
+def of_one_count(args, steps):
+    """The options for one of the counts of steps. Of several each has a sample folder of its own:
+    <sample-dir>-2-steps."""
+    part = copy.copy(args)
+    part.num_sampling_steps = steps
+    if len(args.num_sampling_steps) > 1:
+        part.sample_dir = Path(f"{beside(args, '')}-{steps}-step{'s' if steps > 1 else ''}")
+    return part
+
+
+def sample_one_count(args, sampler, wanted, evaluation):
+    """Make the images of one count of steps, write and measure them, and print the result."""
+    world = sampler.world
+    statistics = evaluation.statistics(args.num_fid_samples) if evaluation else None
+    make_images(args, sampler, statistics)
+    world.barrier()
+    if args.save_images and world.main:
+        paths = [png_path(args.sample_dir, i) for i in range(args.num_fid_samples)]
+        write_npz(beside(args, ".npz"), paths, world)
+        sampler.picture(beside(args, ".png"), at_most=args.num_fid_samples)
+    result = evaluation.metrics(statistics) if evaluation else None
+    if world.main:
+        report(args, wanted, evaluation, result)
 
 
 # ---- image i of a network ------------------------------------------------------------------------
@@ -226,12 +265,16 @@ class ImageSampler:
         self.guidance = default_guidance(config) if guidance is None else guidance
         self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
 
+    def starts(self, rows):
+        """Noise z1 (B, C, H, W) and labels y (B,) of the images of these numbers, on the CPU."""
+        z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
+                       num_classes=len(self.classes))
+        return z1, self.classes[y]
+
     @torch.no_grad()
     def images(self, rows):
         """The images of these numbers, uint8 (B, 3, H, W), on the device of this rank."""
-        z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
-                       num_classes=len(self.classes))
-        y = self.classes[y]
+        z1, y = self.starts(rows)
         with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
                 x = self.sample(self.net, z1.to(self.world.device), y.to(self.world.device),
@@ -249,10 +292,19 @@ class ImageSampler:
         firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
         return [range(first, min(first + batch_size, count)) for first in firsts]
 
-    def picture(self, path, at_most=80):
-        """Write eight rows of images as one picture, a column per class, ten at most."""
-        columns = min(len(self.classes), 10)
-        save_grid(path, self.images(range(min(8 * columns, at_most))), columns)
+    def picture(self, path, at_most=80, beside=()):
+        """Write images as one picture, a column per class: ten columns and eight rows at most.
+
+        beside: samplers of the same images with other counts of steps, shown next to each. Names of
+        the classes, and counts where there are several, stand above the images.
+        """
+        columns, samplers = min(len(self.classes), 10), (self, *beside)
+        rows = range(min(8 * columns, at_most))
+        images = torch.stack([sampler.images(rows) for sampler in samplers], dim=1)  # (B, S, ...)
+        names = class_names(self.config, self.starts(rows)[1].tolist())
+        captions = [f"{name}\n{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
+                    if beside else name for name in names for sampler in samplers]
+        save_grid(path, images.flatten(0, 1), columns * len(samplers), captions)
 
 
 # ---- making and writing -------------------------------------------------------------------------
@@ -348,11 +400,8 @@ def beside(args, suffix):
     return Path(os.path.abspath(args.sample_dir) + suffix)
 
 
-def settings(args, world, net, config):
-    """The content of samples.json: all that the images depend on."""
-    weights = None  # a hash of gigabytes, for the sample folder only
-    if args.save_images:
-        weights = world.on_main(lambda: fingerprint(net.state_dict()))
+def settings(args, config, weights):
+    """The content of samples.json: all that the images depend on, but guidance and classes."""
     return {"images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
             "noise": NOISE, "labels": args.labels, "batch": args.per_proc_batch_size,
             "precision": args.precision, "vae": args.vae or config["vae"], "weights": weights}

@@ -16,19 +16,34 @@ def find_classes(texts, config):
     return [_find(text, names, config["num_classes"]) for text in texts]
 
 
+def class_names(config, labels):
+    """What to call the classes of these labels in a picture."""
+    folders = config.get("classes") or [str(label) for label in range(config["num_classes"])]
+    names = [str(folders[label]) for label in labels]
+    if config["num_classes"] == 1000:
+        known = imagenet_names()
+        names = [known[label][0] for label in labels]
+    return names
+
+
 def label_names(config):
     """{name: label} of all names of a config's classes, lower case."""
-    count, names = config["num_classes"], {}
-    if count == 1000:
-        from timm.data import ImageNetInfo  # takes seconds to import
-
-        info = ImageNetInfo("imagenet-1k")
-        for label in range(count):
-            for name in (*info.index_to_description(label).split(","),
-                         info.index_to_label_name(label)):
-                names.setdefault(name.strip().lower(), label)
+    names = {}
+    if config["num_classes"] == 1000:
+        for label, known in enumerate(imagenet_names()):
+            for name in known:
+                names.setdefault(name.lower(), label)
     folders = config.get("classes") or ()
     return names | {str(name).lower(): label for label, name in enumerate(folders)}
+
+
+def imagenet_names():
+    """Of each of ImageNet's 1,000 classes its names, the best known first, and WordNet number."""
+    from timm.data import ImageNetInfo  # takes seconds to import
+
+    info = ImageNetInfo("imagenet-1k")
+    return [[*(name.strip() for name in info.index_to_description(label).split(",")),
+             info.index_to_label_name(label)] for label in range(1000)]
 
 
 def _find(text, names, count):

@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchvision import datasets
 from torchvision.utils import make_grid
 
@@ -126,13 +126,67 @@ class ImageFolder:
         return hashlib.sha256(b"\n".join(self.files.tolist())).hexdigest()
 
 
-def save_grid(path, images, columns):
-    """Write uint8 images (B, 3, H, W) as one picture; tiny ones are enlarged."""
+def save_grid(path, images, columns, captions=None):
+    """Write uint8 images (B, 3, H, W) as one picture; tiny ones are enlarged.
+
+    captions: a text for each image, above it; above the columns only where all of a column are
+    alike.
+    """
     enlarge = max(1, 64 // images.shape[3])
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
+    if not captions:
+        grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
+    else:
+        bars = write_captions(captions, images.shape[3])  # (B, 3, h, W)
+        if captions == [captions[i % columns] for i in range(len(captions))]:
+            top = make_grid(bars[:columns], nrow=columns, padding=2, pad_value=255)[:, :-2]
+            grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
+            grid = torch.cat([top, grid], dim=1)
+        else:
+            both = torch.cat([bars, images.cpu()], dim=2)
+            grid = make_grid(both, nrow=columns, padding=2, pad_value=255)
     with atomic_file(path) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
+
+
+def write_captions(captions, width):
+    """Bars (B, 3, h, width), uint8, with black texts, each broken into lines that fit the width."""
+    size = min(max(width // 8, 11), 28)
+    font = ImageFont.load_default(size)
+    texts = [break_lines(caption, font, width) for caption in captions]
+    height = (size + 3) * max(map(len, texts)) + 4
+    bars = []
+    for lines in texts:
+        bar = Image.new("RGB", (width, height), "white")
+        text = "\n".join(lines)
+        ImageDraw.Draw(bar).multiline_text((width / 2, height - 3), text, "black", font, "md",
+                                           align="center", spacing=2)
+        bars.append(torch.from_numpy(np.array(bar)).permute(2, 0, 1))
+    return torch.stack(bars)
+
+
+def break_lines(caption, font, width):
+    """The lines of a caption, broken at spaces, three at most of each; a word too long is cut."""
+    lines = []
+    for paragraph in caption.split("\n"):
+        broken = [""]
+        for word in paragraph.split():
+            wider = f"{broken[-1]} {word}".strip()
+            if broken[-1] and font.getlength(wider) > width:
+                broken.append(word)
+            else:
+                broken[-1] = wider
+        lines += [cut(line, font, width) for line in broken[:3]]
+    return lines
+
+
+def cut(line, font, width):
+    """The line, shortened with an ellipsis where it is wider than width."""
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "\u2026") > width:
+        line = line[:-1]
+    return line + "\u2026"
 
 
 # ---- image sets for evaluation ---------------------------------------------------------------

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import PHOTO, refused, save_folder, save_odd_files
-from PIL import Image
+from PIL import Image, ImageFont
 from torchvision.datasets.folder import pil_loader
 
 import sample
-from dataset.images import FolderImages, ImageFolder, NpzImages, center_crop, read_image
+from dataset.images import (
+    FolderImages,
+    ImageFolder,
+    NpzImages,
+    break_lines,
+    center_crop,
+    read_image,
+    save_grid,
+)
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
 from engine.options import UserError
@@ -204,3 +212,28 @@ def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
         Reference.load(path, "pixels", (2, 2), option="--ref")
     with refused("--samples", path):
         NpzImages(path, option="--samples")
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+
+def test_captions_stand_above_each_column_or_each_image(tmp_path):
+    images = torch.zeros(6, 3, 64, 64, dtype=torch.uint8)
+    pixels = {}
+    for name, captions in (("columns", ["a", "b", "c"] * 2), ("images", list("abcdef")),
+                           ("none", None)):
+        save_grid(tmp_path / f"{name}.png", images, 3, captions)
+        pixels[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    heights = {name: len(value) for name, value in pixels.items()}
+    bar = heights["columns"] - heights["none"]
+    assert heights["none"] == 2 * 66 + 2 and bar > 11
+    assert heights["images"] - heights["none"] == 2 * (bar - 2)
+    assert (pixels["columns"][:bar] < 100).any(axis=(0, 2))[2:66].sum() > 3  # there is a text
+
+
+def test_long_captions_are_broken_and_cut():
+    font = ImageFont.load_default(11)
+    lines = break_lines("a very very long name of a class with many words\n2 steps", font, 64)
+    assert len(lines) == 4 and lines[-1] == "2 steps"
+    lines += break_lines("Donaudampfschifffahrtsgesellschaft", font, 64)
+    assert lines[-1].endswith("\u2026") and all(font.getlength(line) <= 64 for line in lines)

@@ -321,8 +321,32 @@ def test_classes_are_chosen_when_sampling(tmp_path):
         sampler.picture(tmp_path / f"{classes}.png", at_most=20)
     assert [y for _, y in seen[::2]] == [[0, 1, 2, 3], [3, 1, 5, 3]]
     assert torch.equal(seen[0][0], seen[2][0])
-    sizes = [Image.open(tmp_path / f"{classes}.png").size for classes in (None, [3, 1, 5])]
-    assert sizes == [(10 * 66 + 2, 2 * 66 + 2), (3 * 66 + 2, 7 * 66 + 2)]  # at most 20 images
+    widths = [Image.open(tmp_path / f"{classes}.png").width for classes in (None, [3, 1, 5])]
+    assert widths == [10 * 66 + 2, 3 * 66 + 2]
+    assert len(seen[1][0]) == len(seen[3][0]) == 20  # not eight rows of ten
+
+
+def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
+    """Each in its own folder, with the images that it has alone."""
+    options = ["--ckpt", trained, "--per-class", 2, "--classes", 4, 7]
+    call("sample", *options, "--num-sampling-steps", 1, 3, "--sample-dir", tmp_path / "both")
+    assert capfd.readouterr().out.split() == [str(tmp_path / f"both-{name}")
+                                              for name in ("1-step", "3-steps")]
+    call("sample", *options, "--num-sampling-steps", 3, "--sample-dir", tmp_path / "alone")
+    images = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("both-3-steps", "alone")]
+    assert np.array_equal(*images) and len(images[0]) == 4
+    picture = np.asarray(Image.open(tmp_path / "both-1-3-steps.png"))
+    assert picture.shape[1] == 4 * 66 + 2  # two classes, each in one step and in three
+    alone = np.asarray(Image.open(tmp_path / "alone.png"))
+    below = slice(-2 * 66, None)  # the rows of images, without captions
+    for column in range(2):
+        ours, theirs = 66 * (2 * column + 1), 66 * column
+        assert np.array_equal(picture[below, ours:ours + 66], alone[below, theirs:theirs + 66])
+
+
+def test_counts_of_steps_must_differ(trained, tmp_path, refusal):
+    refusal("sample", ["--ckpt", trained, "--num-sampling-steps", 2, 2, "--sample-dir",
+                       tmp_path / "samples"], "--num-sampling-steps")
 
 
 def test_guidance_is_chosen_when_sampling(improved_checkpoint, tmp_path):
