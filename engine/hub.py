@@ -38,7 +38,7 @@ def local_file(name, option):
     if not is_address(name):
         return Path(name)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 
     found = ADDRESS.fullmatch(name)
     if not found or ".." in found["file"].split("/"):
@@ -65,7 +65,7 @@ def _malformed(name, option):
 
 def _explain(error):
     """(rule, remedy) for an error of huggingface_hub."""
-    from huggingface_hub.errors import (
+    from huggingface_hub.utils import (
         EntryNotFoundError,
         GatedRepoError,
         LocalEntryNotFoundError,
