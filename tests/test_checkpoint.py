@@ -29,7 +29,7 @@ from engine.options import RunError, UserError
 from models import build
 
 CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "image_size": 8,
-          "vae": "none", "lr": 0.1}
+          "vae": "none", "scale": 1.0, "lr": 0.1}
 
 
 def state(step):
