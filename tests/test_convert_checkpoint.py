@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import call, golden_improved_network, run_script, save_small_vae
+from conftest import call, golden_improved_network, run_script, save_small_vae, tiny
 from safetensors.torch import load_file
 
 from engine.checkpoint import load_checkpoint, load_network
@@ -46,6 +46,27 @@ def test_two_commands_make_images_of_a_released_file(released, hub, tmp_path, ca
     assert (tmp_path / "samples.png").exists()
     config = load_network(ours)[1]
     assert len(config["latent_mean"]) == 4 and config["vae"] == "mse"
+
+
+def test_a_flow_model_of_others_starts_a_run(digits, tmp_path, capfd):
+    """A bare SiT file of ten classes, in pixel space: its table of labels is kept."""
+    weights = DiT_models["DiT-T/4"](input_size=8, in_channels=3, num_classes=10).state_dict()
+    weights = {name: value for name, value in weights.items() if "r_embedder" not in name}
+    for kind, size in (("weight", (96, 96)), ("bias", (96,))):
+        weights[f"final_layer.linear.{kind}"] = torch.randn(size)  # 6 channels for 3
+    torch.save(weights, tmp_path / "sit.pt")
+    start = tmp_path / "start.safetensors"
+    call("convert_checkpoint", "--in", tmp_path / "sit.pt", "--out", start, "--source", "sit")
+    assert "recognised: willisma/SiT" in capfd.readouterr().err
+    run = tmp_path / "run"
+    options = tiny(digits, run)
+    model = options.index("--model")
+    options[model:model + 2] = "--init", start
+    call("train", *options, "--max-steps", 2, "--lr", 1e-9)
+    ours, theirs = load_checkpoint(run / "checkpoints" / "0000002.pt"), load_checkpoint(start)
+    assert ours["config"]["model"] == "DiT-T/4" and ours["step"] == 2
+    for name, value in theirs["ema"].items():
+        torch.testing.assert_close(ours["model"][name], value, atol=1e-6, rtol=0)
 
 
 def test_ours_to_safetensors_and_back_is_bit_equal(trained, tmp_path, capfd):
