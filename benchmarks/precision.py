@@ -5,7 +5,7 @@
 
 It makes one training step with guidance (omega' 2, kappa .5) in each arithmetic and prints relative
 differences (2-norm) to the same step in float64: of the derivative du/dt, of the errors per row and
-of the gradient of all weights.
+of the gradient of all weights. A second table has the errors of du/dt by finite differences.
 
 The official code multiplies float32 arrays on TPUs, which by default round the factors to bfloat16
 and add in float32. The program simulates this, so its figures do not depend on the machine: it
@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from train_step import difference_errors  # noqa: E402
+
 from engine.checkpoint import load_network  # noqa: E402
 from engine.distributed import run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
@@ -64,6 +66,7 @@ def main(args):
         found = step(net, method, x, y, draws, arithmetic)
         print(f"| {name} | " + " | ".join(
             f"{float((a - b).norm() / b.norm()):.1e}" for a, b in zip(found, exact)) + " |")
+    print("", *difference_errors(net, method.rows, x.device), sep="\n")
 
 
 def network(path):
@@ -94,10 +97,11 @@ def step(net, method, x, y, draws, arithmetic=None):
 
 
 class Watched(MeanFlow):
-    """MeanFlow that keeps the derivative of the last step as ``du_dt``."""
+    """MeanFlow that keeps the derivative of the last step as ``du_dt``, and its inputs after the
+    network as ``rows``."""
 
-    def time_derivative(self, *inputs):
-        self.du_dt = super().time_derivative(*inputs)
+    def time_derivative(self, net, *rows):
+        self.rows, self.du_dt = rows, super().time_derivative(net, *rows)
         return self.du_dt
 
 
