@@ -6,7 +6,8 @@
 
 It prints Markdown: what was measured, a table of medians with a row per formulation of the step,
 and a table of the errors of finite differences. A step is forward and backward, without optimiser.
-The formulations are timed in turn, so other load on the machine meets all of them. It runs on the
+The formulations are timed in turn. On a CPU it measures CPU time, so that other jobs hardly change
+the figures; OMP_NUM_THREADS=1 keeps threads that wait for one another out of them. It runs on the
 first GPU, if any; CUDA_VISIBLE_DEVICES= selects the CPU.
 
 Modes: "eager"; "compiled" by torch.compile, but for double backward, which it cannot differentiate
@@ -264,12 +265,15 @@ def step(variant, net, world):
 
 
 def time_step(variant, net, world):
-    """Seconds of one step, from an idle GPU to an idle GPU."""
-    wait = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
-    wait()
+    """Seconds of one step: of a GPU from idle to idle, of a CPU those that its threads work."""
+    if world.device.type == "cpu":
+        start = time.process_time()  # other jobs on the machine are not in it
+        step(variant, net, world)
+        return (time.process_time() - start) / torch.get_num_threads()
+    torch.cuda.synchronize()
     start = time.perf_counter()
     step(variant, net, world)
-    wait()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -329,14 +333,16 @@ def product_ceiling(world):
     size = 8192 if cuda else 2048
     dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=world.device, dtype=dtype) for _ in range(2))
+    clock = time.perf_counter if cuda else time.process_time
     best = float("inf")
     for _ in range(20 if cuda else 5):
-        start = time.perf_counter()
+        start = clock()
         a @ b
         if cuda:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        best = min(best, clock() - start)
+    threads = 1 if cuda else torch.get_num_threads()
+    return 2 * size**3 / best * threads
 
 
 def measure(variants, net, world, seconds):
