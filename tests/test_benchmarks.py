@@ -126,6 +126,7 @@ def test_the_cost_table_is_markdown(train_step, capsys):
 def test_passes_for_cuda_graphs_are_the_same_step(train_step, model, monkeypatch):
     """On a CPU PyTorch compiles them and leaves the graphs out. Outputs are copies: the next replay
     overwrites them."""
+    torch._dynamo.reset()
     monkeypatch.setattr(train_step, "RIVALS", {})
     variants, net = variants_of(train_step, model, ("eager", "CUDA graphs"))
     graphs = [name for name, mode in variants if mode == "CUDA graphs"]
