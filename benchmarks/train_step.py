@@ -1,6 +1,6 @@
 """Compare the time and memory of a MeanFlow step with a flow-matching step of the same network.
 
-    python benchmarks/train_step.py                   # CPU, six minutes on two cores
+    python benchmarks/train_step.py                   # CPU, a quarter of an hour
     python benchmarks/train_step.py --model iMF-B/2 --batch-size 4        # improved MeanFlow
     python benchmarks/train_step.py --model DiT-B/2 --batch-size 128 --precision bf16   # a GPU
 
