@@ -63,24 +63,26 @@ def read_source(path, *, raw=False):
 
 def read_torch(path, raw):
     """The Source of what torch.save wrote."""
+    def torn(reason):
+        return refuse("be a whole file of torch.save", f"{path} ({reason})",
+                      "copy it again, or unzip it if it is a zip of a folder")
+
     try:
-        damage = find_damage(path) if zipfile.is_zipfile(path) else None  # torch.load compares none
-        if damage:
-            raise ValueError(f"{damage} is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # a file of before PyTorch 1.6 cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
+        damage = find_damage(path) if zipfile.is_zipfile(path) else None  # torch.load finds none
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise refuse("hold tensors and plain values alone", f"{path}, which names "
                          f"{found[1]}, code that will not be run",
                          "save its state dict anew, without that object") from error
-        raise refuse("be a file that torch.save wrote, whole", f"{path} (torn, or of another kind: "
-                     f"{type(error).__name__} {error!s:.100})", "copy it again, or unzip it if it "
-                     "is a zip of a folder") from error
+        raise torn(f"torn, or of another kind: {type(error).__name__}") from error
+    if damage:
+        raise torn(f"damaged: {damage}")
     if not isinstance(state, dict):
         raise refuse("hold a dict of tensors", f"{path} with a {type(state).__name__}")
     return pick(state, raw, path)
