@@ -19,8 +19,11 @@ prepare() {  # prepare REQUIREMENTS_FILE
     wanted=$(cat requirements*.txt)
     if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing $1 into .venv (minutes, seconds with uv; several GB with CUDA)" >&2
-        # uv is faster than pip but ignores pip's settings: if it fails, pip tries
-        { command -v uv && uv pip install --quiet --python .venv/bin/python -r "$1"; } >/dev/null ||
+        # uv is faster than pip but ignores pip's settings: if it fails, pip tries. Bytecode is
+        # compiled as pip does: where Python may not write any, every start would compile all
+        # of PyTorch's modules anew, which takes longer than the rest of it
+        { command -v uv && uv pip install --quiet --compile-bytecode --python .venv/bin/python \
+            -r "$1"; } >/dev/null ||
             .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
         echo "$wanted" > "$installed"
     fi
