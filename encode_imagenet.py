@@ -334,7 +334,11 @@ def sort_out(images, items, found):
 
 
 def encode_batch(args, space, config, device, batch):
-    """What sort_out returns -> labels, moments, those of the mirror images or None, faults."""
+    """What sort_out returns -> (labels, moments, those of the mirror images or None, faults).
+
+    labels (n,) int64; moments (n, 2, C, h, w) of --dtype, on the CPU; faults: (name, error) of each
+    unreadable image. Raises UserError.
+    """
     pixels, labels, faults = batch
     try:
         with one_thread():
@@ -359,7 +363,8 @@ def to_disk(args, space, config, pixels):
 
 
 def report(batches, bar, world):
-    """Yields what write_shard takes of encode_batch's batches; faults and progress go to stderr."""
+    """Shows faults and progress on stderr; yields each batch of encode_batch as write_shard takes
+    it: labels (n,), moments (n, 2, C, h, w), those of the mirror images, names of faults."""
     for labels, moments, mirror, faults in batches:
         for _, fault in faults:
             tqdm.write(fault, file=sys.stderr)

@@ -437,6 +437,7 @@ def check_sample_dir(args, wanted, net):
 
 
 def hash_of(tensor):
+    """SHA-256, in hex, of the bytes of a tensor of any shape."""
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
 

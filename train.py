@@ -431,7 +431,8 @@ def make_ema_update(ema, net, decay):
 def warm_up(state, images, y):
     """Compile, and let DistributedDataParallel settle, on the first batch.
 
-    Weights, gradients and random state are as before.
+    images, y: as in train_step, of shapes (B, ...) and (B,). Weights, gradients and random state
+    are as before.
     """
     if state.run.config["compile"]:
         compile_passes(state, images, y)
@@ -444,7 +445,7 @@ def warm_up(state, images, y):
 
 
 def compile_passes(state, images, y):
-    """Compile the passes, and try them, forward and backward.
+    """Compile the passes, and try them, forward and backward, on a batch (B, ...), (B,).
 
     Where that fails on any rank, all train without it and the log says why; if --compile was given,
     it is a UserError.

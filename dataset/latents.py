@@ -48,9 +48,9 @@ class ShardFiles:
 
 
 def map_array(path, dtype, shape):
-    """An .npy file as a read-only array whose ``base`` is its memory map.
+    """An .npy file as a read-only array of any shape; its ``base`` is the memory map.
 
-    Raises UserError unless it is there, of this dtype and shape, and complete.
+    Raises UserError unless the file exists, is complete, and has this dtype and shape.
     """
     expected = f"{path} must hold {' x '.join(map(str, shape))} numbers of {dtype}"
     remedy = "remove it and repeat the encode_imagenet.py command"
@@ -77,7 +77,7 @@ def map_array(path, dtype, shape):
 
 
 def prefetch_row(array, row):
-    """Ask the disk for a row of a mapped array, without waiting for it."""
+    """Ask the disk for a row of an array (N, ...) of map_array, without waiting for it."""
     size = array.nbytes // len(array)
     start = len(array.base) - array.nbytes + row * size
     page = start - start % mmap.PAGESIZE

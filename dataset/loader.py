@@ -70,9 +70,10 @@ class BatchSampler:
 
 
 def load_batches(dataset, sampler, *, workers, device):
-    """Yields the batches of a data set, (data, labels), on device.
+    """Yields the batches of a data set on device: data, labels (B,) int64.
 
-    With workers the next two are prefetched, in pinned memory where device is a GPU. Raises
+    data: uint8 images (B, 3, H, W) or moments (B, 2, C, h, w), as the data set has them. With
+    workers the next two batches are prefetched, in pinned memory if device is a GPU. Raises
     UserError for what cannot be read.
     """
     batches = dataset.batches(sampler, workers)
@@ -141,7 +142,10 @@ def _read_all(read, items):
 
 
 def stack_images(images):
-    """Images of read_images as uint8 (B, 3, H, W). Raises the first UserError among them."""
+    """What read_images yields, arrays (3, H, W) and UserErrors -> uint8 tensor (B, 3, H, W).
+
+    Raises the first UserError among them.
+    """
     for image in images:
         if isinstance(image, UserError):
             raise image

@@ -125,9 +125,10 @@ def posterior_sample(moments, noise, scale, shift=0.0):
 
 
 def to_uint8(x):
-    """Images in [-1, 1] -> uint8, truncating 127.5 x + 128 as DiT and the official MeanFlow do.
+    """Images in [-1, 1] -> uint8 of the same shape (B, 3, H, W); values beyond are clamped.
 
-    ADM's own sampler truncates 127.5 (x + 1), half a level less.
+    Truncates 127.5 x + 128 as DiT and the official MeanFlow do; ADM's own sampler truncates
+    127.5 (x + 1), half a level less.
     """
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 

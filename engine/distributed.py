@@ -85,13 +85,13 @@ class World:
         return value
 
     def total(self, tensor):
-        """The sum of a tensor over the ranks, in place."""
+        """The sum over the ranks of a tensor of any shape, in place."""
         if self.distributed:
             dist.all_reduce(tensor)
         return tensor
 
     def mean(self, tensor):
-        """The mean of a tensor over the ranks."""
+        """The mean over the ranks of a tensor of any shape, a new tensor."""
         return self.total(tensor.clone()) / self.size
 
     def gather(self, value):

@@ -136,10 +136,11 @@ class Guard:
         self.stopped_at, self.own_loss_is_bad = zero, zero  # the step of the stop; this rank's loss
 
     def should_skip(self, step, loss, norm):
-        """1.0 where this step's update must be skipped, else 0.0, a scalar on the device.
+        """1.0 if this step's update must be skipped, else 0.0: a float32 scalar on the device.
 
-        loss: this rank's. norm: of the averaged gradient of ``propagate_nonfinite`` losses, so that
-        it is not finite on any rank if the loss is not on one.
+        loss: this rank's, a scalar on the device. norm: that of the averaged gradient of
+        ``propagate_nonfinite`` losses, a scalar: a loss that is not finite on one rank makes it so
+        on all.
         """
         bad = ~torch.isfinite(norm)
         self.in_a_row = (self.in_a_row + 1) * bad

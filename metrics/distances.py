@@ -35,8 +35,10 @@ def _factor(covariance):
 
 
 def inception_score(scores):
-    """Inception Score of Statistics.scores (splits, CLASSES + 2): the mean over splits of
-    exp(mean KL(p | q)), where q is the mean of p over the split."""
+    """Inception Score: the mean over splits of exp(mean KL(p | q)); q is the mean of p in a split.
+
+    scores: Statistics.scores, of shape (S, CLASSES + 2), a row for each of S splits.
+    """
     p, p_log_p, count = scores.split([CLASSES, 1, 1], dim=1)
     q = p / count
     return float((p_log_p / count - torch.xlogy(q, q).sum(1, keepdim=True)).exp().mean())

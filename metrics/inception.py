@@ -45,10 +45,11 @@ def dimension(protocol, image_size):
 
 
 class Extractor:
-    """uint8 images (B, 3, H, W) -> Features by one protocol, on the world's device, in float32.
+    """Calling it maps images, uint8 (B, 3, H, W), to Features by one protocol.
 
-    inception: a file of pytorch-fid's weights; by default the one in torch's hub cache, downloaded
-    if it is missing. Every rank must call it. Raises UserError without weights.
+    The network runs in float32 on the world's device, where the features stay. inception: a file
+    of pytorch-fid's weights; by default the one in torch's hub cache, downloaded if it is missing.
+    Every rank must construct it. Raises UserError without weights.
     """
 
     def __init__(self, protocol, world, *, inception=None):
@@ -79,7 +80,7 @@ class Extractor:
 
 
 def resize_like_tensorflow(images, size=299):
-    """Bilinear resize of (B, 3, H, W) to (size, size) as TensorFlow 1 does it.
+    """Bilinear resize, as TensorFlow 1 does it: float (B, 3, H, W) -> (B, 3, size, size).
 
     Output pixel i lies at i * H / size of the input: corners are aligned at the origin only,
     there are no half-pixel centres, and shrinking does not smooth.

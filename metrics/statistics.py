@@ -80,7 +80,10 @@ class Statistics:
             self.scores.index_add_(0, numbers // SPLIT, sums)
 
     def add_all(self, batches, title):
-        """Add this rank's batches, of (first, images), under a progress bar; returns self."""
+        """Add this rank's batches, with a progress bar; returns self.
+
+        batches: of (number of the first image, images uint8 (B, 3, H, W)).
+        """
         world = self.extractor.world
         with world.progress(self.count, desc=title, unit="image") as bar:
             for first, images in batches:
