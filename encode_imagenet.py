@@ -343,14 +343,14 @@ def encode_batch(args, space, config, device, batch):
     try:
         with one_thread():
             pixels = pixels.to(device, non_blocking=True)
-            moments = to_disk(args, space, config, pixels)
-            mirror = to_disk(args, space, config, pixels.flip(3)) if args.flip else None
+            moments = encode_pixels(args, space, config, pixels)
+            mirror = encode_pixels(args, space, config, pixels.flip(3)) if args.flip else None
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: lower --batch-size and repeat the command") from error
     return labels, moments, mirror, faults
 
 
-def to_disk(args, space, config, pixels):
+def encode_pixels(args, space, config, pixels):
     """uint8 (n, 3, H, W) -> moments (n, 2, C, h, w) of --dtype on the CPU. Raises UserError."""
     dtype = DTYPES[args.dtype]
     if not len(pixels):

@@ -52,7 +52,7 @@ from metrics.reference import Evaluation, notes
 from models import is_improved
 
 MARKER = "samples.json"  # in the sample folder: what its images depend on
-NOISE = "sha256(seed, i)"  # how starts draws, as recorded in samples.json
+NOISE = "sha256(seed, i)"  # how noise_and_labels draws, as recorded in samples.json
 THREADS = min(16, os.cpu_count())  # that read or write image files
 
 
@@ -151,9 +151,9 @@ def main(args):
                 open_sample_dir(part, entries, net, world, stack)
             sample_one_count(part, sampler, entries, evaluation)
         if len(parts) > 1 and args.save_images and world.main:
-            name = "-".join(str(part.num_sampling_steps) for part in parts)
-            samplers[0].picture(beside(args, f"-{name}-steps.png"), at_most=args.num_fid_samples,
-                                beside=samplers[1:])
+            counts = "-".join(map(str, args.num_sampling_steps))
+            samplers[0].picture(output_path(args, f"-{counts}-steps.png"),
+                                at_most=args.num_fid_samples, beside=samplers[1:])
 
 
 def of_one_count(args, steps):
@@ -162,7 +162,7 @@ def of_one_count(args, steps):
     part = copy.copy(args)
     part.num_sampling_steps = steps
     if len(args.num_sampling_steps) > 1:
-        part.sample_dir = Path(f"{beside(args, '')}-{steps}-step{'s' if steps > 1 else ''}")
+        part.sample_dir = Path(f"{output_path(args, '')}-{steps}-step{'s' if steps > 1 else ''}")
     return part
 
 
@@ -174,8 +174,8 @@ def sample_one_count(args, sampler, wanted, evaluation):
     world.barrier()
     if args.save_images and world.main:
         paths = [png_path(args.sample_dir, i) for i in range(args.num_fid_samples)]
-        write_npz(beside(args, ".npz"), paths, world)
-        sampler.picture(beside(args, ".png"), at_most=args.num_fid_samples)
+        write_npz(output_path(args, ".npz"), paths, world)
+        sampler.picture(output_path(args, ".png"), at_most=args.num_fid_samples)
     result = evaluation.metrics(statistics) if evaluation else None
     if world.main:
         report(args, wanted, evaluation, result)
@@ -184,7 +184,7 @@ def sample_one_count(args, sampler, wanted, evaluation):
 # ---- image i of a network ------------------------------------------------------------------------
 
 
-def starts(indices, shape, *, seed, num_classes, labels="balanced"):
+def noise_and_labels(indices, shape, *, seed, num_classes, labels="balanced"):
     """Noise z1 (B, C, H, W) and labels y (B,) int64 of the images with these indices, on the CPU.
 
     Both depend on a hash of (seed, index) alone, so an image depends neither on its batch nor on
@@ -253,7 +253,7 @@ class ImageSampler:
     """Makes image i of a network, for any i.
 
     net: (z, r, t, y) -> u, or called as ImprovedDiT is; space: the VAE or pixels; config: of the
-    checkpoint; labels: as in starts; classes: their labels, all by default; steps: as in
+    checkpoint; labels: as in noise_and_labels; classes: their labels, all by default; steps: as in
     meanflow.sample; guidance: as default_guidance returns it.
     """
 
@@ -265,16 +265,16 @@ class ImageSampler:
         self.guidance = default_guidance(config) if guidance is None else guidance
         self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
 
-    def starts(self, rows):
+    def inputs(self, rows):
         """Noise z1 (B, C, H, W) and labels y (B,) of the images of these numbers, on the CPU."""
-        z1, y = starts(rows, self.config["latent_shape"], seed=self.seed, labels=self.labels,
-                       num_classes=len(self.classes))
+        z1, y = noise_and_labels(rows, self.config["latent_shape"], seed=self.seed,
+                                 labels=self.labels, num_classes=len(self.classes))
         return z1, self.classes[y]
 
     @torch.no_grad()
     def images(self, rows):
         """The images of these numbers, uint8 (B, 3, H, W), on the device of this rank."""
-        z1, y = self.starts(rows)
+        z1, y = self.inputs(rows)
         with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
                 x = self.sample(self.net, z1.to(self.world.device), y.to(self.world.device),
@@ -301,7 +301,7 @@ class ImageSampler:
         columns, samplers = min(len(self.classes), 10), (self, *beside)
         rows = range(min(8 * columns, at_most))
         images = torch.stack([sampler.images(rows) for sampler in samplers], dim=1)  # (B, S, ...)
-        names = class_names(self.config, self.starts(rows)[1].tolist())
+        names = class_names(self.config, self.inputs(rows)[1].tolist())
         captions = [f"{name}\n{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
                     if beside else name for name in names for sampler in samplers]
         save_grid(path, images.flatten(0, 1), columns * len(samplers), captions)
@@ -395,7 +395,7 @@ def png_path(folder, i):
     return folder / f"{i:06d}.png"
 
 
-def beside(args, suffix):
+def output_path(args, suffix):
     """The file next to the sample folder, of the same name with a suffix."""
     return Path(os.path.abspath(args.sample_dir) + suffix)
 
@@ -417,7 +417,7 @@ def check_sample_dir(args, wanted, net):
         raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another")
     check_folder("--sample-dir", folder)
     found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
-                               beside(args, ".npz"), beside(args, ".png"))
+                               output_path(args, ".npz"), output_path(args, ".png"))
              if path.exists() and path.name != LOCK
              and not (path.name.startswith(".") and path.suffix == ".tmp")]
     if not found:

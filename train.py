@@ -603,7 +603,7 @@ class Run:
         self.stack.callback(self.signals.steps_end)  # no deadline while the saver ends
         self.sampler = ImageSampler(state.ema, self.space, self.config, world, seed=self.args.seed)
         unfinished = what_is_due(self, state.step).evaluate and not self.log.has(state.step, "fid")
-        if state.step and world.agree(unfinished):  # the evaluation in which the last run ended
+        if state.step and world.broadcast(unfinished):  # the evaluation in which the last run ended
             self.evaluate(state.step)
 
     def read(self, step):
@@ -664,9 +664,9 @@ class Run:
         """Wait for the other ranks and the last checkpoint, and print its path."""
         self.signals.close()
         self.saver.close()
-        if self.signals.asked:
-            self.log.say(f"{self.signals.asked}: saved step {state.step}; repeat the command to "
-                         f"go on")
+        if self.signals.stopped_by:
+            self.log.say(f"{self.signals.stopped_by}: saved step {state.step}; repeat the command "
+                         f"to go on")
         if self.world.main:
             print(self.saver.path or newest_checkpoint(self.folder / "checkpoints"))
 

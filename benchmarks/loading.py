@@ -83,7 +83,7 @@ def parse_args(argv=None):
 
 def main(args):
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, start_processes() as world:
-        folder = Path(world.agree(folder))
+        folder = Path(world.broadcast(folder))
         if world.main:
             print(*describe_environment(world), sep="\n")
         if args.list_files:

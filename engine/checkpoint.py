@@ -331,11 +331,11 @@ def check_config(folder, config, free, defaults=()):
 
 
 def differences(stored, wanted, free=(), defaults=()):
-    """Describes the settings whose values differ between two dicts; "" if none differ.
+    """Lists the settings whose values differ, as "lr 0.1, now 0.2"; "" if none differ.
 
     defaults: values that count as stored where stored, from an older version, lacks the name.
     """
     names, stored = sorted(stored.keys() | wanted.keys()), dict(defaults) | stored
-    return "; ".join(f"{name:.60} {stored.get(name)!s:.60} there, {wanted.get(name)!s:.60} here"
+    return "; ".join(f"{name:.60} {stored.get(name)!s:.60}, now {wanted.get(name)!s:.60}"
                      for name in names
                      if name not in free and stored.get(name) != wanted.get(name))

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from engine.options import RunError, UserError
 
 LEAST_BUCKET_MIB = 25  # PyTorch's default
-PEERS_S = 10  # a rank that is alive so long after an error is the only one that has it
-WRITING_S = 300  # for a checkpoint in progress when the process must end; torchrun may give less
-BEAT_S = 20  # between two heartbeats
-GONE_S = 300  # timeout of a heartbeat
+ERROR_WAIT_S = 10  # a rank that is alive so long after an error is the only one that has it
+SAVE_TIMEOUT_S = 300  # for the checkpoint in progress when the process must end; torchrun may kill
+# the process sooner
+HEARTBEAT_S = 20  # between two heartbeats
+HEARTBEAT_TIMEOUT_S = 300  # until a machine that does not answer counts as gone
 
 # ---- this process among all ----------------------------------------------------------------
 
@@ -64,7 +65,7 @@ class World:
         if self.distributed:
             dist.barrier()
 
-    def agree(self, value):
+    def broadcast(self, value):
         """Rank 0's value, on every rank."""
         box = [value]
         if self.distributed:
@@ -79,7 +80,7 @@ class World:
                 value = work()
             except UserError as error:
                 fault = error
-        value, fault = self.agree((value, fault))
+        value, fault = self.broadcast((value, fault))
         if fault:
             raise fault
         return value
@@ -111,12 +112,12 @@ class World:
             return int(tensor)
         return result
 
-    def leave(self, reason, code):
+    def exit(self, reason, code):
         """End the process, from any thread, after the checkpoint in progress."""
         reason = f"rank {self.rank}: {reason} at {self.position}"
         if self.saver and self.saver.writing:
             print_last(f"{reason}; a checkpoint is being written and finished first")
-            self.saver.wait(WRITING_S)
+            self.saver.wait(SAVE_TIMEOUT_S)
         print_last(f"{reason}; what is on disk is whole: repeat the command to go on")
         os._exit(code)
 
@@ -149,7 +150,7 @@ def start_processes(precision="fp32", *, patience_h=0.5):
 
     precision: fp32, tf32 (fp32 with TensorFloat-32 products on GPUs) or bf16 (autocast).
     patience_h: hours that a rank waits for another that is alive. One that died is noticed at once,
-    a machine that is unreachable within GONE_S. Raises UserError and LostError.
+    a machine that is unreachable within HEARTBEAT_TIMEOUT_S. Raises UserError and LostError.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, _device(), precision)
@@ -292,15 +293,15 @@ def _memory_error(error):
 def fail(message, *, code=2, at_once=False):
     """Prints one line on stderr and ends this process.
 
-    Most errors are met by all ranks. Local rank 0 prints at once, and torchrun then ends the others
-    of its machine. A rank that is alive PEERS_S seconds later met the error alone, and prints it,
-    too; at_once: without this wait. No rank asks another, which may be gone.
+    Most errors occur on all ranks. Local rank 0 prints at once, and torchrun then ends the others
+    of its machine. A rank that is alive ERROR_WAIT_S seconds later has the error alone and prints
+    it, too; at_once: without this wait. No rank asks another, which may be gone.
     """
     rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("LOCAL_RANK", 0)) and not at_once:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # by which torchrun ends this process
-        time.sleep(PEERS_S)
+        time.sleep(ERROR_WAIT_S)
     print_last(f"rank {rank}: {message}" if rank or at_once else message)
     sys.stdout.flush()
     if dist.is_initialized():
@@ -417,19 +418,21 @@ class _Heartbeat(threading.Thread):
     def __init__(self, world):
         super().__init__(daemon=True)
         self.world, self.ending = world, threading.Event()
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=GONE_S))
+        timeout = datetime.timedelta(seconds=HEARTBEAT_TIMEOUT_S)
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.start()
 
     def run(self):
         ended = False
         while not ended:
-            beat = torch.tensor([int(self.ending.wait(BEAT_S))])
+            beat = torch.tensor([int(self.ending.wait(HEARTBEAT_S))])
             began = time.monotonic()
             try:
                 dist.all_reduce(beat, dist.ReduceOp.MAX, group=self.group)
             except RuntimeError:
-                if time.monotonic() - began >= GONE_S - 1:
-                    self.world.leave(f"another machine did not answer for {GONE_S} s", code=1)
+                if time.monotonic() - began >= HEARTBEAT_TIMEOUT_S - 1:
+                    self.world.exit(f"another machine did not answer for {HEARTBEAT_TIMEOUT_S} s",
+                                    code=1)
                 return
             ended = bool(beat)
 

@@ -11,13 +11,13 @@ import torch
 
 from engine.options import RunError
 
-ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 20  # below the 30 s that torchrun gives a process between SIGTERM and SIGKILL
 
 
 class Signals:
-    """Within ``with``, a signal of ASKED stops all ranks after the same step: ``stop`` returns its
-    name.
+    """Within ``with``, each of STOP_SIGNALS stops all ranks after the same step: ``stop`` returns
+    its name.
 
     Each step starts an asynchronous max-reduce of signal numbers and reads the previous result, so
     several processes stop one step later than a single one. A thread acts where the main thread is
@@ -26,7 +26,7 @@ class Signals:
     """
 
     def __init__(self, world):
-        self.world, self.heard, self.pending, self.asked = world, None, None, None
+        self.world, self.heard, self.pending, self.stopped_by = world, None, None, None
         self.stepping = True
 
     def __enter__(self):
@@ -34,7 +34,7 @@ class Signals:
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         # nohup ignores SIGHUP; so does a run under it
-        self.before = {number: signal.signal(number, self.hear) for number in ASKED
+        self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS
                        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
@@ -50,8 +50,8 @@ class Signals:
         while True:
             left = None if deadline == math.inf else max(0, deadline - time.monotonic())
             if not select.select([reader], [], [], left)[0]:
-                if self.stepping and not self.asked:
-                    self.world.leave(f"the step did not end within {GRACE_S} s of a signal", code=1)
+                if self.stepping and not self.stopped_by:
+                    self.world.exit(f"the step did not end within {GRACE_S} s of a signal", code=1)
                 deadline = math.inf  # the step has ended, and saving may take its time
                 continue
             number, now = os.read(reader, 1), time.monotonic()
@@ -60,7 +60,7 @@ class Signals:
             # torchrun passes the first Ctrl-C on as SIGINT and the second as SIGTERM. Where the
             # terminal signals this process, too, one Ctrl-C is two signals within a moment
             if number[0] in (signal.SIGINT, signal.SIGTERM) and now - interrupted > 1:
-                self.world.leave("interrupted twice", code=130)
+                self.world.exit("interrupted twice", code=130)
             if number[0] == signal.SIGINT:
                 interrupted = min(now, interrupted)
             if number[0] == signal.SIGHUP:
@@ -81,10 +81,10 @@ class Signals:
             agreed = self.pending() if self.pending else 0
             self.pending = self.world.start_maximum(
                 signal.Signals[self.heard].value if self.heard else 0)
-            self.asked = signal.Signals(agreed).name if agreed else None
+            self.stopped_by = signal.Signals(agreed).name if agreed else None
         else:
-            self.asked = self.heard
-        return self.asked
+            self.stopped_by = self.heard
+        return self.stopped_by
 
     def close(self):
         """Called after the last step on every rank."""
@@ -100,7 +100,7 @@ class Signals:
         """Restore the handlers or, where the process is ending, ignore all signals: among several
         processes it may still wait for the others, perhaps for a checkpoint."""
         signal.set_wakeup_fd(-1)
-        ending = self.heard or self.asked or self.world.distributed
+        ending = self.heard or self.stopped_by or self.world.distributed
         for number, before in self.before.items():
             signal.signal(number, signal.SIG_IGN if ending else before)
         os.close(self.writer)
@@ -108,7 +108,7 @@ class Signals:
 
 def ignore_signals():
     """For processes that read data: the training process decides when they end."""
-    for number in ASKED:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

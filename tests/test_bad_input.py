@@ -143,7 +143,7 @@ def test_a_folder_of_another_run_names_the_options_that_differ(trained, digits, 
     before = snapshot(folder)
     options = [*tiny(digits, folder), "--max-steps", 20, "--lr", 0.5, "--cfg", 1.5]
     line = refusal("train", options, "--run-dir")
-    assert "lr 0.001 there, 0.5 here" in line and "cfg 3.0 there, 1.5 here" in line
+    assert "lr 0.001, now 0.5" in line and "cfg 3.0, now 1.5" in line
     assert "max_steps" not in line and snapshot(folder) == before
 
 

@@ -154,7 +154,7 @@ def test_a_checkpoint_of_other_options_is_not_continued(tmp_path):
     net, ema, optimizer, stored = trainable()
     path = tmp_path / "0000005.pt"
     save_checkpoint(path, {**stored, "config": {**CONFIG, "lr": 0.2}})
-    with pytest.raises(UserError, match="--run-dir .*lr 0.2 there, 0.1 here"):
+    with pytest.raises(UserError, match="--run-dir .*lr 0.2, now 0.1"):
         restore_checkpoint(path, net, ema, optimizer, config=CONFIG, free=())
     assert restore_checkpoint(path, net, ema, optimizer, config=CONFIG, free=("lr",)) == 5
 
@@ -172,7 +172,7 @@ def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path):
             check_config(tmp_path, config, (), defaults)
         with contextlib.nullcontext() if new == 1 else pytest.raises(UserError, match="new 1 the"):
             restore_checkpoint(path, net, ema, optimizer, config=config, free=(), defaults=defaults)
-    with pytest.raises(UserError, match="new None there, 1 here"):
+    with pytest.raises(UserError, match="new None, now 1"):
         check_config(tmp_path, {**CONFIG, "new": 1}, ())
 
 
@@ -256,7 +256,7 @@ def test_a_run_of_other_options_is_refused_by_name(tmp_path):
     write_json(check_config(tmp_path, CONFIG, ()), CONFIG)
     # Without a checkpoint there is nothing to spoil: it may have failed for these very options
     check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
-    with pytest.raises(UserError, match="new None there, 1 here"):  # another program's config.json
+    with pytest.raises(UserError, match="new None, now 1"):  # another program's config.json
         check_config(tmp_path, {**CONFIG, "new": 1}, ())
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "0000001.pt").touch()
@@ -265,7 +265,7 @@ def test_a_run_of_other_options_is_refused_by_name(tmp_path):
     with pytest.raises(UserError) as error:  # an ImageNet of classes is no line
         check_config(tmp_path, {**CONFIG, "classes": ["n01440764"] * 1000}, ())
     assert len(str(error.value)) < 500
-    with pytest.raises(UserError, match="lr 0.1 there, 0.2 here"):
+    with pytest.raises(UserError, match="lr 0.1, now 0.2"):
         check_config(tmp_path, {**CONFIG, "lr": 0.2}, ())
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="--run-dir .*config.json"):

@@ -118,7 +118,7 @@ def work():
 def main(args):
     with start_processes() as world:
         maximum = world.start_maximum(world.rank + 3)
-        print(world.agree(world.rank + 7), world.mean(torch.tensor([world.rank + 1.0])).item(),
+        print(world.broadcast(world.rank + 7), world.mean(torch.tensor([world.rank + 1.0])).item(),
               world.gather(world.rank), maximum(), world.on_main(lambda: world.rank), world.main)
         try:
             world.on_main(work)
@@ -140,7 +140,7 @@ FAILING = """
 import sys
 from engine import distributed
 from engine.options import UserError
-distributed.PEERS_S = float(sys.argv[1])
+distributed.ERROR_WAIT_S = float(sys.argv[1])
 def main(args):
     with distributed.start_processes() as world:
         if str(world.rank) in sys.argv[2:]:
@@ -173,7 +173,7 @@ def test_an_error_of_all_ranks_is_one_line_under_torchrun(tmp_path):
 SCRIPT = """
 import sys, time
 from engine import distributed
-distributed.BEAT_S, distributed.GONE_S = 0.5, 3
+distributed.HEARTBEAT_S, distributed.HEARTBEAT_TIMEOUT_S = 0.5, 3
 def main(args):
     with distributed.start_processes() as world:
         world.position = "the middle"

@@ -357,7 +357,7 @@ def test_a_folder_of_another_configuration_is_refused(world, whole, change):
     word = {"--vae": "encoder"}.get(change[0], change[0][2:].replace("-", "_"))
     with refused("--out-path", word, "choose another"):
         encode(world, whole, "--flip", *change)
-    with refused("--out-path", "flip True there, False here"):
+    with refused("--out-path", "flip True, now False"):
         encode(world, whole)
     assert read(whole) == before
 

@@ -23,7 +23,7 @@ from dataset.images import ImageFolder
 from dataset.loader import BatchSampler, load_batches
 from engine.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from engine.distributed import World, run_main
-from engine.faults import ASKED, Guard, Signals, propagate_nonfinite
+from engine.faults import STOP_SIGNALS, Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder
 from engine.options import RunError, UserError
 
@@ -148,7 +148,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
 def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrupted):
     """One run, ended by each signal in turn, of which only one of two processes hears."""
     run, step = tmp_path / "run", 0
-    for number in ASKED if processes == 1 else ASKED[:2]:
+    for number in STOP_SIGNALS if processes == 1 else STOP_SIGNALS[:2]:
         children = begin(digits, run, 20, processes=processes)
         wait_for_step(run, step + 1, lambda: children[0].alive)  # noqa: B023
         os.kill(children[-1].pid, number)
@@ -326,11 +326,11 @@ def test_torchrun_passes_a_signal_on(digits, tmp_path):
 
 
 def test_signals_have_their_usual_effect_after_a_run():
-    before = [signal.getsignal(number) for number in ASKED]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with Signals(WORLD) as signals:
         assert signals.stop() is None
         assert signal.getsignal(signal.SIGTERM) == signals.hear
-    assert [signal.getsignal(number) for number in ASKED] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 # ---- processes that die --------------------------------------------------------------------
@@ -385,7 +385,7 @@ def test_the_options_are_compared_again_once_the_directory_is_held(digits, tmp_p
         return alone(option, folder)
 
     monkeypatch.setattr("train.lock_folder", wait_for_another_run)
-    with pytest.raises(UserError, match="--run-dir .*lr 0.001 there, 0.01 here"):
+    with pytest.raises(UserError, match="--run-dir .*lr 0.001, now 0.01"):
         call("train", *options(digits, run, 30, "--lr", 0.01))
     before = uninterrupted[1] / "config.json"
     assert (run / "config.json").read_bytes() == before.read_bytes()
@@ -513,7 +513,7 @@ def test_readers_leave_the_end_to_the_training_process(digits, capfd):
     loaded = load_batches(images, batches, workers=1, device=torch.device("cpu"))
     next(loaded)
     reader, = multiprocessing.active_children()
-    for number in ASKED:
+    for number in STOP_SIGNALS:
         os.kill(reader.pid, number)
     for _ in range(20):
         next(loaded)

@@ -24,7 +24,7 @@ from engine.files import lock_folder
 from engine.options import UserError
 from metrics.inception import PROTOCOLS
 from metrics.reference import METRICS, Reference
-from sample import starts
+from sample import noise_and_labels
 
 # ---- noise and label of image i ------------------------------------------------------------------
 
@@ -32,15 +32,15 @@ SHAPE = (4, 8, 8)
 
 
 def test_the_start_of_an_image_depends_on_seed_and_index_alone():
-    z1, y = starts([3, 4, 5], SHAPE, seed=10, num_classes=7, labels="random")
-    z2, y2 = starts([5], SHAPE, seed=10, num_classes=7, labels="random")
+    z1, y = noise_and_labels([3, 4, 5], SHAPE, seed=10, num_classes=7, labels="random")
+    z2, y2 = noise_and_labels([5], SHAPE, seed=10, num_classes=7, labels="random")
     assert torch.equal(z1[2], z2[0]) and y[2] == y2[0]
     assert z1.shape == (3, *SHAPE) and z1.dtype == torch.float32 and y.dtype == torch.int64
 
 
 def test_labels_do_not_change_the_noise():
-    balanced, y = starts(range(16), SHAPE, seed=10, num_classes=7)
-    random, _ = starts(range(16), SHAPE, seed=10, num_classes=7, labels="random")
+    balanced, y = noise_and_labels(range(16), SHAPE, seed=10, num_classes=7)
+    random, _ = noise_and_labels(range(16), SHAPE, seed=10, num_classes=7, labels="random")
     assert torch.equal(balanced, random) and y.tolist() == [i % 7 for i in range(16)]
 
 
@@ -48,7 +48,7 @@ def test_the_noise_is_the_same_on_every_machine_and_in_every_version():
     """The bytes of published seeds stay. A label is the hash modulo the classes."""
     words = np.frombuffer(hashlib.sha256(b"7 123 noise").digest(), "<u4")
     expected = np.random.RandomState(words).standard_normal(SHAPE)
-    z1, y = starts([123], SHAPE, seed=7, num_classes=1000, labels="random")
+    z1, y = noise_and_labels([123], SHAPE, seed=7, num_classes=1000, labels="random")
     assert np.array_equal(z1[0].numpy(), expected.astype(np.float32))
     known = [0.0742964819, 0.8961713314, -0.0156908184, 0.4693634808]
     assert z1.flatten()[:4].tolist() == pytest.approx(known, rel=1e-6) and y.tolist() == [503]
@@ -60,7 +60,8 @@ def test_images_of_three_seeds_are_independent_standard_normals():
     False alarm: 4e-8 for the 15 moments and correlations of whole seeds, six standard errors each;
     2e-7 for the largest of 4.5 million correlations of two images.
     """
-    seeds = [starts(range(1000), SHAPE, seed=seed, num_classes=1000)[0].flatten(1).double()
+    numbers = range(1000)
+    seeds = [noise_and_labels(numbers, SHAPE, seed=seed, num_classes=1000)[0].flatten(1).double()
              for seed in range(3)]
     images = torch.cat(seeds)
     assert len(torch.unique(images, dim=0)) == 3000
@@ -79,7 +80,7 @@ def test_images_of_three_seeds_are_independent_standard_normals():
 def test_random_labels_of_three_seeds_are_uniform_and_independent():
     """False alarm: 3e-6 for chi-squared with 9 degrees of freedom beyond 45 in one of three, 1e-7
     for two seeds' agreement, six standard errors from a tenth."""
-    seeds = [starts(range(1000), (1, 1, 1), seed=seed, num_classes=10, labels="random")[1]
+    seeds = [noise_and_labels(range(1000), (1, 1, 1), seed=seed, num_classes=10, labels="random")[1]
              for seed in range(3)]
     for y in seeds:
         assert ((torch.bincount(y, minlength=10) - 100) ** 2 / 100).sum() < 45
@@ -219,7 +220,7 @@ def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path,
         return lock(option, folder)
 
     monkeypatch.setattr("sample.lock_folder", wait_for_another_command)
-    with pytest.raises(UserError, match="--sample-dir .*seed 0 there, 1 here"):
+    with pytest.raises(UserError, match="--sample-dir .*seed 0, now 1"):
         call("sample", *options(trained, tmp_path / "new"), "--seed", 1)
     assert files(tmp_path / "new") == files(sampled)
 

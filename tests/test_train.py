@@ -15,7 +15,7 @@ import train
 from dataset.vae import normalisation, posterior_sample
 from engine.distributed import World
 from engine.options import UserError
-from sample import ImageSampler, starts
+from sample import ImageSampler, noise_and_labels
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_improved_meanflow_normalises_latents_per_channel(digits, tmp_path):
     space = SimpleNamespace(decode=lambda latents: latents, scale=config["scale"])
     sampler = ImageSampler(lambda *_, heads: (torch.zeros(2, 4, 4, 4), None), space, config,
                            World(0, 1, torch.device("cpu"), "fp32"))
-    z1, _ = starts(range(2), (4, 4, 4), seed=0, num_classes=10)
+    z1, _ = noise_and_labels(range(2), (4, 4, 4), seed=0, num_classes=10)
     assert torch.allclose(sampler.images(range(2)), (z1 * std + mean) * config["scale"], rtol=1e-5)
 
 
