@@ -17,11 +17,11 @@ training_steps=${QUICKSTART_STEPS:-1950}
 checkpoint=$run/checkpoints/$(printf %07d "$training_steps").pt
 
 # One process per GPU, or two on a CPU; rounded down to a power of two, which divides the batch
-processes=$(python -c 'import os, torch
+read -r processes threads < <(python -c 'import os, torch
 count = torch.cuda.device_count() or min(2, os.cpu_count())
-print(2 ** (count.bit_length() - 1))')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os
-print(max(1, os.cpu_count() // $processes))")}
+processes = 2 ** (count.bit_length() - 1)
+print(processes, max(1, os.cpu_count() // processes))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 torchrun="torchrun --standalone --nproc_per_node=$processes"
 
 show() {  # print a command and run it
@@ -40,9 +40,6 @@ for steps in 1 2; do
 done
 show python evaluate_fid.py --samples "$run/1-step.npz" --ref "$data" --image-size 8 \
     --protocol pixels --num-workers 0
-for steps in 1 2; do
-    printf '\nQuality in %s step(s): ' $steps
-    python examples/digits.py judge "$run/$steps-step.npz"
-done
+show python examples/digits.py judge "$run/1-step.npz" "$run/2-step.npz"
 printf 'Pictures: %s (one step), %s (two), %s (while training)\n' \
     "$run/1-step.png" "$run/2-step.png" "$run/samples/"

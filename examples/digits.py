@@ -1,7 +1,7 @@
 """Write the quickstart's data, scikit-learn's 1,797 handwritten digits of 8 x 8, or judge samples.
 
     python examples/digits.py write data/digits           # one folder of PNG files per digit
-    python examples/digits.py judge samples.npz           # one JSON line: how good samples are
+    python examples/digits.py judge samples.npz ...       # a JSON line each: how good they are
 
 accuracy is the share of samples that an SVM, trained on the real digits, recognises as their
 label; the label of sample i is i modulo 10, as in sample.py --labels balanced.
@@ -27,16 +27,19 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Write the digits, or judge samples of them.")
     parser.add_argument("action", choices=("write", "judge"),
                         help="write the digits, or judge samples")
-    parser.add_argument("path", type=Path, help="folder to write, or .npz of samples")
+    parser.add_argument("path", type=Path, nargs="+", help="folder to write, or .npz of samples")
     return parser.parse_args(argv)
 
 
 def main(args):
     digits = load_digits()
     if args.action == "write":
-        write(args.path, digits)
-    else:
-        print(json.dumps(judge(np.load(args.path, allow_pickle=False)["arr_0"], digits)))
+        for folder in args.path:
+            write(folder, digits)
+        return
+    for path in args.path:
+        samples = np.load(path, allow_pickle=False)["arr_0"]
+        print(json.dumps({"samples": str(path), **judge(samples, digits)}))
 
 
 def pictures(digits):

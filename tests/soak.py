@@ -87,7 +87,8 @@ class Child:
 
     def __init__(self, script, *words, output, limit=None, **environment):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "sample", "encode_imagenet"])
+        context.set_forkserver_preload(["train", "sample", "encode_imagenet", "evaluate_fid",
+                                        "torch.distributed.run"])
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.output, words = Path(output), [str(word) for word in words]
         self.process = context.Process(

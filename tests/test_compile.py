@@ -40,9 +40,11 @@ def fail_in(monkeypatch, which):
 
 @pytest.fixture(scope="module", autouse=True)
 def shallow():
-    """One block in this process's networks, which compiles in a quarter of the time."""
+    """One block a path in this process's networks, which compiles in a quarter of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DiT_models["DiT-T/4"].keywords, "depth", 1)
+        patch.setitem(DiT_models["iMF-T/4"].keywords, "depth", 2)
+        patch.setitem(DiT_models["iMF-T/4"].keywords, "head_depth", 1)
         yield
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTO, flip_bit, refused, run_script, save_odd_files, save_small_vae
+from conftest import PHOTO, flip_bit, refused, run_ranks, save_odd_files, save_small_vae
 
 import encode_imagenet
 from dataset.images import ImageFolder
@@ -176,11 +176,10 @@ def test_a_killed_run_continues_to_the_same_bytes_with_two_processes(world, tmp_
     assert (out / "shard-00002.npy").exists() and not (out / "dataset.json").exists()
     flip_bit(out / "shard-00000.flip.npy", -20)
     before = (out / "shard-00001.npy").stat().st_mtime_ns
-    done = run_script("encode_imagenet.py", *options(world, out, "--flip", "--vae", "none"),
-                      processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(out)  # the result, from one process
-    assert done.stderr.count("is damaged") == 1
+    said, other = run_ranks("encode_imagenet", *options(world, out, "--flip", "--vae", "none"),
+                            processes=2, output=tmp_path / "said")
+    assert said.splitlines()[-1] == str(out) and not other  # the result, from one process
+    assert said.count("is damaged") == 1
     assert read(out) == encode(world, tmp_path / "whole", "--flip", "--vae", "none")
     assert (out / "shard-00001.npy").stat().st_mtime_ns == before
 

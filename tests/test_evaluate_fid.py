@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, call, pictures, run_script
+from conftest import ROOT, call, pictures, run_ranks
 from PIL import Image
 from pytorch_fid.fid_score import compute_statistics_of_path
 from pytorch_fid.inception import InceptionV3
@@ -102,7 +102,7 @@ def test_made_reference_has_adms_layout(adm):
 
 @pytest.mark.slow
 def test_adm_protocol_gives_torch_fidelitys_numbers_with_one_and_three_processes(adm, folders,
-                                                                                 capfd):
+                                                                                 tmp_path, capfd):
     """Of 5 samples and 6 reference images in batches of 2, one share holds a single image."""
     a, b = folders
     expected = torch_fidelity.calculate_metrics(
@@ -115,9 +115,11 @@ def test_adm_protocol_gives_torch_fidelitys_numbers_with_one_and_three_processes
     assert result["recall"] == pytest.approx(expected["recall"], rel=1e-4)
     assert result["inception_score"] > 1.5 and result["sfid"] > 1
     assert result["num_reference_images"] == 6 and result["num_samples"] == 5
-    done = run_script("evaluate_fid.py", *adm[1], "--batch-size", 2, processes=3)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
+    said, *others = run_ranks("evaluate_fid", *adm[1], "--batch-size", 2, processes=3,
+                              output=tmp_path / "said")
+    line, = [line for line in said.splitlines() if line.startswith("{")]
+    assert not any(others), others
+    assert json.loads(line) == {
         key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
         for key, value in result.items()}
 

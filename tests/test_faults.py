@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import soak
 import torch
-from conftest import ROOT, call, command
+from conftest import ROOT, call
 from soak import Child, differences, ranks, wait_for_step
 
 from dataset.images import ImageFolder
@@ -49,17 +48,11 @@ def train(digits, folder, steps, *extra, processes=1):
     return "".join(said for _, said in ends)
 
 
-def start(words):
-    """A command in a process of its own, with what it prints."""
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*map(str, words)], cwd=ROOT, env=os.environ | environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def torchrun(digits, folder, steps, *agent):
-    """A job of two processes under torchrun, with options of its own."""
-    launch = command("train.py", *options(digits, folder, steps), processes=2)
-    return start([*launch[:4], *agent, *launch[4:]])
+def torchrun(*words, output):
+    """A torchrun in a process of its own; its workers are new Pythons."""
+    script = output.with_suffix(".py")
+    script.write_text("from torch.distributed.run import main\nmain()")
+    return Child(script, *words, output=output)
 
 
 def workers(agent):
@@ -315,14 +308,15 @@ def test_metrics_are_on_disk_before_their_checkpoint(digits, tmp_path, monkeypat
 @pytest.mark.slow
 def test_torchrun_passes_a_signal_on(digits, tmp_path):
     """SIGUSR1 if it is told to. Its own end is not clean: it calls a signal an error."""
-    agent = torchrun(digits, tmp_path / "run", 10**6,
-                     "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-    wait_for_step(tmp_path / "run", 2, lambda: agent.poll() is None)
-    agent.send_signal(signal.SIGUSR1)
-    _, err = agent.communicate(timeout=60)
-    step, = re.findall(r"SIGUSR1: saved step (\d+); repeat", err)
-    assert final(tmp_path / "run", int(step))["step"] == int(step)
-    assert "train.py: error" not in err
+    run = tmp_path / "run"
+    agent = torchrun("--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+                     ROOT / "train.py", *options(digits, run, 10**6), output=tmp_path / "agent.txt")
+    wait_for_step(run, 2, lambda: agent.alive)
+    os.kill(agent.pid, signal.SIGUSR1)
+    code, said = agent.wait(60)
+    step, = re.findall(r"SIGUSR1: saved step (\d+); repeat", said)
+    assert code and final(run, int(step))["step"] == int(step)
+    assert "train.py: error" not in said
 
 
 def test_signals_have_their_usual_effect_after_a_run():
@@ -396,14 +390,14 @@ def test_the_options_are_compared_again_once_the_directory_is_held(digits, tmp_p
 def test_two_nodes_train_and_restart_by_themselves(digits, tmp_path, uninterrupted):
     """Two torchruns of one process each, which meet as those of two machines do."""
     run, port = tmp_path / "run", ranks(1)[0]["MASTER_PORT"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-              "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
-              "--local_addr=127.0.0.1", "--max-restarts=1", "--monitor-interval=0.1"]
-    pair = [start([*launch, ROOT / "train.py", *options(digits, run, 20)]) for _ in range(2)]
-    wait_for_step(run, 4, lambda: pair[0].poll() is None)
+    words = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test",
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "--max-restarts=1",
+             "--monitor-interval=0.1", ROOT / "train.py", *options(digits, run, 20)]
+    pair = [torchrun(*words, output=tmp_path / f"agent{i}.txt") for i in range(2)]
+    wait_for_step(run, 4, lambda: pair[0].alive)
     os.kill(workers(pair[1])[0], signal.SIGKILL)
-    errs = [agent.communicate(timeout=180)[1] for agent in pair]
-    assert not any(agent.returncode for agent in pair), errs
+    ends = [agent.wait(180) for agent in pair]
+    assert not any(code for code, _ in ends), ends
     assert not differences(final(uninterrupted[2], 20), final(run, 20))
     text = (run / "log.txt").read_text()
     assert text.count("2 process(es)") == 2 and re.search(r"steps \d+ to 20", text)

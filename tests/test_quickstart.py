@@ -20,8 +20,9 @@ def test_the_quickstart_trains_samples_and_evaluates(tmp_path):
     assert done.returncode == 0 and "Warning:" not in done.stderr, done.stderr
     for name in ("run/1-step.png", "run/2-step.png", "run/samples/0000003.png"):
         assert Image.open(tmp_path / name).width == 10 * 66 + 2
-    lines = [line.split("step(s): ")[-1] for line in done.stdout.splitlines()]
-    metrics = [json.loads(line) for line in lines if line.startswith("{")]
+    metrics = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [m["num_samples"] for m in metrics] == [1797, 1797, 1797]
-    measured, judged, _ = metrics
+    measured, judged, other = metrics
+    assert (judged["samples"], other["samples"]) == (f"{tmp_path}/run/1-step.npz",
+                                                     f"{tmp_path}/run/2-step.npz")
     assert measured["fid"] == pytest.approx(judged["frechet_distance_of_pixels"], abs=1e-3)
