@@ -12,8 +12,6 @@ import zipfile
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision import datasets
-from torchvision.utils import make_grid
 
 from dataset.loader import read_images, stack_images
 from engine.files import atomic_file, find_damage, regular_file
@@ -84,6 +82,8 @@ class ImageFolder:
 
     def _list(self):
         """Classes, files (N,) relative to root, labels (N,) int64."""
+        from torchvision import datasets  # takes a second to import; evaluate_fid.py does without
+
         if os.path.exists(self.root + "dataset.json"):
             raise UserError(f"--data-path must be a folder of images, got {self.root}, which holds "
                             f"latent shards; add --encoded-data or give the images")
@@ -132,6 +132,8 @@ def save_grid(path, images, columns, captions=None):
     captions: a text for each image, above it; above the columns only where all of a column are
     alike.
     """
+    from torchvision.utils import make_grid  # see ImageFolder._list
+
     enlarge = max(1, 64 // images.shape[3])
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     if not captions:
