@@ -18,7 +18,7 @@ prepare() {  # prepare REQUIREMENTS_FILE
     local wanted installed=".venv/installed-$1"
     wanted=$(cat requirements*.txt)
     if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
-        echo "Installing $1 into .venv (minutes, seconds with uv; several GB with CUDA)" >&2
+        echo "Installing $1 into .venv (minutes, one with uv; several GB with CUDA)" >&2
         # uv is faster than pip but ignores pip's settings: if it fails, pip tries. Bytecode is
         # compiled as pip does: where Python may not write any, every start would compile all
         # of PyTorch's modules anew, which takes longer than the rest of it

@@ -6,7 +6,7 @@
     shard-00000.labels.npy   (n,) int64
     shard-00000.flip.npy     as shard-00000.npy, of the mirror images; where dataset.json says flip
 
-A few hundred large files, memory-mapped: to serve an image is to copy its numbers once.
+A few hundred large files, memory-mapped: serving an image copies its numbers once.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 CROP = "adm-center"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 UNFINISHED = "encoding.json"  # stands in for dataset.json until the last shard is written
-# A start of training verifies latents of up to so many bytes: 2 s of a disk of 2 GB/s
+# train.py compares latents with their checksums up to so many bytes: 2 s from a disk of 2 GB/s
 VERIFIED = 4e9
 
 
@@ -176,7 +176,7 @@ class LatentShards:
         """Yields moments (B, 2, C, h, w) and labels (B,) for each (rows, mirrored)."""
         if not workers:
             return map(self.read, sampler)
-        # To hand latents from process to process costs ten times as much as to read them
+        # Threads: passing latents between processes costs ten times as much as reading them
         return map_ahead(self.read, sampler, threads=workers, depth=2 * workers)
 
     def read(self, batch):
@@ -292,6 +292,6 @@ def write_shard(files, batches, *, latent_shape, dtype, flip):
             np.save(file, labels)
         if skipped:
             write_json(files.skipped, skipped)
-        # Of the data in memory, so that they expose errors of the disk
+        # Computed from the data in memory: reading it back shows what the disk has damaged
         sums = {path.name: array.crc32 for path, array in arrays.items()}
         write_json(files.sums, {files.labels.name: zlib.crc32(labels), **sums})

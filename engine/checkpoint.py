@@ -311,7 +311,7 @@ def check_config(folder, config, free, defaults=()):
     """The path of a run directory's config.json. Raises UserError if another run's is there.
 
     free: names of the options that may change when a run continues. defaults: values of options
-    that an older stored config lacks. A run without a checkpoint may become another.
+    that an older stored config lacks. Before the first checkpoint the options may still change.
     """
     path, begun = Path(folder) / "config.json", bool(list_checkpoints(Path(folder) / "checkpoints"))
     if path.exists():

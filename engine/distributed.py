@@ -39,10 +39,10 @@ HEARTBEAT_TIMEOUT_S = 300  # until a machine that does not answer counts as gone
 
 @dataclass
 class World:
-    """This process among all, and its device.
+    """This process's rank, the world size, its device and precision.
 
-    position: where in its work the process is, for error messages. saver: the Saver of the run's
-    checkpoints, if there is one.
+    position: the step or image that the process works at, for error messages. saver: the Saver of
+    the run's checkpoints, if there is one.
     """
 
     rank: int
@@ -127,7 +127,7 @@ class World:
 
     @contextlib.contextmanager
     def full_precision(self):
-        """Where float32 must be float32 whatever --precision says: evaluation."""
+        """Within ``with``, float32 is computed as float32 whatever --precision says."""
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
@@ -139,7 +139,7 @@ class World:
             torch.backends.cudnn.allow_tf32 = before[1]
 
     def progress(self, total, *, initial=0, desc=None, unit="step"):
-        """A progress bar on stderr, on rank 0 only; rarely refreshed where nobody watches."""
+        """A progress bar on stderr, on rank 0; refreshed each 30 s if that is no terminal."""
         return tqdm(total=total, initial=initial, desc=desc, unit=unit, disable=not self.main,
                     dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30)
 
@@ -212,8 +212,8 @@ def bucket_mib(net):
 
 @contextlib.contextmanager
 def one_thread():
-    """Where bits count: a CPU's sums depend on the number of threads, which is one under torchrun
-    and the number of cores without it."""
+    """Within ``with``, PyTorch uses one thread. The bits of a CPU's sums depend on the number of
+    threads, which is one under torchrun and one per core otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -237,7 +237,7 @@ def counted_generator(seed, *counters, device="cpu"):
 
 
 class LostError(RunError):
-    """Another process or its machine is gone. Each rank prints what it saw of that."""
+    """Another process or its machine is gone. Each rank prints its own line at once."""
 
 
 def run_main(main, parse_args):
@@ -266,7 +266,7 @@ def run_main(main, parse_args):
 
 
 def _path_error(error):
-    """The line for an OSError of a path that cannot even be looked for, else None."""
+    """The line for a path that may not be opened or has too long a name, else None."""
     rule = {errno.EACCES: "open to this user",
             errno.ENAMETOOLONG: "a name that the file system can hold"}.get(error.errno)
     return rule and (f"{error.filename} must be {rule}, got: {error.strerror}; change that or "
@@ -276,7 +276,7 @@ def _path_error(error):
 def _memory_error(error):
     """The line for an error that means too little memory, else None.
 
-    Only a GPU's has a class of its own.
+    Only a GPU's error has a class of its own; PyTorch's others are known by their text.
     """
     text = str(error)
     if "DataLoader worker" in text:

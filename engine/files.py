@@ -59,8 +59,8 @@ def sync_file(path):
 
 
 def sync_folder(folder):
-    """Wait until the names in a folder would survive a power cut, where that can be asked for:
-    CIFS, FUSE and a folder that may be written but not read refuse it."""
+    """Wait until the names in a folder would survive a power cut. CIFS, FUSE and a folder that may
+    be written but not read refuse that, which is ignored."""
     try:
         sync_file(folder)
     except OSError as error:
@@ -189,7 +189,7 @@ class FolderLock:
             return True
 
     def _text(self):
-        """What the lock file says: "" where it is gone, None where that cannot be told now."""
+        """What the lock file says: "" if it is gone, None if it cannot be read now."""
         try:
             return self.path.read_text(errors="replace")[:200]
         except OSError as error:

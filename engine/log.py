@@ -34,8 +34,7 @@ class Log:
                 self.board = Board(self.folder, step)
 
     def _drop_records_after(self, step):
-        """Also drops damaged lines: a crash cuts short only a line later than the last
-        checkpoint."""
+        """Also drop damaged lines: a crash damages only lines later than the last checkpoint."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines, records = path.read_bytes().splitlines(), self._records()

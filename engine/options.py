@@ -22,7 +22,7 @@ class RunError(OneLine, RuntimeError):
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Prints the defaults that there are and that the help does not tell itself."""
+    """Prints each default, unless it is None or stands in the help already."""
 
     def _get_help_string(self, action):
         if action.default is None or "(default" in action.help:

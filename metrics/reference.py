@@ -149,7 +149,7 @@ def metric_names(protocol):
 
 
 def notes(reference, protocol, count):
-    """Lines that a reader of the result must know: metrics left out, weak comparisons."""
+    """Lines to print beside the result: metrics that are left out, and warnings."""
     lines = []
     for need, lack in LACKING.items():
         few = need == "points" and count <= NEIGHBOURS
