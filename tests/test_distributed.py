@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, torchrun
 from soak import Child, ranks
 
 import train
@@ -163,9 +163,10 @@ def test_a_rank_that_fails_alone_says_so_and_the_others_that_they_lost_it(tmp_pa
 def test_an_error_of_all_ranks_is_one_line_under_torchrun(tmp_path):
     """Local rank 0's; torchrun ends the others while they wait."""
     (tmp_path / "failing.py").write_text(FAILING)
-    done = run_script(tmp_path / "failing.py", 600, 0, 1, processes=2, PYTHONPATH=str(ROOT))
-    lines = [line for line in done.stderr.splitlines() if "failing.py: error" in line]
-    assert done.returncode and lines == [f"failing.py: error: {LINE}"], done.stderr
+    code, said = torchrun("--standalone", "--nproc_per_node=2", tmp_path / "failing.py", 600, 0, 1,
+                          output=tmp_path / "agent.txt", PYTHONPATH=str(ROOT)).wait()
+    lines = [line for line in said.splitlines() if "failing.py: error" in line]
+    assert code and lines == [f"failing.py: error: {LINE}"], said
 
 
 # ---- several machines ----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import soak
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, torchrun
 from soak import Child, differences, ranks, wait_for_step
 
 from dataset.images import ImageFolder
@@ -46,13 +46,6 @@ def train(digits, folder, steps, *extra, processes=1):
     ends = [child.wait() for child in begin(digits, folder, steps, *extra, processes=processes)]
     assert not any(code for code, _ in ends), ends
     return "".join(said for _, said in ends)
-
-
-def torchrun(*words, output):
-    """A torchrun in a process of its own; its workers are new Pythons."""
-    script = output.with_suffix(".py")
-    script.write_text("from torch.distributed.run import main\nmain()")
-    return Child(script, *words, output=output)
 
 
 def workers(agent):
