@@ -51,6 +51,7 @@ def run_ranks(script, *options, processes, output, **env):
     They are forked, which saves the seconds that torchrun and every import of PyTorch take. output:
     a path without suffix for their output files.
     """
+    env = {name: str(value) for name, value in env.items()}
     group = [Child(script, *options, output=f"{output}.{rank}.txt", **place, **env)
              for rank, place in enumerate(ranks(processes))]
     ends = [child.wait() for child in group]
