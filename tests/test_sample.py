@@ -185,7 +185,7 @@ def test_a_folder_of_images_from_another_rule_of_noise_is_refused(trained, tmp_p
     del stored["noise"]
     marker.write_text(json.dumps(stored))
     before = files(tmp_path / "old")
-    with pytest.raises(UserError, match="--sample-dir .*noise None there"):
+    with pytest.raises(UserError, match="--sample-dir .*noise None, now"):
         call("sample", *options(trained, tmp_path / "old"))
     assert files(tmp_path / "old") == before
 
