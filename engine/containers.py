@@ -210,7 +210,8 @@ def flatten(tree, prefix=""):
 
 
 def from_bytes(content, kind, shape):
-    """The tensor of this shape whose little-endian bytes content holds; kind: a dtype's name."""
+    """The tensor of this shape, such as (96, 256), whose little-endian bytes content holds; kind: a
+    dtype's name."""
     dtype = getattr(torch, kind, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"unknown dtype {kind}")

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import call, golden_improved_network, run_script, save_small_vae, tiny
+from conftest import call, golden_improved_network, save_small_vae, tiny
 from safetensors.torch import load_file
 
 from engine.checkpoint import load_checkpoint, load_network
@@ -113,11 +113,6 @@ def test_only_the_average_of_a_large_file_is_read(tmp_path):
     call("convert_checkpoint", "--in", tmp_path / "their.pt", "--out", tmp_path / "ours.pt")
     size = (tmp_path / "ours.pt").stat().st_size
     assert size < 1.1 * sum(4 * value.numel() for value in net.values())  # model is ema
-
-
-def test_the_script_runs_alone(trained, tmp_path):
-    done = run_script("convert_checkpoint.py", "--in", trained, "--out", tmp_path / "out.pt")
-    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'out.pt'}\n", done.stderr
 
 
 # ---- refusals ----------------------------------------------------------------------------------

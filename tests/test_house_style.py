@@ -132,7 +132,8 @@ SHAPE = re.compile(r"\([A-Z0-9n][\w.* ^/-]*,[^)]*\)|scalar|any shape")
 # What is called so and is none: PIL's images, ranges of rows, data sets
 OTHERS = {("images", "center_crop"), ("encode_imagenet", "describe"), ("encode_imagenet", "encode"),
           ("encode_imagenet", "split"), ("evaluate_fid", "measure"), ("evaluate_fid", "compare"),
-          ("evaluate_fid", "make_reference"), ("loader", "prefetch"), ("reference", "of")}
+          ("evaluate_fid", "make_reference"), ("loader", "prefetch"), ("reference", "of"),
+          ("classes", "imagenet_names")}
 ENTRANCES = {"__init__", "__call__", "forward"}
 
 

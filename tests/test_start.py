@@ -223,7 +223,7 @@ def test_another_normalisation_is_said(digits, trained, tmp_path):
     state["config"] |= {"scale": 0.5, "vae": "some"}
     torch.save(state, tmp_path / "scaled.pt")
     log = first(fresh(digits, tmp_path / "run", tmp_path / "scaled.pt"))[3]
-    assert "scale 0.5 there, 1.0 here; vae some there, none here" in log
+    assert "scale 0.5, now 1.0; vae some, now none" in log
 
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_a_run_from_nothing_does_not_become_one_from_a_file(digits, trained, hea
                                                             refusal):
     """Nor does one from a file continue from another."""
     line = refusal("train", fresh(digits, trained.parent.parent, trained), "--run-dir")
-    assert "init None there" in line
+    assert "init None, now" in line
     shutil.copy(trained, tmp_path / "a.pt")
     call("train", *fresh(digits, tmp_path / "run", tmp_path / "a.pt", "--max-steps", 1))
     line = refusal("train", fresh(digits, tmp_path / "run", trained, "--max-steps", 2),

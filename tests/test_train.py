@@ -162,7 +162,7 @@ def test_pictures_come_from_the_same_noise_every_time(digits, tmp_path):
     first, second = sorted((tmp_path / "samples").iterdir())
     assert (first.name, second.name) == ("0000002.png", "0000004.png")
     assert first.read_bytes() == second.read_bytes()  # nothing was learned in between
-    assert Image.open(first).size == (10 * 66 + 2, 8 * 66 + 2)
+    assert Image.open(first).size == (10 * 66 + 2, 8 * 66 + 2 + 20)  # captions above
 
 
 def test_training_lowers_the_unweighted_error(digits, tmp_path):
