@@ -35,7 +35,18 @@ from engine.checkpoint import (
     newest_checkpoint,
     restore_checkpoint,
 )
-from engine.distributed import counted_generator, data_parallel, run_main, start_processes
+from engine.distributed import (
+    check_sharding,
+    counted_generator,
+    full_tensor,
+    local_gradients,
+    local_shard,
+    parallelise,
+    run_main,
+    send_shards,
+    start_processes,
+    whole_parameters,
+)
 from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
 from engine.hub import file_or_address
@@ -51,7 +62,7 @@ from sample import ImageSampler
 
 # Options that may change when a run is resumed
 MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
-              "sample_every", "num_workers", "compile", "grad_accum_steps",
+              "sample_every", "num_workers", "compile", "grad_accum_steps", "shard",
               "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
               "protocol")
 # What newer options stand for in a run that began without them
@@ -71,6 +82,9 @@ def parse_args(argv=None):
     if args.eval_every and args.fid_ref is None:
         parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
                      f"the reference statistics")
+    if args.shard and args.compile:
+        parser.error("--compile must come without --shard, which is not compiled, got both; leave "
+                     "one out")
     return args if args.init else complete(args, DEFAULT_MODEL)  # else open_start completes them
 
 
@@ -207,6 +221,9 @@ def add_optimisation_options(group):
                        help="micro-batches per step and rank: less memory, the same gradient")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute activations in the backward pass: less memory, more time")
+    group.add_argument("--shard", action="store_true",
+                       help="divide weights, gradients, optimiser and averages among the ranks "
+                            "(FSDP2): less memory, more communication; needs torch 2.13")
     group.add_argument("--lr", type=float_range(0, above=True), default=1e-4,
                        help="rate of AdamW, constant after the warm-up")
     group.add_argument("--warmup-steps", type=int_range(0), default=0,
@@ -313,6 +330,7 @@ class TrainingState:
         self.net = self.net.to(world.device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.net.checkpoint_activations = args.checkpoint_activations
+        self.forward = parallelise(self.net, self.ema, world, shard=args.shard)
         self.params = list(self.net.parameters())
         self.optimizer = torch.optim.AdamW(
             self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -320,7 +338,6 @@ class TrainingState:
         self.guard = Guard(world, args.skip_nonfinite)
         self.method = make_method(args, run.config["num_classes"])
         self.normalisation = normalisation(run.config, world.device)
-        self.forward = data_parallel(self.net) if world.distributed else self.net
 
     def restore(self, path):
         """Take over the checkpoint of this run at path. Raises UserError if it is another run's."""
@@ -351,7 +368,7 @@ def train_step(state, images, y):
     # propagate_nonfinite gave NaN gradients to a loss that is not finite, and DDP spread them to
     # all ranks. Fused optimisers skip their step where found_inf, a tensor on the device that is
     # made for loss scaling, is 1: the host need not wait
-    norm = torch.nn.utils.get_total_norm([p.grad for p in state.params])
+    norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in state.params]))
     skip = state.guard.should_skip(state.step, losses[0], norm)
     state.optimizer.found_inf = state.ema_update.found_inf = skip
     if args.clip_grad:
@@ -379,7 +396,7 @@ def add_gradients(state, images, y, *, exchange=True):
         part, parts = world.rank + world.size * i, world.size * count
         x = make_data(state, images[i::count], noise[part::parts])
         average = exchange and i == count - 1
-        with nullcontext() if average or not world.distributed else state.forward.no_sync():
+        with nullcontext() if average else local_gradients(state.forward):
             with world.autocast():
                 out = state.method.loss(state.net, x, y[i::count], draws.part(part, parts),
                                         forward=state.forward)
@@ -418,10 +435,10 @@ def make_ema_update(ema, net, decay):
     -weights + ema, its rate 1 - decay. So it makes no autograd graph and obeys found_inf. Buffers
     are constant and not averaged.
     """
-    optimizer = torch.optim.SGD(ema.parameters(), lr=1 - decay, weight_decay=1, maximize=True,
-                                fused=True)
-    for average, weight in zip(ema.parameters(), net.parameters()):
-        average.grad = weight.detach()  # shares its memory: always the current weight
+    averages = [local_shard(p) for p in ema.parameters()]  # no fused SGD knows sharded tensors
+    optimizer = torch.optim.SGD(averages, lr=1 - decay, weight_decay=1, maximize=True, fused=True)
+    for average, weight in zip(averages, net.parameters()):
+        average.grad = local_shard(weight.detach())  # shares its memory: always the current weight
     return optimizer
 
 
@@ -553,6 +570,8 @@ class Run:
             raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
                             f"--grad-accum-steps {args.grad_accum_steps}, got "
                             f"{args.global_batch_size}; choose a multiple of {parts}")
+        if args.shard:
+            check_sharding(world)
         self.dataset, self.space = open_data(args, world)
         self.config = make_config(args, self.dataset, self.space)
         check_network(args, self.config)
@@ -633,19 +652,23 @@ class Run:
             self.log.record(step, **means)
 
     def save(self, state):
-        """Start to write a checkpoint, on rank 0."""
+        """Start to write a checkpoint, on rank 0, to which the others give their shards."""
         if self.world.main:
             self.saver.save(state.state_dict())
+        else:
+            send_shards(state.state_dict())
 
     def picture(self, step):
         """Write one-step samples of the averaged network as one picture, on rank 0."""
-        if self.world.main:
-            self.saver.check()  # that the folder is still this run's
-            self.sampler.picture(self.folder / "samples" / f"{step:07d}.png")
+        with whole_parameters(self.sampler.net):
+            if self.world.main:
+                self.saver.check()  # that the folder is still this run's
+                self.sampler.picture(self.folder / "samples" / f"{step:07d}.png")
 
     def evaluate(self, step):
         """Measure one-step samples of the averaged network: one log line, one metrics record."""
-        metrics = self.evaluation.measure(self.sampler, self.args.eval_samples, EVAL_BATCH)
+        with whole_parameters(self.sampler.net):
+            metrics = self.evaluation.measure(self.sampler, self.args.eval_samples, EVAL_BATCH)
         if self.world.main:
             about = {"labels": self.sampler.labels, "seed": self.sampler.seed}
             if self.sampler.guidance:
@@ -694,7 +717,9 @@ def make_config(args, dataset, space):
 
     scale = dataset.scale if args.encoded_data else space.scale
     shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
-    compiles = torch.cuda.is_available() if args.compile is None else args.compile
+    compiles = args.compile
+    if compiles is None:
+        compiles = torch.cuda.is_available() and not args.shard
     config = {name: plain(value) for name, value in vars(args).items()}
     if is_improved(args.model) and (dataset.vae if args.encoded_data else args.vae) != "none":
         if shape[0] != len(LATENT_MEAN):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from engine.distributed import full_tensor, shard_like
 from engine.files import atomic_file, find_damage
 from engine.options import UserError
 from models import build, describe
@@ -116,9 +117,9 @@ class Saver:
 
 
 def _copy(value):
-    """Dicts and lists with their tensors copied to the CPU."""
+    """Dicts and lists with their tensors copied to the CPU, one by one; sharded ones in full."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return full_tensor(value.detach()).to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list) else value
@@ -288,10 +289,17 @@ def restore_checkpoint(path, net, ema, optimizer, *, config, free, defaults=()):
     with _fitting("--run-dir", path):
         if type(state["step"]) is not int or not 0 < state["step"] < 2**63:
             raise ValueError(f"step {state['step']!s:.60}")
-        net.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+        _load(net, state["model"])
+        _load(ema, state["ema"])
         _restore_moments(optimizer, state["opt"]["state"], list(net.parameters()))
     return state["step"]
+
+
+def _load(net, tensors):
+    """net.load_state_dict(tensors), of which a sharded network takes this rank's parts."""
+    own = net.state_dict()
+    net.load_state_dict({name: shard_like(tensor, own.get(name))
+                         for name, tensor in tensors.items()})
 
 
 def _restore_moments(optimizer, moments, params):
@@ -301,6 +309,8 @@ def _restore_moments(optimizer, moments, params):
     if found != {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                  for i, p in enumerate(params)}:  # load_state_dict would take any shapes
         raise ValueError("the optimiser's state is of another network")
+    moments = {i: {name: value if name == "step" else shard_like(value, params[i])
+                   for name, value in state.items()} for i, state in moments.items()}
     optimizer.load_state_dict(
         {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for state in optimizer.state.values():  # on a CPU these still are the mapped file
