@@ -324,10 +324,11 @@ def test_signals_have_their_usual_effect_after_a_run():
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job(digits, tmp_path):
+@pytest.mark.parametrize("extra", [[], ["--shard"]], ids=["whole", "sharded"])
+def test_a_killed_rank_ends_the_job(extra, digits, tmp_path):
     """Within 30 s, and with a last line from the rank that is left."""
     run = tmp_path / "run"
-    pair = begin(digits, run, 10**6, processes=2)
+    pair = begin(digits, run, 10**6, *extra, processes=2)
     wait_for_step(run, 4, lambda: pair[0].alive)
     os.kill(pair[1].pid, signal.SIGKILL)
     code, said = pair[0].wait(30)
