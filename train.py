@@ -316,8 +316,9 @@ def main(args):
 class TrainingState:
     """What training changes: the step, the network, its average, the optimiser.
 
-    net: the bare network. forward: what the forward with gradient goes through, net itself or net
-    in DistributedDataParallel, compiled or not. method: the loss, its passes compiled or not.
+    net: the bare network, sharded or not. forward: what the forward with gradient goes through, net
+    itself or net in DistributedDataParallel, compiled or not. method: the loss, its passes compiled
+    or not.
     """
 
     def __init__(self, run):
@@ -385,7 +386,8 @@ def add_gradients(state, images, y, *, exchange=True):
     """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
 
     Returns (3,): loss, error and velocity error, means over these rows. During the backward of the
-    last micro-batch DistributedDataParallel averages the gradients over the ranks, if exchange.
+    last micro-batch DistributedDataParallel averages the gradients over the ranks, if exchange; a
+    sharded network does so in every one.
     """
     world, count = state.run.world, state.run.args.grad_accum_steps
     noise, draws = draw_global_batch(state)

@@ -1,4 +1,4 @@
-"""Processes, device, precision and counted randomness.
+"""Processes, device, precision, networks over the ranks and counted randomness.
 
 This module alone reads ranks from the environment and picks a device.
 """

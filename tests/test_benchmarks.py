@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import sys
 
 import pytest
@@ -200,3 +201,22 @@ def test_a_pass_of_improved_meanflow_gathers_the_heads_that_it_uses(scaling):
     assert set(net.velocity_lists) == {"shared_blocks", "v_heads"}
     assert set(net.derivative_lists) == {"shared_blocks", "u_heads"}
     assert net.velocity < net.forward
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_between_two_counts_is_at_most_that_of_their_line(recompute):
+    memory = importlib.import_module("memory")
+    options = {"precision": "bf16", "recompute": recompute, "shard": False}
+    fixed, slope = memory.fit_step("DiT-T/4", **options)
+    for batch in (16, 64):
+        whole = memory.count_step("DiT-T/4", batch, **options)
+        assert whole <= fixed + batch * slope <= 1.05 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_counted_is_what_a_real_step_allocates(precision, capsys):
+    memory = importlib.import_module("memory")
+    args = memory.parse_args(["--measure", "--model", "DiT-T/4", "--precision", precision])
+    memory.main(args)
+    measured, counted = re.findall(r"([\d.]+)(?= MB|$)", capsys.readouterr().out.strip())
+    assert float(counted) == pytest.approx(float(measured), rel=0.02)

@@ -197,7 +197,8 @@ def test_each_rank_holds_its_share_and_all_skip_a_step_of_which_one_is_not_finit
 GRADIENTS = """
 import copy
 import torch
-from engine.distributed import full_tensor, parallelise, run_main, start_processes
+from engine.distributed import (
+    full_tensor, list_blocks, parallelise, run_main, start_processes)
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
 from models import DiT_models
@@ -210,7 +211,10 @@ def main(_):
             plain = DiT_models[model](input_size=16, in_channels=4, num_classes=10)
             for p in plain.parameters():
                 torch.nn.init.normal_(p, std=0.1)
-            sharded, spare = copy.deepcopy(plain), copy.deepcopy(plain)
+            sharded, spare, seen = copy.deepcopy(plain), copy.deepcopy(plain), set()
+            for layer in list_blocks(sharded)[0].modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.register_forward_hook(lambda m, *_: seen.add(m.weight.dtype))
             x, y = torch.randn(8, 4, 16, 16), torch.randint(10, (8,))
             draws, gradients = method.draw(x.shape).part(world.rank, world.size), []
             for net, shard in ((plain, False), (sharded, True)):
@@ -221,7 +225,7 @@ def main(_):
                 loss.backward()
                 gradients.append([full_tensor(p.grad) for p in net.parameters()])
             one, two = (torch.cat([g.flatten() for g in tensors]) for tensors in gradients)
-            assert two.dtype == torch.float32
+            assert seen == {torch.bfloat16} and two.dtype == torch.float32
             print(float((one - two).norm() / one.norm()))
 run_main(main, lambda: None)
 """
