@@ -253,7 +253,8 @@ def report(model, args):
             if processes < 3:  # the others' step is that of two
                 step = fit_step(model, precision=args.precision, recompute=recompute, shard=shard)
             held, fixed, slope = count_process(net, processes, step, args.precision, shard=shard)
-            fits = [max(0, int((USABLE * size - held - fixed) // slope)) for size in GPUS.values()]
+            fits = [int((USABLE * size - held - fixed) // slope) for size in GPUS.values()]
+            fits = [f"{BATCHES[1]}+" if n > BATCHES[1] else max(0, n) for n in fits]
             name = f"`--shard`, {processes} processes" if shard else "any number, without"
             name += ", `--checkpoint-activations`" * recompute
             print(f"| {name} | {held / 1e9:.2f} | {fixed / 1e9:.2f} | {slope / 1e6:.1f} | "
