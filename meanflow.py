@@ -133,9 +133,13 @@ class MeanFlow:
             normal = torch.randn(2, batch, device=device, generator=generator)
             pair = torch.sigmoid(normal * self.p_std + self.p_mean)
         r, t = pair.amin(0), pair.amax(0)
-        equal = math.floor(batch * (1 - self.ratio) + 1e-9)  # 10 * (1 - .9) is .9999... in floats
+        equal = self.equal_rows(batch)
         r[:equal] = t[:equal]
         return r, t, equal
+
+    def equal_rows(self, batch):
+        """How many rows of a batch have r = t."""
+        return math.floor(batch * (1 - self.ratio) + 1e-9)  # 10 * (1 - .9) is .9999... in floats
 
     def draw_dropped(self, batch, *, device=None, generator=None):
         """(B,) bool: which rows lose their label. Their number is binomial, and as in the official

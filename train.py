@@ -567,13 +567,7 @@ class Run:
     def __init__(self, args, world):
         self.start = open_start(args, world)
         self.args, self.world, self.folder = args, world, args.run_dir
-        parts = world.size * args.grad_accum_steps
-        if args.global_batch_size % parts:
-            raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
-                            f"--grad-accum-steps {args.grad_accum_steps}, got "
-                            f"{args.global_batch_size}; choose a multiple of {parts}")
-        if args.shard:
-            check_sharding(world)
+        check_batch(args, world)
         self.dataset, self.space = open_data(args, world)
         self.config = make_config(args, self.dataset, self.space)
         check_network(args, self.config)
@@ -694,6 +688,24 @@ class Run:
                          f"to go on")
         if self.world.main:
             print(self.saver.path or newest_checkpoint(self.folder / "checkpoints"))
+
+
+def check_batch(args, world):
+    """Raise UserError unless the global batch can be divided over ranks and micro-batches."""
+    parts, batch = world.size * args.grad_accum_steps, args.global_batch_size
+    if batch % parts:
+        raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
+                        f"--grad-accum-steps {args.grad_accum_steps}, got {batch}; choose a "
+                        f"multiple of {parts}")
+    if args.shard:
+        check_sharding(world)
+        # Ranks gather the shards together: a rank without such rows would skip the derivative
+        rows = batch - make_method(args, num_classes=1).equal_rows(batch)
+        if 0 < rows < parts:
+            raise UserError(f"--global-batch-size must have {parts} rows with r < t or more for "
+                            f"--shard on {world.size} processes and --grad-accum-steps "
+                            f"{args.grad_accum_steps}, got {rows} of {batch}; choose a larger one "
+                            f"or another --ratio")
 
 
 def open_data(args, world):

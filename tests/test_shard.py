@@ -14,6 +14,7 @@ from engine import distributed
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.distributed import World, check_sharding
 from engine.options import UserError
+from train import check_batch, parse_args
 
 STEPS = 20
 slow = pytest.mark.slow
@@ -257,3 +258,17 @@ def test_a_pytorch_without_forward_mode_through_shards_is_refused(version, monke
         check_sharding(World(0, 2, torch.device("cpu"), "fp32"))
     monkeypatch.setattr(torch, "__version__", "2.13.0a0+git1")
     check_sharding(World(0, 2, torch.device("cpu"), "fp32"))
+
+
+@sharding
+def test_every_rank_must_have_a_row_with_a_derivative(digits, tmp_path):
+    """A rank without one would make fewer passes, and the others would wait for its shards."""
+    world = World(0, 2, torch.device("cpu"), "fp32")
+    for ratio, fits in ((0.0625, False), (0.125, True), (0, True), (1, True)):  # of 16 rows
+        args = parse_args([*map(str, tiny(digits, tmp_path / "run")), "--shard", "--ratio",
+                           str(ratio)])
+        if fits:
+            check_batch(args, world)
+        else:
+            with pytest.raises(UserError, match="--global-batch-size must have 2 rows"):
+                check_batch(args, world)
