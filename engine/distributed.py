@@ -319,17 +319,18 @@ def whole_parameters(net):
 
 
 def local_shard(tensor):
-    """This rank's part of a sharded tensor, in the same memory; any other tensor as it is."""
+    """This rank's rows of a sharded tensor (N, ...), in the same memory; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor):
-    """All of a sharded tensor, for which all ranks must call this; any other tensor as it is."""
+    """A sharded tensor (N, ...) in full, for which all ranks must call this; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor, other):
-    """The full tensor sharded as other is, from this rank's own copy; itself if other is not."""
+    """The full tensor (N, ...) sharded as other is, from this rank's own copy; itself if other is
+    not."""
     if not isinstance(other, DTensor):
         return tensor
     # Without the clone the shard would be a view of the full tensor and keep it

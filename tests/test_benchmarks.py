@@ -108,6 +108,7 @@ def test_difference_errors_are_those_of_the_definition(train_step):
     assert steps[0][0] > steps[1][0] and steps[0][1] > steps[-1][1] > errors["JVP"][1]
 
 
+@pytest.mark.slow
 def test_the_cost_table_is_markdown(train_step, capsys):
     train_step.main(train_step.parse_args(
         ["--model", "DiT-T/4", "--input-size", "8", "--batch-size", "4", "--no-compile",

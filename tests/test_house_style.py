@@ -133,7 +133,7 @@ SHAPE = re.compile(r"\([A-Z0-9n][\w.* ^/-]*,[^)]*\)|scalar|any shape")
 OTHERS = {("images", "center_crop"), ("encode_imagenet", "describe"), ("encode_imagenet", "encode"),
           ("encode_imagenet", "split"), ("evaluate_fid", "measure"), ("evaluate_fid", "compare"),
           ("evaluate_fid", "make_reference"), ("loader", "prefetch"), ("reference", "of"),
-          ("classes", "imagenet_names")}
+          ("classes", "imagenet_names"), ("meanflow", "equal_rows")}
 ENTRANCES = {"__init__", "__call__", "forward"}
 
 

@@ -68,7 +68,7 @@ def test_what_the_hub_refuses_is_refused_in_one_line(address, words, served):
         local_file(address, "--ckpt")
 
 
-@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("offline", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_file_that_is_not_cached_needs_the_network(offline, served, monkeypatch):
     if offline:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
