@@ -106,6 +106,7 @@ def test_a_run_may_change_between_sharded_and_not(sharded, one, digits, method, 
 
 @slow
 @sharding
+@pytest.mark.parametrize("method", ["improved"], indirect=True)
 def test_micro_batches_and_recomputed_activations_change_rounding_only(one, digits, method,
                                                                        tmp_path):
     train_sharded(digits, tmp_path / "run", method, "--grad-accum-steps", 2,
@@ -115,6 +116,7 @@ def test_micro_batches_and_recomputed_activations_change_rounding_only(one, digi
 
 @slow
 @sharding
+@pytest.mark.parametrize("method", ["improved"], indirect=True)
 def test_a_sharded_run_ended_by_a_signal_resumes_to_the_same_bits(sharded, digits, method,
                                                                   tmp_path):
     """One of two processes hears of it."""
