@@ -286,7 +286,7 @@ def test_the_error_names_the_variable_where_machines_cannot_meet(monkeypatch):
     assert "GLOO_SOCKET_IFNAME" in line and "not set" in line and "Connection refused" in line
 
 
-STAND_INS = {  # for the programs of a cluster: what they do that the script of README.md relies on
+STAND_INS = {  # for the programs of a cluster: what they do that the script relies on
     "srun": 'echo $$ > step; exec "$@"',
     "scancel": 'echo "scancel $*" >> calls; kill -TERM $(cat step)',
     "scontrol": 'if [ $1 = show ]; then echo node1; else echo "$* after $(cat saved)" >> calls; fi',
@@ -299,7 +299,7 @@ while true; do sleep 0.1; done""",
 
 
 def test_the_script_for_slurm_saves_at_the_time_limit_and_queues_the_job_again(tmp_path):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "operations.md").read_text()
     script, = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", text, re.S)
     (tmp_path / "job.sh").write_text(script)
     for name, body in STAND_INS.items():

@@ -198,8 +198,9 @@ def test_lines_are_at_most_100_columns():
 
 
 def readme_commands():
-    """Every command line of README.md that starts one of our scripts."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """Every command line of README.md and docs/ that starts one of our scripts."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
     for line in text.splitlines():
         found = re.match(r"\s*(?:torchrun|python)\b.*?\b(\w+)\.py(.*)", line)
         if found and found[1] in SCRIPTS:
