@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -212,6 +213,18 @@ def test_commands_of_the_readme_parse():
     assert {script for script, _ in commands} == set(SCRIPTS)
     for script, options in commands:
         importlib.import_module(script).parse_args(shlex.split(options))
+
+
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "RESULTS.md"]
+PROGRAMS = sorted({found for page in PAGES for found in re.findall(
+    r"python ((?:benchmarks|examples|tests)/\w+\.py)([^`\n]*)", page.read_text())})
+
+
+@pytest.mark.parametrize("path, options", PROGRAMS)
+def test_commands_of_benchmarks_and_examples_parse(path, options, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / Path(path).parent)
+    options = shlex.split(options.split("#")[0].replace("--precision P", "--precision bf16"))
+    importlib.import_module(Path(path).stem).parse_args(options)
 
 
 def test_readme_opens_with_the_two_commands():
