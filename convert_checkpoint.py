@@ -7,6 +7,7 @@ sample.py and train.py --init take what this writes. A report on stderr says wha
 renamed and left out; the path of the new file is printed on stdout.
 """
 
+import os
 import signal
 import sys
 
@@ -52,7 +53,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    if args.out.exists():
+    if os.path.lexists(args.out):
         raise UserError(f"--out must be a new file, got {args.out}; remove it or choose another")
     check_folder("--out", args.out.parent)
     source = read_source(local_file(args.input, option="--in"), raw=args.raw)
@@ -63,8 +64,9 @@ def main(args):
         config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
     if args.format != "ours":
         state = export(state, args.format)
+        space = "per channel" if "latent_mean" in config else f"by {config['scale']}"
         report.append(f"written: for {args.format}, which scales latents its own way: this "
-                      f"network's are scaled by {config['scale']}")
+                      f"network's are scaled {space}")
     make_folder("--out", args.out.parent)
     save_checkpoint(args.out, state)
     for line in report:

@@ -195,7 +195,7 @@ def _find_damage(path):
     Raises errors of many kinds where headers are damaged.
     """
     if path.suffix != SAFETENSORS:
-        return find_damage(path) if zipfile.is_zipfile(path) else None
+        return find_damage(path, mapped=True) if zipfile.is_zipfile(path) else None
     try:
         state, metadata = _read_safetensors(path)
     except Exception:  # torn: load_checkpoint says so
@@ -230,7 +230,7 @@ def load_network(path, *, option="--ckpt"):
     state = load_checkpoint(path, option=option)
     with _fitting(option, path):
         config = state["config"]
-        _check_fields(config)
+        check_fields(config)
         with torch.device("meta"):  # a hostile config may ask for more memory than there is
             shapes = {name: value.shape for name, value in build(config).state_dict().items()}
         if shapes != {name: value.shape for name, value in state["ema"].items()}:
@@ -248,7 +248,7 @@ def fingerprint(tensors):
     return digest.hexdigest()
 
 
-def _check_fields(config):
+def check_fields(config):
     """Raises ValueError for a field that sampling cannot use. load_network compares shapes, too."""
     kinds = {"model": str, "vae": str, "image_size": int, "num_classes": int, "latent_shape": list,
              "scale": (float, int)}

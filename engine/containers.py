@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -51,11 +52,12 @@ def read_source(path, *, raw=False):
         return read_folder(path, raw)
     if not path.is_file():
         raise refuse("be a file or a folder", f"{path} (no such file)", "check the path")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, raw)
     with open(path, "rb") as file:
-        start = file.read(2)
-    # A msgpack map opens with its length, then a string. A pickle opens with 0x80
+        start = file.read(9)
+    # .safetensors opens with the length of its header and {, a msgpack map with its own length, a
+    # pickle with 0x80
+    if start[8:] == b"{" or path.suffix == ".safetensors":
+        return read_safetensors(path, raw)
     if start and (0x81 <= start[0] <= 0x8f or start[0] in (0xde, 0xdf)):
         return read_msgpack(path, raw)
     return read_torch(path, raw)
@@ -68,12 +70,14 @@ def read_torch(path, raw):
                       "copy it again, or unzip it if it is a zip of a folder")
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line on stderr says it
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # a file of before PyTorch 1.6 cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        damage = find_damage(path) if zipfile.is_zipfile(path) else None  # torch.load finds none
+        # torch.load compares no checksums
+        damage = find_damage(path, mapped=True) if zipfile.is_zipfile(path) else None
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -97,17 +101,22 @@ def pick(state, raw, path):
         return Source(state, "a bare state dict")
     name = "model" if raw else "ema"
     weights = state.get(name)
+    if any(str(key).startswith("net_ema") for key in state.get("model") or ()):
+        raise refuse("hold a DiT", f"{path}, a U-Net of py-meanflow")
     if not isinstance(weights, dict) or not weights:
         other = "leave --raw out" if raw else "add --raw for the weights that are not averaged"
         raise refuse(f"hold {'raw' if raw else 'averaged'} weights", f"{path}, whose {name!r} is "
                      f"{'missing' if weights is None else 'no state dict'}", other)
-    which = "raw" if raw else "averaged"
-    if state.keys() >= set(KEYS) and isinstance(state["config"], dict):
-        return Source(weights, "our checkpoint", which, state["step"], config=state["config"])
+    which, step = "raw" if raw else "averaged", state.get("steps")
+    if state.keys() >= set(KEYS):
+        if not isinstance(state["config"], dict):
+            raise refuse("hold a config", f"{path}, whose 'config' is no dict")
+        return Source(weights, "our checkpoint", which, config=state["config"])
     args = state.get("args")
-    return Source(weights, "a PyTorch training file", which, state.get("steps"),
-                  args=vars(args) if isinstance(args, argparse.Namespace) else {},
-                  keys=tuple(state))
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return Source(weights, "a PyTorch training file", which,
+                  step if isinstance(step, int) else None,
+                  args=args if isinstance(args, dict) else {}, keys=tuple(state))
 
 
 def read_safetensors(path, raw):
@@ -139,8 +148,10 @@ def read_folder(folder, raw):
         return read_msgpack(folder / "checkpoint", raw)
     if (folder / "manifest.ocdbt").is_file():
         return read_ocdbt(folder, raw)
-    found = [path for path in folder.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+",
-                                                                          path.name)]
+    found = [path for path in folder.glob("checkpoint_*")
+             if re.fullmatch(r"checkpoint_\d+", path.name)
+             and (path.is_file() or path.is_dir() and not re.search(r"/checkpoint_\d+$",
+                                                                    str(folder.absolute())))]
     if found:
         newest = max(found, key=lambda path: int(path.name.split("_")[1]))
         return read_msgpack(newest, raw) if newest.is_file() else read_folder(newest, raw)
@@ -185,13 +196,15 @@ def read_msgpack(path, raw):
                     step = stream.unpack()
                 else:
                     stream.skip()
+        weights = flatten(tree) if isinstance(tree, dict) else {}
     except Exception as error:
         raise refuse("be a whole msgpack file of a JAX state", f"{path} (torn, or of another kind: "
                      f"{type(error).__name__})", "copy it again") from error
-    if not isinstance(tree, dict):
+    if not weights:
         raise refuse(f"hold {group}", f"{path} without", "add or leave out --raw, or " + ANOTHER)
-    return Source(flatten(tree), "a JAX state (msgpack)", "raw" if raw else "averaged",
-                  int(step) if isinstance(step, int | torch.Tensor) else None, jax=True)
+    return Source(weights, "a JAX state (msgpack)", "raw" if raw else "averaged",
+                  int(step) if isinstance(step, int) or getattr(step, "shape", 0) == () else None,
+                  jax=True)
 
 
 def flatten(tree, prefix=""):
@@ -224,7 +237,7 @@ def read_ocdbt(folder, raw):
     """The Source of a JAX state in TensorStore's OCDBT format, as newer orbax writes it."""
     tensorstore = optional("tensorstore", folder)
     group, weights, step = "params." if raw else "ema_params.", {}, None
-    store = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
 
     def read(name, driver):
         array = tensorstore.open({"driver": driver, "kvstore": {**store, "path": f"{name}/"}})

@@ -89,10 +89,11 @@ def regular_file(path):
     return path
 
 
-def find_damage(path):
+def find_damage(path, *, mapped=False):
     """The name of the first damaged part of a zip archive (a checkpoint, an .npz file), or None.
 
-    Reads every byte and compares checksums. Raises errors of many kinds where headers are damaged.
+    Reads every byte and compares checksums. mapped: parts will be mapped into memory, so that a
+    compressed one counts as damaged. Raises errors of many kinds where headers are damaged.
     """
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         # A damaged length in the list of contents hides later entries from zipfile. The last
@@ -101,7 +102,9 @@ def find_damage(path):
         end, count = file.read(), len(archive.infolist())
         if end[:4] == b"PK\5\6" and int.from_bytes(end[10:12], "little") not in (count, 65535):
             return "the list of contents"
-        return archive.testzip()
+        compressed = [part.filename for part in archive.infolist()
+                      if mapped and part.compress_type != zipfile.ZIP_STORED]
+        return f"{compressed[0]}, compressed" if compressed else archive.testzip()
 
 
 # ---- folders -------------------------------------------------------------------------------

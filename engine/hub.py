@@ -1,6 +1,7 @@
 """Files on the Hugging Face Hub, by their address hf://OWNER/REPO/FILE."""
 
 import errno
+import logging
 import re
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def local_file(name, option):
         raise _malformed(name, option)
     place = {"repo_id": found["repo"], "filename": found["file"],
              "revision": found["revision"] or "main"}
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
     try:
+        log.setLevel(logging.ERROR)  # it tells each of its attempts
         try:
             return Path(hf_hub_download(**place, local_files_only=True))
         except LocalEntryNotFoundError:
@@ -56,6 +60,8 @@ def local_file(name, option):
         rule, remedy = _explain(error)
         raise UserError(f"{option} must be a file {rule}, got {name} ({type(error).__name__}); "
                         f"{remedy}") from error
+    finally:
+        log.setLevel(level)
 
 
 def _malformed(name, option):

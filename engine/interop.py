@@ -9,12 +9,14 @@ zhuyu-cs/MeanFlow and HaoyiZhu/MeanFlow-PyTorch, our own files; and, as a start 
 flow models of willisma/SiT and sihyun-yu/REPA.
 """
 
+import json
 import math
 import re
 from typing import NamedTuple
 
 import torch
 
+from engine.checkpoint import check_fields
 from engine.containers import refuse
 from engine.options import UserError
 from models import IMPROVED_SIZES, SIZES, DiT, ImprovedDiT, build, sincos_table
@@ -90,21 +92,29 @@ def from_jax(weights):
     return found
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 def check_tensors(weights):
-    """Raise UserError unless all values are finite floating-point tensors with elements."""
+    """The tensors in float32. Raises UserError unless all are finite floats with elements."""
+    found = {}
     for name, value in weights.items():
         fault = None
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            fault = f"a {type(value).__name__}"
-        elif not value.is_floating_point():
-            fault = f"of {str(value.dtype).removeprefix('torch.')}"
+            fault = f"a {type(value).__name__} and no tensor"
+        elif value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
+            fault = f"of {str(value.dtype).removeprefix('torch.')} on {value.device}"
         elif not value.numel():
             fault = "empty"
-        elif not value.isfinite().all():
-            fault = "not finite"
+        else:
+            found[name] = value.float()
+            if not found[name].isfinite().all():
+                fault = "not finite in float32"
         if fault:
-            raise refuse("hold finite floating-point tensors", f"{name!s:.80}, which is {fault}",
-                         "give the weights before they were quantised, cut or diverged")
+            raise refuse("hold finite floating-point tensors", f"{name!r:.80}, which is {fault}",
+                         "give a plain state dict, before it was wrapped, quantised, cut or "
+                         "diverged")
+    return found
 
 
 # ---- recognition ---------------------------------------------------------------------------
@@ -140,27 +150,32 @@ def possible_origins(source, weights):
                      "(attn.q_norm), as --qk-norm makes it")
     if "h_embedder.mlp.0.weight" in weights:
         return ("meanflow",) if source.jax else ("haoyizhu",)
-    if "r_embedder.mlp.0.weight" not in weights:
-        return flow_origins(source, weights)
-    if source.keys:  # of the two only zhuyu's training file tells the step
-        return ("zhuyu",) if "steps" in source.keys else ("noamelata",)
-    return "noamelata", "zhuyu"
-
-
-def flow_origins(source, weights):
-    """As possible_origins, of a network with one time embedder."""
     channels, patch = weights["x_embedder.proj.weight"].shape[1:3]
     wide = len(weights["final_layer.linear.bias"]) == 2 * channels * patch**2
-    if not source.keys:
-        return ("sit", "repa") if wide else ("repa", "sit")
-    for name, wanted in (("path_type", ("linear",)), ("prediction", ("velocity", "v"))):
-        value = str(source.args.get(name, wanted[0]))
-        if value.lower() not in wanted:
-            raise refuse("hold a velocity of the linear path", f"{name} {value:.40}")
-    if wide and not {"path_type", "prediction"} <= source.args.keys():
+    if "r_embedder.mlp.0.weight" not in weights:
+        return flow_origins(source, wide)
+    if wide:
+        raise refuse("hold as many output channels as input channels", "twice as many beside a "
+                     "second time embedder (zhuyu-cs's --finetune), of which it is not known what "
+                     "they mean")
+    if "steps" in source.keys:  # of the two only zhuyu's training file tells the step
+        return ("zhuyu",)
+    return ("noamelata",) if {"opt", "args"} & set(source.keys) else ("noamelata", "zhuyu")
+
+
+def flow_origins(source, wide):
+    """As possible_origins, of a network with one time embedder. wide: of twice the channels."""
+    path, prediction = (str(source.args.get(name, "")).lower()
+                        for name in ("path_type", "prediction"))
+    if path not in ("", "linear") or prediction not in ("", "velocity", "v"):
+        raise refuse("hold a velocity of the linear path",
+                     f"path_type {path:.40}, prediction {prediction:.40}")
+    if prediction:
+        return ("sit",) if wide or prediction == "velocity" else ("repa",)
+    if wide and source.args:
         raise refuse("hold a velocity", "a DiT that predicts noise at integer times, of which no "
                      "MeanFlow can be made")
-    return ("sit",) if wide else ("repa",)
+    return ("sit", "repa") if wide else ("repa", "sit")
 
 
 # ---- to our names --------------------------------------------------------------------------
@@ -172,7 +187,6 @@ def convert(source, *, heads=None, image_size=None, named=None):
     state: {step, model, ema, opt, config}; model and ema are the same float32 weights. heads,
     image_size, named: the options --heads, --image-size, --source. Raises UserError.
     """
-    check_tensors(source.weights)
     if source.config is None:
         weights, config, report = adopt(source, heads, image_size, named)
     else:
@@ -180,10 +194,14 @@ def convert(source, *, heads=None, image_size=None, named=None):
             if value is not None:
                 raise UserError(f"--{option} must come with a file of another repository, got "
                                 f"{value} with one of ours, whose config tells it; leave it out")
-        weights, config = dict(source.weights), dict(source.config)
+        weights, config = check_tensors(source.weights), dict(source.config)
+        try:
+            json.dumps(config)
+            check_fields(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise refuse("hold a whole config", f"one of which {error!s:.100}") from error
         report = [f"recognised: {source.container}, {source.which} weights"]
-    for name in weights:
-        weights[name] = weights[name].float().contiguous()
+    weights = {name: value.contiguous() for name, value in weights.items()}
     check_shapes(weights, config)
     report.append(f"network: {config['model']}, {sum(map(torch.numel, weights.values())):,} "
                   f"numbers, {config['num_classes']} classes, latents {config['latent_shape']}"
@@ -194,14 +212,20 @@ def convert(source, *, heads=None, image_size=None, named=None):
 
 def adopt(source, heads, image_size, named):
     """(weights, config, report) of a file of another repository."""
-    given = plain_names(from_jax(source.weights) if source.jax else source.weights)
     try:
+        given = plain_names(from_jax(source.weights) if source.jax else source.weights)
         origin = recognise(source, given, named)
+        given = check_tensors(given)
         weights = to_ours(given, origin)
         sizes = improved_sizes if origin == "imeanflow" else dit_sizes
         config = sizes(weights, heads) | describe_data(weights, origin, source.args, image_size)
-    except (KeyError, IndexError) as error:
+    except UserError:
+        raise
+    except KeyError as error:
         raise refuse("hold a whole network", f"one without {error.args[0]!s:.80}") from error
+    except Exception as error:  # tensors of any shape
+        raise refuse("hold a whole network", "one whose tensors do not fit together "
+                     f"({error!s:.100})") from error
     about = f"{source.which} weights" if source.which else "weights"
     about += f" of step {source.step}" if source.step else ""
     config["source"] = f"{ORIGINS[origin].repository}, {about}"
@@ -218,12 +242,13 @@ def adopt(source, heads, image_size, named):
         (any(name.startswith("projectors.") for name in given), "left out: projectors"),
         ("pos_embed" in weights and "pos_embed" not in given,
          f"position table: computed for {config['image_size']} pixels; --image-size names others"),
-        (origin == "noamelata" and not source.keys and not named,
+        (origin == "noamelata" and not {"opt", "args"} & set(source.keys) and not named,
          "not known: noamelata's or zhuyu's; --source zhuyu sets its latent scale .18125"),
     ) if applies]
     space = "per channel" if origin == "imeanflow" else f"by {config['scale']}"
-    report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents scaled "
-                  f"{space}")
+    report.append(f"data: images of {config['image_size']} pixels, "
+                  + ("no VAE" if config["vae"] == "none" else
+                     f"VAE {config['vae']}, latents scaled {space}"))
     return weights, config, report
 
 

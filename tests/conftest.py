@@ -189,7 +189,8 @@ def hub(tmp_path_factory, monkeypatch):
     """A stand-in for the Hugging Face Hub, with an empty cache, for this process and its children.
 
     hf://OWNER/REPO/FILE is the file hub.folder / OWNER / REPO / FILE; a repository with a file
-    named gated is gated; revisions are main and v1. hub.asked lists the requests so far.
+    named gated is gated; revisions are main and v1. hub.asked lists the requests so far;
+    hub.environment is for processes that run_ranks forks, which do not have this one's.
     hub.shutdown() takes the network away.
     """
     from huggingface_hub import close_session, constants
@@ -198,9 +199,10 @@ def hub(tmp_path_factory, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.folder, server.asked = tmp_path_factory.mktemp("hub"), []
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
-                        "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
-                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+    server.environment = {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     for name, value in {  # read from the environment when huggingface_hub was imported
             "ENDPOINT": endpoint, "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": False,

@@ -58,7 +58,8 @@ def train_step(monkeypatch):
 def variants_of(train_step, model, modes):
     """({(name, mode): Variant} on a small random network, the network)."""
     torch.manual_seed(1)
-    net = DiT_models[model](input_size=8, num_classes=train_step.NUM_CLASSES)
+    depth = {"depth": 2, "head_depth": 1} if model.startswith("iMF") else {"depth": 1}
+    net = DiT_models[model](input_size=8, num_classes=train_step.NUM_CLASSES, **depth)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x, y = torch.randn(8, 4, 8, 8), torch.randint(1000, (8,))

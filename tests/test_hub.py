@@ -100,7 +100,7 @@ def test_of_several_processes_one_downloads(served, trained, tmp_path):
     os.link(trained, served.folder / "ann" / "digits" / "digits.pt")
     run_ranks("sample", "--ckpt", "hf://ann/digits/digits.pt", "--sample-dir", tmp_path / "out",
               "--num-fid-samples", 4, "--per-proc-batch-size", 2, processes=2,
-              output=tmp_path / "said")
+              output=tmp_path / "said", **served.environment)
     asked = [line.split()[0] for line in served.asked if "/resolve/" in line]
     assert asked == ["HEAD", "GET"], served.asked
     assert len(list((tmp_path / "out").glob("*.png"))) == 4

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -157,6 +158,31 @@ def assert_starts_as(ours, flow, inputs, *, reverse):
 SIT_ARGS = {"path_type": "Linear", "prediction": "velocity", "vae": "mse"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_flow_is_turned_in_float32(tmp_path, inputs, dtype):
+    """Rounded to its own precision the turned layer was off by 1e-4 and 1e-3."""
+    flow = randomise(Flow(channels=8))
+    flow.load_state_dict({name: value.to(dtype) for name, value in flow.state_dict().items()})
+    half = {name: value.to(dtype) for name, value in flow.state_dict().items()}
+    ours, _, _ = converted(tmp_path, half, named="sit")
+    assert_starts_as(ours, flow, inputs, reverse=True)
+
+
+@pytest.mark.parametrize("content", [lambda w: {"ema": w}, lambda w: {"ema": w, "args": SIT_ARGS}])
+def test_sit_needs_no_options_in_its_file(tmp_path, inputs, content):
+    flow = randomise(Flow(channels=8))
+    ours, _, _ = converted(tmp_path, content(flow.state_dict()), named="sit")
+    assert_starts_as(ours, flow, inputs, reverse=True)
+
+
+def test_sit_with_as_many_channels_is_known_by_its_options(tmp_path, inputs):
+    """REPA calls its prediction v."""
+    flow = randomise(Flow(channels=4))
+    ours, _, report = converted(tmp_path, training_file(flow.state_dict(), args=SIT_ARGS))
+    assert_starts_as(ours, flow, inputs, reverse=True)
+    assert "willisma/SiT" in report
+
+
 @pytest.mark.parametrize("bare", [True, False])
 def test_sit_starts_with_time_and_sign_turned(tmp_path, inputs, bare):
     flow = randomise(Flow(channels=8))
@@ -243,7 +269,8 @@ def write_ocdbt(folder, state):
                 write(f"{name}.{key}", child)
             return
         value = np.asarray(value)
-        store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        base = {"driver": "file", "path": f"{folder}/"}
+        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {"driver": "zarr", "kvstore": store, "metadata": {"compressor": {"id": "zstd"}}}
         tensorstore.open(spec, create=True, dtype=value.dtype.name,
                          shape=value.shape).result().write(value).result()
@@ -398,6 +425,22 @@ REFUSED = {
     "twice the channels": lambda net: net | {
         f"final_layer.linear.{kind}": torch.cat([net[f"final_layer.linear.{kind}"]] * 2)
         for kind in ("weight", "bias")},
+    "float64 beyond float32": lambda net: net | {
+        "blocks.0.mlp.fc1.bias": torch.full((384,), 1e300, dtype=torch.float64)},
+    "float8": lambda net: net | {
+        "blocks.0.mlp.fc1.bias": torch.ones(384).to(torch.float8_e4m3fn)},
+    "a sparse tensor": lambda net: net | {"blocks.0.mlp.fc1.bias": torch.ones(384).to_sparse()},
+    "numbers for tensors": lambda net: {name: torch.ones(()) for name in net},
+    "vectors for tensors": lambda net: {name: torch.ones(7) for name in net},
+    "a wrapper": lambda net: {"state_dict": net},
+    "a U-Net and its average": lambda net: {"model": {"net.a": torch.ones(1),
+                                                      "net_ema.a": torch.ones(1)}},
+    "zhuyu's fine-tuned SiT": lambda net: {
+        name: torch.cat([value] * 2) if name.startswith("final_layer.linear") else value
+        for name, value in net.items()},
+    "no config": lambda net: {"step": 0, "model": net, "ema": net, "opt": None, "config": None},
+    "a config of nothing": lambda net: {"step": 0, "model": net, "ema": net, "opt": None,
+                                        "config": {"model": "DiT-T/4", "vae": b"x"}},
     "no null row": lambda net: training_file(net, args={"num_classes": 11}),
     "a list": lambda net: [net],
     "an object": lambda net: {"ema": net, "net": nn.Linear(1, 1)},
@@ -439,6 +482,22 @@ def test_a_damaged_byte_is_found(tmp_path, net):
     flip_bit(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match="--in must .*damaged"):
         opened(path)
+
+
+def test_a_compressed_file_is_refused(tmp_path, net):
+    """Mapped into memory, its compressed bytes were taken for weights."""
+    with (zipfile.ZipFile(save(tmp_path, net.state_dict())) as stored,
+          zipfile.ZipFile(tmp_path / "again.pt", "w", zipfile.ZIP_DEFLATED) as archive):
+        for part in stored.infolist():
+            archive.writestr(part.filename, stored.read(part))
+    with pytest.raises(UserError, match="--in must .*(compressed|torn)"):
+        opened(tmp_path / "again.pt")
+
+
+def test_a_folder_of_any_name_is_read(tmp_path, official):
+    for name in ("a#b", "a%20b", "a?b"):
+        write_ocdbt(tmp_path / name, jax_state(official))
+        assert opened(tmp_path / name, heads=4, image_size=64)
 
 
 def test_a_folder_without_a_finished_checkpoint_is_refused(tmp_path, official):
