@@ -190,7 +190,7 @@ def hub(tmp_path_factory, monkeypatch):
 
     hf://OWNER/REPO/FILE is the file hub.folder / OWNER / REPO / FILE; a repository with a file
     named gated is gated; revisions are main and v1. hub.asked lists the requests so far;
-    hub.environment is for processes that run_ranks forks, which do not have this one's.
+    hub.constants are for processes that run_ranks forks, which do not have this one's.
     hub.shutdown() takes the network away.
     """
     from huggingface_hub import close_session, constants
@@ -199,16 +199,16 @@ def hub(tmp_path_factory, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.folder, server.asked = tmp_path_factory.mktemp("hub"), []
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    server.environment = {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    for name, value in server.environment.items():
+    for name, value in {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
+                        "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         monkeypatch.setenv(name, value)
-    for name, value in {  # read from the environment when huggingface_hub was imported
-            "ENDPOINT": endpoint, "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": False,
-            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_DISABLE_PROGRESS_BARS": True}.items():
+    server.constants = {  # read from the environment when huggingface_hub was imported
+        "ENDPOINT": endpoint, "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": False,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True}
+    for name, value in server.constants.items():
         monkeypatch.setattr(constants, name, value)
     close_session()
     threading.Thread(target=server.serve_forever, daemon=True).start()

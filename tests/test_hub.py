@@ -95,12 +95,26 @@ def test_samples_of_an_address_are_those_of_its_file(served, trained, tmp_path):
     assert snapshot(tmp_path / "file") == snapshot(tmp_path / "address")
 
 
+HUB_OF_TESTS = """
+from huggingface_hub import constants
+
+for name, value in {}.items():  # read from the environment when huggingface_hub was imported
+    setattr(constants, name, value)
+
+import sample
+from engine.distributed import run_main
+
+run_main(sample.main, sample.parse_args)
+"""
+
+
 @pytest.mark.slow
 def test_of_several_processes_one_downloads(served, trained, tmp_path):
     os.link(trained, served.folder / "ann" / "digits" / "digits.pt")
-    run_ranks("sample", "--ckpt", "hf://ann/digits/digits.pt", "--sample-dir", tmp_path / "out",
-              "--num-fid-samples", 4, "--per-proc-batch-size", 2, processes=2,
-              output=tmp_path / "said", **served.environment)
+    (tmp_path / "script.py").write_text(HUB_OF_TESTS.format(served.constants))
+    run_ranks(tmp_path / "script.py", "--ckpt", "hf://ann/digits/digits.pt", "--sample-dir",
+              tmp_path / "out", "--num-fid-samples", 4, "--per-proc-batch-size", 2, processes=2,
+              output=tmp_path / "said")
     asked = [line.split()[0] for line in served.asked if "/resolve/" in line]
     assert asked == ["HEAD", "GET"], served.asked
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
