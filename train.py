@@ -356,8 +356,8 @@ def train_step(state, images, y):
     """One optimiser step on this rank's share of the global batch.
 
     images: uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,) int64.
-    Returns (5,), on the device: loss, error, velocity error, gradient norm (before clipping), and a
-    1 that counts the step; zeros where the step was skipped.
+    Returns (9,), on the device: what add_gradients returns, gradient norm (before clipping), and a 1
+    that counts the step; zeros where the step was skipped.
     """
     args = state.run.args
     losses = add_gradients(state, images, y)
@@ -385,27 +385,36 @@ def train_step(state, images, y):
 def add_gradients(state, images, y, *, exchange=True):
     """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
 
-    Returns (3,): loss, error and velocity error, means over these rows. During the backward of the
-    last micro-batch DistributedDataParallel averages the gradients over the ranks, if exchange; a
-    sharded network does so in every one.
+    Returns (7,): the loss, and what split_errors returns, means over the micro-batches. During the
+    backward of the last micro-batch DistributedDataParallel averages the gradients over the ranks,
+    if exchange; a sharded network does so in every one.
     """
     world, count = state.run.world, state.run.args.grad_accum_steps
     noise, draws = draw_global_batch(state)
-    losses = torch.zeros(3, device=world.device)
+    losses = torch.zeros(7, device=world.device)
     for i in range(count):
         # This rank has every world.size-th row of the global batch, the micro-batch every count-th
         # of those
         part, parts = world.rank + world.size * i, world.size * count
         x = make_data(state, images[i::count], noise[part::parts])
         average = exchange and i == count - 1
+        rows = draws.part(part, parts)
         with nullcontext() if average else local_gradients(state.forward):
             with world.autocast():
-                out = state.method.loss(state.net, x, y[i::count], draws.part(part, parts),
-                                        forward=state.forward)
+                out = state.method.loss(state.net, x, y[i::count], rows, forward=state.forward)
             (propagate_nonfinite(out.loss) / count).backward()
-        errors = out.error.mean(), out.velocity_error.mean()
-        losses += torch.stack([out.loss.detach(), *errors]) / count
+        losses += torch.cat([out.loss.detach()[None], split_errors(out, rows.equal)]) / count
     return losses
+
+
+def split_errors(out, equal):
+    """Error, velocity error and count of the leading rows, which have r = t, then the same of the
+    rows with r < t: (6,), sums over the rows divided by the number of all rows.
+
+    So they add up over micro-batches, ranks and steps whatever rows each of these has.
+    """
+    rows = torch.stack([out.error, out.velocity_error, torch.ones_like(out.error)], dim=1)
+    return torch.cat([rows[:equal].sum(0), rows[equal:].sum(0)]) / len(rows)
 
 
 def draw_global_batch(state):
@@ -529,24 +538,33 @@ class Meter:
 
     def __init__(self, run):
         self.run, self.skipped = run, 0
-        self.sums = torch.zeros(5, device=run.world.device)
+        self.sums = torch.zeros(9, device=run.world.device)
 
     def start(self, step):
         """Begin an interval after this step."""
         self.step, self.time = step, time.perf_counter()
 
     def add(self, values):
-        """Add the values (5,) of a step."""
+        """Add the values (9,) of a step."""
         self.sums += values
 
     def read(self, step):
-        """The means over steps and ranks, by name; the next interval begins."""
+        """The means over steps and ranks, by name; the next interval begins.
+
+        error_equal is the mean of error over the rows with r = t, error_unequal over those with
+        r < t; they are absent where there are no such rows. So with velocity_error.
+        """
         *sums, count = self.run.world.mean(self.sums).tolist()
-        loss, error, velocity_error, grad_norm = (value / max(count, 1) for value in sums)
+        loss, *errors, grad_norm = (value / max(count, 1) for value in sums)
+        equal, unequal = errors[:3], errors[3:]
         images = (step - self.step) * self.run.args.global_batch_size
-        means = {"error": error, "velocity_error": velocity_error, "loss": loss,
-                 "grad_norm": grad_norm, "skipped_steps": self.skipped,
+        means = {"error": equal[0] + unequal[0], "velocity_error": equal[1] + unequal[1],
+                 "loss": loss, "grad_norm": grad_norm, "skipped_steps": self.skipped,
                  "images_per_second": images / (time.perf_counter() - self.time)}
+        for name, (error, velocity_error, share) in (("equal", equal), ("unequal", unequal)):
+            if share:
+                means |= {f"error_{name}": error / share,
+                          f"velocity_error_{name}": velocity_error / share}
         self.sums.zero_()
         self.skipped = 0
         self.start(step)

@@ -44,6 +44,8 @@ def records(folder, key):
     return [record for record in map(json.loads, lines) if key in record]
 
 
+SPLIT = ("error_equal", "error_unequal", "velocity_error_equal", "velocity_error_unequal")
+
 # ---- one result, however the work is divided ---------------------------------------------------
 
 
@@ -66,8 +68,10 @@ def test_several_processes_train_and_evaluate_as_one(processes, parts, one, digi
     assert [text.count("made a step") for text in said] == processes * [8]
     for kind in ("model", "ema"):
         assert_same_weights(load_weights(tmp_path / "run", 8, kind), load_weights(one, 8, kind))
-    for ours, theirs in zip(records(tmp_path / "run", "fid"), records(one, "fid")):
-        assert ours["fid"] == pytest.approx(theirs["fid"], rel=1e-3) and ours["fid"] > 0
+    for key, tolerance in (("fid", 1e-3), *((key, 1e-5) for key in SPLIT)):
+        ours, theirs = ([record[key] for record in records(folder, key)]
+                        for folder in (tmp_path / "run", one))
+        assert ours == pytest.approx(theirs, rel=tolerance) and len(ours) == 2 and min(ours) > 0
 
 
 def test_shards_and_raw_images_train_the_same_weights(digits, tmp_path):
@@ -108,6 +112,43 @@ def test_a_run_leaves_the_promised_files(trained):
         assert record["grad_norm"] > 0 and record["images_per_second"] > 0
     assert (folder / "log.txt").read_text().count("images/s") == 3
     assert list(folder.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3, 1])
+@pytest.mark.parametrize("model", ["DiT-T/4", "iMF-T/4"])
+def test_errors_are_recorded_by_rows_with_and_without_r_equal_t(model, ratio, digits, tmp_path,
+                                                                monkeypatch):
+    """Means over rows, also where the micro-batches have different shares of them: with 11 of 16
+    rows three of the four have 3 rows with r = t, and one has 2."""
+    rows = {key: [] for key in SPLIT}  # of the last interval
+
+    def watched_method(args, num_classes):
+        method = make_method(args, num_classes)
+        loss = method.loss
+
+        def watched_loss(net, x, y, draws, *, forward):
+            out = loss(net, x, y, draws, forward=forward)
+            for name, values in (("error", out.error), ("velocity_error", out.velocity_error)):
+                rows[f"{name}_equal"] += values[draws.r == draws.t].tolist()
+                rows[f"{name}_unequal"] += values[draws.r < draws.t].tolist()
+            return out
+        method.loss = watched_loss
+        return method
+
+    make_method = train.make_method
+    monkeypatch.setattr(train, "make_method", watched_method)
+    call("train", *tiny(digits, tmp_path), "--max-steps", 4, "--model", model, "--ratio", ratio,
+         "--grad-accum-steps", 4)
+    record, = records(tmp_path, "error")
+    assert {key for key in SPLIT if key in record} == {key for key in SPLIT if rows[key]}
+    for key in SPLIT:
+        assert len(rows[key]) == 4 * ((11 if key.endswith("_equal") else 5) if ratio == 0.3 else
+                                      16 * (key.endswith("_equal") == (ratio == 0)))
+        if rows[key]:
+            assert record[key] == pytest.approx(sum(rows[key]) / len(rows[key]), rel=1e-5)
+    for name in ("error", "velocity_error"):
+        values = rows[f"{name}_equal"] + rows[f"{name}_unequal"]
+        assert record[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
