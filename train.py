@@ -356,8 +356,8 @@ def train_step(state, images, y):
     """One optimiser step on this rank's share of the global batch.
 
     images: uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,) int64.
-    Returns (9,), on the device: what add_gradients returns, gradient norm (before clipping), and a 1
-    that counts the step; zeros where the step was skipped.
+    Returns (9,), on the device: what add_gradients returns, the gradient norm before clipping, and
+    a 1 that counts the step; zeros where the step was skipped.
     """
     args = state.run.args
     losses = add_gradients(state, images, y)

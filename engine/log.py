@@ -37,22 +37,12 @@ class Log:
         """Also drop damaged lines: a crash damages only lines later than the last checkpoint."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines, records = path.read_bytes().splitlines(), self._records()
-            if len(records) < len(lines):
-                self.say(f"damaged lines of {path.name}, dropped: {len(lines) - len(records)}")
+            records, damaged = read_records(path)
+            if damaged:
+                self.say(f"damaged lines of {path.name}, dropped: {damaged}")
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(f"{json.dumps(record)}\n" for record in records
                                              if record["step"] <= step))
-
-    def _records(self):
-        """The records of metrics.jsonl, without damaged lines."""
-        records = []
-        for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # not JSON
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append(record)
-        return records
 
     @contextlib.contextmanager
     def _writing(self):
@@ -82,8 +72,8 @@ class Log:
 
     def has(self, step, name):
         """Whether a value of this name is recorded for this step."""
-        return self.active and any(record["step"] == step and name in record
-                                   for record in self._records())
+        return self.active and any(record["step"] == step and name in record for record in
+                                   read_records(self.folder / "metrics.jsonl")[0])
 
     def to_disk(self):
         """Wait until all records would survive a power cut: before a checkpoint is written."""
@@ -105,6 +95,17 @@ class Log:
                     self._write(f"ended by {kind.__name__}: {reason}")
                 for file in (self.text, self.metrics, self.board.file):
                     file.close()
+
+
+def read_records(path):
+    """(records, count of damaged lines) of a metrics.jsonl. Raises OSError."""
+    lines, records = Path(path).read_bytes().splitlines(), []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records, len(lines) - len(records)
 
 
 class Board:
