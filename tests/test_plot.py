@@ -11,8 +11,6 @@ from PIL import Image
 
 import plot
 
-pytest.importorskip("matplotlib")
-
 
 def write_run(folder, *records):
     folder.mkdir(parents=True)
