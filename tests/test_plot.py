@@ -46,7 +46,7 @@ def figure_of(folders, smooth=1):
     """The axes by title, drawn once, and the legend's texts."""
     figure = plot.draw([plot.read_run(folder) for folder in folders], plot.names_of(folders),
                        smooth)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     return axes_of(figure), [text.get_text() for text in figure.legends[0].get_texts()]
 
 
@@ -104,7 +104,13 @@ def test_names_are_shown_as_they_are(tmp_path):
                for name in ("_hidden", "$\\frac$", odd, "a/run", "b/run")]
     assert figure_of(folders[:3])[1] == ["_hidden", "$\\frac$", "caf?"]
     assert figure_of(folders[3:])[1] == [str(tmp_path / "a/run"), str(tmp_path / "b/run")]
-    assert len({line.get_color() for line in figure_of(folders[3:] * 6)[0]["error"].lines}) == 12
+
+
+def test_many_runs_have_distinct_colors(runs):
+    lines = figure_of(runs * 6)[0]["error"].lines
+    colors = np.array([line.get_color() for line in lines])  # (12, 4)
+    distances = np.abs(colors[:, None] - colors).max(2) + np.eye(12)
+    assert distances.min() > 0.05
 
 
 def test_only_pictures_of_its_own_are_overwritten(runs, refusal, tmp_path):
