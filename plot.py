@@ -79,7 +79,7 @@ def check_out(path):
 
 
 def read_run(folder):
-    """The curves of a run: {Panel: (steps, values)}, arrays of equal length. Raises UserError."""
+    """The curves of a run: {Panel: array (2, N)}, steps and values. Raises UserError."""
     path = folder / "metrics.jsonl"
     if not (path.is_file() and (folder / "config.json").is_file()):
         raise UserError(f"RUN must be the --run-dir of a run of train.py, got {folder}; it has no "
@@ -158,7 +158,7 @@ def draw(runs, names, smooth):
 
 
 def draw_curve(axis, steps, values, color, smooth):
-    """One curve; single points are visible as such."""
+    """One curve of steps (N,) and values (N,); single points are visible as such."""
     marker = "o" if len(steps) <= 30 else None
     if smooth > 1:
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
