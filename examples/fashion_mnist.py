@@ -58,7 +58,8 @@ FILES = {split: [f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels
          for split, prefix in (("train", "train"), ("test", "t10k"))}
 CLASSES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
            "Ankle boot"]  # label 0 is "T-shirt/top", and no folder has a slash in its name
-SIZE, FEATURES = 28, 64
+SIZE, LEAST = 28, 8  # pixels: of the images, and of what three poolings halve
+FEATURES = 64
 EPOCHS, BATCH, RATE = 5, 100, 5e-3  # of the classifier
 OFFLINE = ("give the folder of its four .gz files, which apt install dataset-fashion-mnist puts "
            "into /usr/share/datasets/fashion-mnist")
@@ -174,11 +175,12 @@ def write_split(folder, images, labels):
 
 def judge(folder, samples, world):
     """Yields the JSON lines, dicts, for the samples at these paths. Raises UserError."""
-    test = open_split(folder, "test")
     sets = [open_samples(path, world) for path in samples]
-    net = load_classifier(folder, test, world)
+    size = check_sizes(samples, sets)
+    test, train = open_split(folder, "test", size), open_split(folder, "train", size)
+    net = load_classifier(folder / f"classifier-{size}.pt", train, test, world)
     reference, accuracy = measure(net, batches_of(test))
-    train, count = open_split(folder, "train"), min(len(s) for s in sets or [test])
+    count = min(len(images) for images in sets or [test])
     spread = torch.arange(count) * len(train) // count  # rows are in the order of the classes
     real, _ = measure(net, batches_of(train, spread))
     yield {"samples": "real images", "num_samples": count, "accuracy": round(accuracy, 4),
@@ -197,37 +199,46 @@ def judge(folder, samples, world):
                "frechet_distance_std": round(deviation[1], 3)}
 
 
-def open_split(folder, split):
-    """The ImageFolder of a split. Raises UserError if it is not there."""
+def open_split(folder, split, size):
+    """The ImageFolder of a split, at size pixels. Raises UserError if it is not there."""
     path = folder / split
     if not path.is_dir():
         raise UserError(f"data must be a folder that write made, got {folder} without {split}/; "
                         f"run examples/fashion_mnist.py write {folder}")
-    return ImageFolder(path, SIZE)
+    return ImageFolder(path, size)
 
 
 def open_samples(path, world):
-    """The images of an .npz file or a folder, two or more of 28 x 28. Raises UserError."""
+    """The images of an .npz file or a folder, two or more. Raises UserError."""
     if path.is_dir():
         images = FolderImages(path, None, 0, option="samples")
     else:
         images = NpzImages(path, option="samples")
         verify_npz("samples", path, world)
-    if len(images) < 2 or images.image_size != (SIZE, SIZE):
-        raise UserError(f"samples must be 2 images of {SIZE} x {SIZE} or more, got {len(images)} "
-                        f"of {images.image_size} in {path}; sample a network of --image-size "
-                        f"{SIZE}")
+    if len(images) < 2:
+        raise UserError(f"samples must be 2 images or more, got {len(images)} in {path}; sample "
+                        f"more")
     return images
 
 
+def check_sizes(paths, sets):
+    """The side of the samples, 28 if there are none. Raises UserError unless all are of one."""
+    size = sets[0].image_size[0] if sets else SIZE
+    for path, images in zip(paths, sets):
+        if images.image_size != (size, size) or not LEAST <= size <= SIZE:
+            raise UserError(f"samples must be square, all of one size from {LEAST} to {SIZE} "
+                            f"pixels, got {images.image_size} in {path}; judge other sizes apart")
+    return size
+
+
 def labelled(images, world):
-    """Yields batches of samples, (B, 3, 28, 28) uint8, with the labels (B,) they were made for."""
+    """Yields batches of samples, (B, 3, H, W) uint8, with the labels (B,) they were made for."""
     for first, batch in images.numbered_batches(BATCH, world):
         yield batch, torch.arange(first, first + len(batch)) % len(CLASSES)
 
 
 def batches_of(split, rows=None):
-    """Yields batches of images (B, 3, 28, 28) uint8 with their labels (B,): of these rows, or
+    """Yields batches of images (B, 3, H, W) uint8 with their labels (B,): of these rows, or
     all."""
     rows = torch.arange(len(split)) if rows is None else rows
     return split.batches(((part, torch.zeros(len(part), dtype=torch.bool))
@@ -246,9 +257,9 @@ def measure(net, batches):
 
 
 class Classifier(nn.Module):
-    """Logits (B, 10) of images uint8 (B, 3, 28, 28), of which it sees the first channel."""
+    """Logits (B, 10) of images uint8 (B, 3, size, size), of which it sees the first channel."""
 
-    def __init__(self):
+    def __init__(self, size):
         super().__init__()
 
         def block(width, wider):
@@ -256,7 +267,7 @@ class Classifier(nn.Module):
                     nn.ReLU(), nn.MaxPool2d(2))
 
         self.body = nn.Sequential(*block(1, 32), *block(32, 64), *block(64, 64), nn.Flatten(),
-                                  nn.Linear(64 * 9, FEATURES), nn.ReLU())
+                                  nn.Linear(64 * (size // 8)**2, FEATURES), nn.ReLU())
         self.last = nn.Linear(FEATURES, len(CLASSES))
 
     def features(self, images):
@@ -267,20 +278,19 @@ class Classifier(nn.Module):
         return self.last(self.features(images))
 
 
-def load_classifier(folder, test, world):
-    """The classifier of folder/classifier.pt, or a new one, which is written there."""
-    path = folder / "classifier.pt"
+def load_classifier(path, train, test, world):
+    """The classifier of a file, or a new one of these splits, which is written there."""
     if not path.exists():
-        net = train_classifier(open_split(folder, "train"), world)
+        net = train_classifier(train, world)
         _, accuracy = measure(net.eval(), batches_of(test))
         print(f"classifier: {accuracy:.2%} of the test split recognised", file=sys.stderr)
         with atomic_file(path) as temporary:
             torch.save(net.state_dict(), temporary)
-    net = Classifier()
+    net = Classifier(train.image_size)
     try:
         net.load_state_dict(torch.load(path, weights_only=True))
     except Exception as error:  # torch.load raises errors of any kind for a torn or foreign file
-        raise UserError(f"data must hold a whole classifier.pt or none, got {path} ({error}); "
+        raise UserError(f"data must hold a whole {path.name} or none, got {path} ({error}); "
                         f"remove it, and it is trained again") from error
     return net.eval()
 
@@ -288,7 +298,7 @@ def load_classifier(folder, test, world):
 def train_classifier(split, world):
     """A Classifier of a split, after EPOCHS epochs of AdamW with a one-cycle rate; seed 0."""
     torch.manual_seed(0)
-    net, batch = Classifier(), min(BATCH, len(split))
+    net, batch = Classifier(split.image_size), min(BATCH, len(split))
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.05)
     steps = EPOCHS * (len(split) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)

@@ -133,8 +133,9 @@ def test_judge_tells_good_samples_from_bad(data, module, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_samples_of_a_run_are_judged(data, tmp_path, capsys):
+    """At the size of the run, beside real images of that size."""
     call("train", "--data-path", data / "train", "--run-dir", tmp_path / "run", "--vae", "none",
-         "--image-size", 28, "--model", "DiT-T/4", "--cfg", 1, "--max-steps", 2,
+         "--image-size", 16, "--model", "DiT-T/4", "--cfg", 1, "--max-steps", 2,
          "--global-batch-size", 8, "--num-workers", 0, "--sample-every", 0)
     call("sample", "--ckpt", tmp_path / "run" / "checkpoints" / "0000002.pt", "--num-fid-samples",
          20, "--sample-dir", tmp_path / "samples")
@@ -142,6 +143,7 @@ def test_samples_of_a_run_are_judged(data, tmp_path, capsys):
     call("fashion_mnist", "judge", data, tmp_path / "samples", tmp_path / "samples.npz")
     _, folder, npz, _ = map(json.loads, capsys.readouterr().out.splitlines())
     assert folder["num_samples"] == 20 and folder | {"samples": ""} == npz | {"samples": ""}
+    assert [path.name for path in data.glob("*.pt")] == ["classifier-16.pt"]
 
 
 def change(path, edit):
@@ -189,15 +191,21 @@ def test_options_of_the_other_action_are_refused(tmp_path, refusal):
 
 
 def test_judge_refuses_what_it_cannot_read(data, module, tmp_path, refusal):
-    np.savez(tmp_path / "small.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((3, 7, 7, 3), np.uint8))
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((3, 32, 32, 3), np.uint8))
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((3, 16, 20, 3), np.uint8))
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 28, 28, 3), np.uint8))
     np.savez(tmp_path / "torn.npz", arr_0=np.zeros((9, 28, 28, 3), np.uint8))
     flip_bit(tmp_path / "torn.npz", 5000)
-    for name in ("small.npz", "one.npz", "torn.npz", "missing.npz"):
+    for name in ("small.npz", "large.npz", "wide.npz", "one.npz", "torn.npz", "missing.npz"):
         line = refusal("fashion_mnist", ["judge", data, tmp_path / name], "samples")
         assert name in line
+    for size in (12, 16):
+        np.savez(tmp_path / f"{size}.npz", arr_0=np.zeros((3, size, size, 3), np.uint8))
+    assert "one size" in refusal(
+        "fashion_mnist", ["judge", data, tmp_path / "12.npz", tmp_path / "16.npz"], "16.npz")
     refusal("fashion_mnist", ["judge", tmp_path / "nothing"], "write")
-    torch.save({"other": 1}, data / "classifier.pt")
-    assert "remove it" in refusal("fashion_mnist", ["judge", data], "classifier.pt")
-    (data / "classifier.pt").write_bytes(b"torn")
-    refusal("fashion_mnist", ["judge", data], "classifier.pt")
+    torch.save({"other": 1}, data / "classifier-28.pt")
+    assert "remove it" in refusal("fashion_mnist", ["judge", data], "classifier-28.pt")
+    (data / "classifier-28.pt").write_bytes(b"torn")
+    refusal("fashion_mnist", ["judge", data], "classifier-28.pt")
