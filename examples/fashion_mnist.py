@@ -2,27 +2,31 @@
 
     python examples/fashion_mnist.py write data/fashion_mnist     # downloads; offline: --source DIR
     python examples/fashion_mnist.py judge data/fashion_mnist     # real images: the best to expect
-    python examples/fashion_mnist.py judge data/fashion_mnist seed-0.npz seed-1.npz seed-2.npz
+    python examples/fashion_mnist.py judge data/fashion_mnist samples/seed-?-1-step.npz
 
 write makes train/ (60,000 grey images of 28 x 28) and test/ (10,000), one folder per class each.
 DIR holds the four files of the data set, as does /usr/share/datasets/fashion-mnist of Debian's
-package dataset-fashion-mnist. The runs of README.md train and sample by these commands:
+package dataset-fashion-mnist. The runs of README.md (S = 16 pixels, N = 2500 steps of B = 48):
 
-    train="python train.py --data-path data/fashion_mnist/train --vae none --image-size 28
-        --p-mean 0.1 --p-std 1.2 --global-batch-size 64 --lr 2e-3 --warmup-steps 100
-        --ema-decay 0.995 --max-steps 1800 --no-compile"
+    train="python train.py --data-path data/fashion_mnist/train --vae none --image-size S
+        --global-batch-size B --max-steps N --lr 2e-3 --warmup-steps 100 --ema-decay 0.995
+        --p-mean 0.1 --p-std 1.2 --num-workers 0 --no-compile --ckpt-every 250 --keep-last 0"
     plain="--model DiT-T/4 --cfg 1 --label-drop 0"
     $train $plain --ratio 0.5 --run-dir results/meanflow
     $train --model DiT-T/4 --cfg 2 --ratio 0.5 --run-dir results/guided
     $train $plain --ratio 0.5 --tangent network --run-dir results/boundary
     $train --model iMF-T/4 --omega-max 4 --ratio 0.5 --run-dir results/imf
     $train $plain --ratio 0 --run-dir results/flow
-    python sample.py --ckpt results/meanflow/checkpoints/0001800.pt --num-fid-samples 2000
+
+and for each run and each seed 0, 1, 2 (flow: also 50 steps; imf: with --cfg 1 and with --cfg 2):
+
+    python sample.py --ckpt results/meanflow/checkpoints/0002500.pt --num-fid-samples 1000
         --per-proc-batch-size 250 --num-sampling-steps 1 2 4 --seed 0 --sample-dir samples/seed-0
 
 judge prints one JSON line for real images and one for each .npz or folder of samples; after
-several, their mean and standard deviation. A convolutional classifier, trained on train/ when it
-is first needed and then kept in classifier.pt, tells both figures:
+several, their mean and standard deviation. Real images are reduced to the size of the samples. A
+convolutional classifier, trained on train/ when that size is first judged and then kept in
+classifier-SIZE.pt, tells both figures:
 
 accuracy            the share of samples recognised as their label, which of sample i is i modulo
                     10, as in sample.py --labels balanced; of real images, of all of test/
