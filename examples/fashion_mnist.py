@@ -6,7 +6,7 @@
 
 write makes train/ (60,000 grey images of 28 x 28) and test/ (10,000), one folder per class each.
 DIR holds the four files of the data set, as does /usr/share/datasets/fashion-mnist of Debian's
-package dataset-fashion-mnist. The runs of README.md (S = 16 pixels, N = 2500 steps of B = 48):
+package dataset-fashion-mnist. The runs of README.md (S = 16 pixels, N = 2000 steps of B = 48):
 
     train="python train.py --data-path data/fashion_mnist/train --vae none --image-size S
         --global-batch-size B --max-steps N --lr 2e-3 --warmup-steps 100 --ema-decay 0.995
@@ -20,7 +20,7 @@ package dataset-fashion-mnist. The runs of README.md (S = 16 pixels, N = 2500 st
 
 and for each run and each seed 0, 1, 2 (flow: also 50 steps; imf: with --cfg 1 and with --cfg 2):
 
-    python sample.py --ckpt results/meanflow/checkpoints/0002500.pt --num-fid-samples 1000
+    python sample.py --ckpt results/meanflow/checkpoints/0002000.pt --num-fid-samples 1000
         --per-proc-batch-size 250 --num-sampling-steps 1 2 4 --seed 0 --sample-dir samples/seed-0
 
 judge prints one JSON line for real images and one for each .npz or folder of samples; after
