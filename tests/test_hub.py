@@ -68,8 +68,9 @@ def test_what_the_hub_refuses_is_refused_in_one_line(address, words, served):
         local_file(address, "--ckpt")
 
 
-@pytest.mark.parametrize("offline", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("offline", [True, False])
 def test_a_file_that_is_not_cached_needs_the_network(offline, served, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the library's attempts
     if offline:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     else:
