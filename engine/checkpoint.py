@@ -57,9 +57,12 @@ def _write_safetensors(state, path):
 
     tensors = {name: value.contiguous() for name, value in state["ema"].items()}
     config, step = json.dumps(state["config"]), str(state["step"])
+    path.touch()
+    mode = path.stat().st_mode  # save_file would leave the file to its owner alone
     try:
         save_file(tensors, path, metadata={"format": "pt", "config": config, "step": step,
                                            "sha256": _digest(tensors, config, step)})
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
