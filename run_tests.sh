@@ -6,5 +6,6 @@ cd "$(dirname "$0")"
 source environment.sh
 prepare requirements-test.txt
 .venv/bin/python -m ruff check .
-# Some tests start processes: one thread each, so that they do not compete for the cores
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"
+# Some tests start processes: one thread each, so that they do not compete for the cores. Two workers
+# take the tests in turn; -n 0 runs them in one process
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
