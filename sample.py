@@ -146,14 +146,14 @@ def main(args):
         samplers = [ImageSampler(net, space, config, world, seed=args.seed, labels=args.labels,
                                  classes=classes, steps=part.num_sampling_steps, guidance=guidance)
                     for part in parts]
+        shown = []
         for part, sampler, entries in zip(parts, samplers, wanted):
             if args.save_images:
                 open_sample_dir(part, entries, net, world, stack)
-            sample_one_count(part, sampler, entries, evaluation)
+            shown.append(sample_one_count(part, sampler, entries, evaluation))
         if len(parts) > 1 and args.save_images and world.main:
             counts = "-".join(map(str, args.num_sampling_steps))
-            samplers[0].picture(output_path(args, f"-{counts}-steps.png"),
-                                at_most=args.num_fid_samples, beside=samplers[1:])
+            save_picture(output_path(args, f"-{counts}-steps.png"), samplers, shown)
 
 
 def of_one_count(args, steps):
@@ -167,18 +167,23 @@ def of_one_count(args, steps):
 
 
 def sample_one_count(args, sampler, wanted, evaluation):
-    """Make the images of one count of steps, write and measure them, and print the result."""
-    world = sampler.world
+    """Make the images of one count of steps, write and measure them, and print the result.
+
+    Returns the images of their picture, uint8 (B, 3, H, W), on rank 0 if images are saved.
+    """
+    world, shown = sampler.world, None
     statistics = evaluation.statistics(args.num_fid_samples) if evaluation else None
     make_images(args, sampler, statistics)
     world.barrier()
     if args.save_images and world.main:
         paths = [png_path(args.sample_dir, i) for i in range(args.num_fid_samples)]
         write_npz(output_path(args, ".npz"), paths, world)
-        sampler.picture(output_path(args, ".png"), at_most=args.num_fid_samples)
+        shown = read_images([paths[i] for i in sampler.picture_rows(len(paths))])
+        save_picture(output_path(args, ".png"), [sampler], [shown])
     result = evaluation.metrics(statistics) if evaluation else None
     if world.main:
         report(args, wanted, evaluation, result)
+    return shown
 
 
 # ---- image i of a network ------------------------------------------------------------------------
@@ -292,19 +297,14 @@ class ImageSampler:
         firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
         return [range(first, min(first + batch_size, count)) for first in firsts]
 
-    def picture(self, path, at_most=80, beside=()):
-        """Write images as one picture, a column per class: ten columns and eight rows at most.
+    def picture_rows(self, count=80):
+        """The numbers of the images of a picture, of so many: a column per class, ten at most, and
+        eight rows."""
+        return range(min(8 * min(len(self.classes), 10), count))
 
-        beside: samplers of the same images with other counts of steps, shown next to each. Names of
-        the classes, and counts where there are several, stand above the images.
-        """
-        columns, samplers = min(len(self.classes), 10), (self, *beside)
-        rows = range(min(8 * columns, at_most))
-        images = torch.stack([sampler.images(rows) for sampler in samplers], dim=1)  # (B, S, ...)
-        names = class_names(self.config, self.inputs(rows)[1].tolist())
-        captions = [f"{name}\n{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
-                    if beside else name for name in names for sampler in samplers]
-        save_grid(path, images.flatten(0, 1), columns * len(samplers), captions)
+    def picture(self, path):
+        """Make images and write them as one picture."""
+        save_picture(path, [self], [self.images(self.picture_rows())])
 
 
 # ---- making and writing -------------------------------------------------------------------------
@@ -327,8 +327,7 @@ def make_images(args, sampler, statistics):
                 if args.save_images:
                     jobs.append(pool.submit(write_images, paths, images))
             elif statistics:
-                images = np.stack([read_image(path) for path in paths])
-                images = torch.from_numpy(images).permute(0, 3, 1, 2)
+                images = read_images(paths)
             if statistics:
                 statistics.add(images, rows.start)
             while len(jobs) > THREADS:  # bounds the memory
@@ -336,6 +335,21 @@ def make_images(args, sampler, statistics):
             bar.update(min(len(rows) * world.size, bar.total - bar.n))
         for job in jobs:
             job.result()
+
+
+def save_picture(path, samplers, images):
+    """Write images of samplers, which differ in their steps alone, as one picture, side by side.
+
+    images: of each sampler those of picture_rows, uint8 (B, 3, H, W). Names of the classes, and
+    steps if there are several samplers, stand above them.
+    """
+    first, several = samplers[0], len(samplers) > 1
+    _, labels = first.inputs(range(len(images[0])))
+    captions = [f"{name}\n{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
+                if several else name
+                for name in class_names(first.config, labels.tolist()) for sampler in samplers]
+    columns = min(len(first.classes), 10) * len(samplers)
+    save_grid(path, torch.stack(images, dim=1).flatten(0, 1), columns, captions)
 
 
 def write_images(paths, images):
@@ -355,6 +369,11 @@ def read_image(path):
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"--sample-dir must hold whole images, got {path} ({error}); remove that "
                         f"file and repeat the command") from error
+
+
+def read_images(paths):
+    """PNG files as uint8 (B, 3, H, W). Raises UserError as read_image does."""
+    return torch.from_numpy(np.stack([read_image(path) for path in paths])).permute(0, 3, 1, 2)
 
 
 def write_npz(path, paths, world):

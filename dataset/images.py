@@ -8,6 +8,7 @@ import hashlib
 import os
 import warnings
 import zipfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -136,19 +137,17 @@ def save_grid(path, images, columns, captions=None):
 
     enlarge = max(1, 64 // images.shape[3])
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    if not captions:
-        grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-    else:
+    make = partial(make_grid, nrow=columns, padding=2, pad_value=255)
+    images, header = images.cpu(), None
+    if captions:
         bars = write_captions(captions, images.shape[3])  # (B, 3, h, W)
         if captions == [captions[i % columns] for i in range(len(captions))]:
-            top = make_grid(bars[:columns], nrow=columns, padding=2, pad_value=255)[:, :-2]
-            grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
-            grid = torch.cat([top, grid], dim=1)
+            header = make(bars[:columns])[:, :-2]
         else:
-            both = torch.cat([bars, images.cpu()], dim=2)
-            grid = make_grid(both, nrow=columns, padding=2, pad_value=255)
+            images = torch.cat([bars, images], dim=2)
+    grid = make(images) if header is None else torch.cat([header, make(images)], dim=1)
     with atomic_file(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
 def write_captions(captions, width):

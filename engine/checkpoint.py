@@ -148,7 +148,7 @@ def load_checkpoint(path, *, option="--ckpt"):
         found = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{option} must be a checkpoint file, got {path} ({found}); {REMEDY}")
     try:
-        state = (_read_safetensors(path)[0] if path.suffix == SAFETENSORS else
+        state = (state_of(*open_safetensors(path)) if path.suffix == SAFETENSORS else
                  torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
         raise UserError(f"{option} must be a checkpoint file, got {path} (torn, or not opened as "
@@ -159,21 +159,33 @@ def load_checkpoint(path, *, option="--ckpt"):
     return state
 
 
-def _read_safetensors(path):
-    """(dict as load_checkpoint returns it, metadata); ({}, metadata) of a foreign file.
-
-    Raises errors of many kinds for a torn file.
-    """
+def open_safetensors(path):
+    """(tensors by name, metadata) of a .safetensors file. Raises errors of many kinds for a torn
+    one."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        try:
-            config, step = json.loads(metadata["config"]), int(metadata["step"])
-        except (KeyError, ValueError, RecursionError):
-            return {}, metadata
-        ema = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {"step": step, "model": ema, "ema": ema, "opt": None, "config": config}, metadata
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def state_of(tensors, metadata):
+    """What load_checkpoint returns for a .safetensors file of tensors (N, ...); {} if it is
+    foreign."""
+    try:
+        config, step = json.loads(metadata["config"]), int(metadata["step"])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return {"step": step, "model": tensors, "ema": tensors, "opt": None, "config": config}
+
+
+def safetensors_damage(tensors, metadata):
+    """What is damaged in a file of ours with tensors (N, ...), or None; None for a foreign one."""
+    wanted = metadata.get("sha256")
+    if wanted is None or not state_of(tensors, metadata):
+        return None
+    found = _digest(tensors, metadata["config"], metadata["step"])
+    return None if found == wanted else "its SHA-256 is not the one that it records"
 
 
 def verify_checkpoint(path, *, option="--ckpt"):
@@ -200,14 +212,9 @@ def _find_damage(path):
     if path.suffix != SAFETENSORS:
         return find_damage(path, mapped=True) if zipfile.is_zipfile(path) else None
     try:
-        state, metadata = _read_safetensors(path)
+        return safetensors_damage(*open_safetensors(path))
     except Exception:  # torn: load_checkpoint says so
         return None
-    wanted = metadata.get("sha256")
-    if not state or wanted is None:
-        return None
-    found = _digest(state["ema"], metadata["config"], metadata["step"])
-    return None if found == wanted else "its SHA-256 is not the one that it records"
 
 
 def newest_checkpoint(folder):

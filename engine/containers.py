@@ -6,7 +6,6 @@ TensorStore's OCDBT format.
 
 import argparse
 import importlib
-import json
 import re
 import warnings
 import zipfile
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import KEYS, verify_checkpoint
+from engine.checkpoint import KEYS, open_safetensors, safetensors_damage, state_of
 from engine.files import find_damage
 from engine.options import UserError
 
@@ -39,6 +38,12 @@ class Source(NamedTuple):
     config: dict | None = None  # of our own files
     args: dict = {}  # the command line of a PyTorch training file
     keys: tuple = ()  # of such a file
+
+
+def is_unet(names):
+    """Whether these names of tensors are of a U-Net, as py-meanflow's."""
+    return any("map_" in name or name.startswith(("net_ema.", "num_updates"))
+               for name in map(str, names))
 
 
 def read_source(path, *, raw=False):
@@ -101,7 +106,7 @@ def pick(state, raw, path):
         return Source(state, "a bare state dict")
     name = "model" if raw else "ema"
     weights = state.get(name)
-    if any(str(key).startswith("net_ema") for key in state.get("model") or ()):
+    if is_unet(state.get("model") or ()):  # whose averages have another place
         raise refuse("hold a DiT", f"{path}, a U-Net of py-meanflow")
     if not isinstance(weights, dict) or not weights:
         other = "leave --raw out" if raw else "add --raw for the weights that are not averaged"
@@ -121,21 +126,20 @@ def pick(state, raw, path):
 
 def read_safetensors(path, raw):
     """The Source of a .safetensors file, ours with a config or bare."""
-    from safetensors import safe_open
     try:
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = file.metadata() or {}
-        config = json.loads(about["config"]) if "config" in about else None
-    except Exception as error:  # of the library, of JSON
+        weights, metadata = open_safetensors(path)
+        damage = safetensors_damage(weights, metadata)
+    except Exception as error:  # of the library
         raise refuse("be a whole .safetensors file", f"{path} ({error!s:.150})",
                      "copy it again") from error
+    if damage:
+        raise refuse("be a whole .safetensors file", f"{path} ({damage})", "copy it again")
     if raw:
         raise UserError(f"--raw must come with a training file, got {path}, which holds one set of "
                         f"weights; leave it out")
-    if isinstance(config, dict):
-        verify_checkpoint(path, option="--in")
-        return Source(weights, "our .safetensors file", "averaged", config=config)
+    state = state_of(weights, metadata)
+    if state and isinstance(state["config"], dict):
+        return Source(weights, "our .safetensors file", "averaged", config=state["config"])
     return Source(weights, "a bare .safetensors file")
 
 

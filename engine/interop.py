@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from engine.checkpoint import check_fields
-from engine.containers import refuse
+from engine.containers import is_unet, refuse
 from engine.options import UserError
-from models import IMPROVED_SIZES, SIZES, DiT, ImprovedDiT, build, sincos_table
+from models import IMPROVED_SIZES, SIZES, DiT, ImprovedDiT, build, describe, sincos_table
 
 
 class Origin(NamedTuple):
@@ -141,9 +141,8 @@ def possible_origins(source, weights):
     if "shared_blocks.0.norm1.weight" in weights:
         return ("imeanflow",)
     if not {"x_embedder.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
-        unet = any("map_" in name or name.startswith(("net_ema.", "num_updates"))
-                   for name in weights)
-        found = "a U-Net, as of py-meanflow" if unet else "tensors of no network that is known"
+        found = ("a U-Net, as of py-meanflow" if is_unet(weights)
+                 else "tensors of no network that is known")
         raise refuse("hold a DiT", f"{found} ({next(iter(weights), 'none'):.60} ...)")
     if any("q_norm" in name for name in weights):
         raise refuse("hold attention as DiT has it", "one that normalises queries and keys "
@@ -203,9 +202,8 @@ def convert(source, *, heads=None, image_size=None, named=None):
         report = [f"recognised: {source.container}, {source.which} weights"]
     weights = {name: value.contiguous() for name, value in weights.items()}
     check_shapes(weights, config)
-    report.append(f"network: {config['model']}, {sum(map(torch.numel, weights.values())):,} "
-                  f"numbers, {config['num_classes']} classes, latents {config['latent_shape']}"
-                  + (f", sizes {config['sizes']}" if config.get("sizes") else ""))
+    report.append(f"network: {describe(config)}; {sum(map(torch.numel, weights.values())):,} "
+                  f"numbers, {config['num_classes']} classes, latents {config['latent_shape']}")
     state = {"step": 0, "model": weights, "ema": weights, "opt": None, "config": config}
     return state, report
 

@@ -319,7 +319,8 @@ def test_classes_are_chosen_when_sampling(tmp_path):
     for classes in (None, [3, 1, 5]):
         sampler = sample.ImageSampler(net, Pixels(), config, world, classes=classes)
         sampler.images(range(4))
-        sampler.picture(tmp_path / f"{classes}.png", at_most=20)
+        shown = sampler.images(sampler.picture_rows(20))
+        sample.save_picture(tmp_path / f"{classes}.png", [sampler], [shown])
     assert [y for _, y in seen[::2]] == [[0, 1, 2, 3], [3, 1, 5, 3]]
     assert torch.equal(seen[0][0], seen[2][0])
     widths = [Image.open(tmp_path / f"{classes}.png").width for classes in (None, [3, 1, 5])]
