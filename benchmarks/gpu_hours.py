@@ -1,11 +1,11 @@
-"""Count the FLOPs of the paper's runs, and their GPU hours at an assumed share of a GPU's peak.
+"""Count the FLOPs of the papers' runs, and their GPU hours at an assumed share of a GPU's peak.
 
     python benchmarks/gpu_hours.py --share 0.4        # a minute, without computing anything
 
 It prints a table with a row per run: hours = images * FLOPs / (GPUs * share * peak * 3600). FLOPs
 are those of matrix products, convolutions and attention in one step's forward and backward; a
-multiply-add is two. Epochs, batch and steps per epoch are from the paper's Table 4, peaks of dense
-bfloat16 products from the data sheets.
+multiply-add is two. Epochs and images per epoch are from MeanFlow's Table 4 and from the published
+configurations of improved MeanFlow, peaks of dense bfloat16 products from the data sheets.
 """
 
 import sys
@@ -21,16 +21,24 @@ from train_step import FlopCounter  # noqa: E402
 
 from engine.distributed import run_main  # noqa: E402
 from engine.options import Parser, float_range, int_range  # noqa: E402
+from improved_meanflow import ImprovedMeanFlow  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
-from models import DiT_models  # noqa: E402
+from models import DiT_models, is_improved  # noqa: E402
 
-RUNS = [  # name, model, epochs, omega', kappa
-    ("B/4", "DiT-B/4", 80, 3.0, 0.0), ("B/2", "DiT-B/2", 240, 2.0, 0.5),
-    ("M/2", "DiT-M/2", 240, 2.0, 0.5), ("L/2", "DiT-L/2", 240, 2.5, 0.92),
-    ("XL/2", "DiT-XL/2", 240, 2.5, 0.92), ("XL/2+", "DiT-XL/2", 1000, 2.0, 0.5)]
-IMAGES_PER_EPOCH = 5004 * 256
+RUNS = [  # name, model, epochs, guidance in training
+    ("B/4", "DiT-B/4", 80, {"cfg": 3.0}),
+    ("B/2", "DiT-B/2", 240, {"cfg": 2.0, "kappa": 0.5}),
+    ("M/2", "DiT-M/2", 240, {"cfg": 2.0, "kappa": 0.5}),
+    ("L/2", "DiT-L/2", 240, {"cfg": 2.5, "kappa": 0.92}),
+    ("XL/2", "DiT-XL/2", 240, {"cfg": 2.5, "kappa": 0.92}),
+    ("XL/2+", "DiT-XL/2", 1000, {"cfg": 2.0, "kappa": 0.5}),
+    ("iMF-B/2", "iMF-B/2", 640, {"omega_max": 8.0}),
+    ("iMF-M/2", "iMF-M/2", 640, {"omega_max": 8.0}),
+    ("iMF-L/2", "iMF-L/2", 640, {"omega_max": 8.0}),
+    ("iMF-XL/2", "iMF-XL/2", 800, {"omega_max": 8.0})]
+IMAGES_PER_EPOCH = 5004 * 256  # or 1251 * 1024
 PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s; H100 SXM
-BATCH = 4  # of which one row has r < t
+BATCH = 4  # of which one row has r < t, or two (improved MeanFlow)
 
 
 def parse_args(argv=None):
@@ -52,31 +60,41 @@ def report(args):
     print("| | epochs | guidance | F, GFLOP | step, GFLOP | in F | to flow matching | EFLOP |"
           + "".join(f" {args.gpus} {gpu}, hours |" for gpu in PEAKS))
     print("|---" * (8 + len(PEAKS)) + "|")
-    for name, model, epochs, omega, kappa in RUNS:
-        forward, flow = flops(model, ratio=0)
-        _, step = flops(model, cfg=omega, kappa=kappa)
+    for name, model, epochs, guidance in RUNS:
+        forward, flow = flops(model, ratio=0, **({"omega_max": 1} if is_improved(model) else {}))
+        _, step = flops(model, **guidance)
         run = step * epochs * IMAGES_PER_EPOCH
         hours = [f"{run / (args.gpus * args.share * peak * 3600):.1f}" for peak in PEAKS.values()]
-        print(f"| {name} | {epochs} | omega' {omega:g}, kappa {kappa:g} | {forward / 1e9:.1f} | "
-              f"{step / 1e9:.1f} | {step / forward:.2f} | {step / flow:.2f} | {run / 1e18:.1f} | "
-              f"{' | '.join(hours)} |")
+        guidance = ", ".join(f"{key} {value:g}" for key, value in guidance.items())
+        print(f"| {name} | {epochs} | {guidance} | {forward / 1e9:.1f} | {step / 1e9:.1f} | "
+              f"{step / forward:.2f} | {step / flow:.2f} | {run / 1e18:.1f} | "
+              f"{' | '.join(hours)} |", flush=True)
     encoder, (_, step) = encoder_flops(), flops("DiT-B/4", cfg=3.0)
     print(f"\nVAE's encoder, 256 px: {encoder / 1e9:.0f} GFLOP an image, {encoder / step:.1f} of "
           f"B/4's step")
 
 
-def flops(model, **settings):
-    """(FLOPs of one forward, FLOPs of one step), per image."""
-    method = MeanFlow(num_classes=1000, **settings)
+def fake_method(model, **settings):
+    """The loss of the model's method, which takes tensors without data, too."""
+    make = ImprovedMeanFlow if is_improved(model) else MeanFlow
+    method = make(num_classes=1000, **settings)
     derivative = method.time_derivative
     # PyTorch differentiates no views of fake tensors in forward mode: pass copies of the rows
     method.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
+    return method
+
+
+def flops(model, **settings):
+    """(FLOPs of one forward, FLOPs of one step), per image; of an improved model with both
+    heads."""
+    method = fake_method(model, **settings)
     with FakeTensorMode():  # tensors with a shape and no data
         net = DiT_models[model]()
         x, y = torch.empty(BATCH, 4, 32, 32), torch.zeros(BATCH, dtype=torch.int64)
         draws = method.draw(x.shape)
+        given = (draws.omega, draws.t_min, draws.t_max) if is_improved(model) else ()
         with FlopCounter() as forward:
-            net(x, draws.r, draws.t, y)
+            net(x, draws.r, draws.t, y, *given)
         with FlopCounter() as step:
             method.loss(net, x, y, draws).loss.backward()
     return forward.total / BATCH, step.total / BATCH

@@ -35,6 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpu_hours import fake_method  # noqa: E402
+
 from engine.distributed import (  # noqa: E402
     World,
     check_sharding,
@@ -45,8 +47,6 @@ from engine.distributed import (  # noqa: E402
     start_processes,
 )
 from engine.options import Parser, int_range  # noqa: E402
-from improved_meanflow import ImprovedMeanFlow  # noqa: E402
-from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models, is_improved  # noqa: E402
 
 GPUS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}
@@ -119,21 +119,9 @@ class MemoryCounter(TorchDispatchMode):
         self.now -= size
 
 
-def make_method(model):
-    """The loss with all passes of guidance, for fake tensors too."""
-    if is_improved(model):
-        method = ImprovedMeanFlow(num_classes=1000)
-    else:
-        method = MeanFlow(num_classes=1000, cfg=2.0, kappa=0.5)
-    derivative = method.time_derivative
-    # PyTorch differentiates no views of fake tensors in forward mode: pass copies of the rows
-    method.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
-    return method
-
-
 def make_step(net, model, batch, world, forward=None):
     """A function without arguments that makes forward and backward of a random batch."""
-    method = make_method(model)
+    method = fake_method(model, **({} if is_improved(model) else {"cfg": 2.0, "kappa": 0.5}))
     x = torch.randn(batch, *SHAPE, device=world.device)
     y = torch.zeros(batch, dtype=torch.int64, device=world.device)
     draws = method.draw(x.shape, device=world.device)

@@ -197,6 +197,14 @@ def test_the_counted_step_is_the_one_of_the_papers_runs(scaling):
     assert net.parameters == pytest.approx(676.4e6, rel=1e-4) and len(net.blocks["blocks"]) == 28
 
 
+def test_the_counted_step_of_improved_meanflow_is_the_one_that_is_run(scaling):
+    gpu_hours = importlib.import_module("gpu_hours")
+    with sdpa_kernel(SDPBackend.MATH):
+        _, step = gpu_hours.flops("iMF-T/4", omega_max=8.0)
+    counted = sum(flops for flops, _ in scaling.passes(scaling.describe("iMF-T/4"), 4, 2)) / 4
+    assert step == pytest.approx(counted, rel=2e-3)
+
+
 def test_a_pass_of_improved_meanflow_gathers_the_heads_that_it_uses(scaling):
     net = scaling.describe("iMF-T/4")
     assert set(net.blocks) == {"shared_blocks", "u_heads", "v_heads"}
