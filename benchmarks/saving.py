@@ -1,12 +1,15 @@
-"""Measure the share of a run's wall time that saving checkpoints takes.
+"""Measure the shares of a run's wall time that checkpoints, records and pictures take.
 
     python benchmarks/saving.py                       # a GPU
     python benchmarks/saving.py --batch-size 16       # CPU, some minutes
 
 It times training steps (train.py's work without its log): first without a save, which gives the
 median time of a step, then during each save. A save costs the time of the call, which copies the
-state, and the time by which the steps during the write exceed the median. It prints one JSON line;
-share_percent is the mean cost of a save relative to the time of --ckpt-every steps.
+state, and the time by which the steps during the write exceed the median. A record is what train.py
+does at --log-every: the means of the interval, a line, metrics.jsonl and TensorBoard. A picture is
+that of --sample-every, 80 images of 256 px, of random bytes, without their sampling. It prints one
+JSON line; share_percent is the mean cost of a save relative to the time of --ckpt-every steps,
+logs_percent that of records and pictures, each at its own interval.
 """
 
 import copy
@@ -16,15 +19,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train  # noqa: E402
+from dataset.images import save_grid  # noqa: E402
 from engine.checkpoint import Saver  # noqa: E402
 from engine.distributed import run_main, start_processes  # noqa: E402
-from engine.log import describe_environment  # noqa: E402
+from engine.log import Log, describe_environment  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import build  # noqa: E402
@@ -38,6 +43,9 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=int_range(1), default=256, help="latents per step")
     parser.add_argument("--ckpt-every", type=int_range(1), default=1000,
                         help="steps between checkpoints")
+    parser.add_argument("--log-every", type=int_range(1), default=100, help="steps between records")
+    parser.add_argument("--sample-every", type=int_range(1), default=5000,
+                        help="steps between pictures")
     parser.add_argument("--steps", type=int_range(1), default=20, help="steps timed without a save")
     parser.add_argument("--saves", type=int_range(1), default=5, help="checkpoints written")
     parser.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
@@ -59,13 +67,17 @@ def main(args):
             calls.append(call), excesses.append(excess), writes.append(write)
         size = saver.path.stat().st_size
         cost = statistics.mean(calls) + statistics.mean(excesses)
+        record, picture = time_records(Path(folder), args, world), time_pictures(Path(folder))
+        logs = record / args.log_every + picture / args.sample_every  # per step
         print(json.dumps({
             "model": args.model, "batch_size": args.batch_size, "device": world.device.type,
             "step_s": round(step, 4), "checkpoint_mb": round(size / 1e6, 1),
             "call_s": round(statistics.mean(calls), 4),
             "steps_slowed_by_s": round(statistics.mean(excesses), 4),
             "write_s": round(statistics.mean(writes), 3),
-            "share_percent": round(100 * cost / (cost + args.ckpt_every * step), 4)}))
+            "share_percent": round(100 * cost / (cost + args.ckpt_every * step), 4),
+            "record_s": round(record, 6), "picture_s": round(picture, 3),
+            "logs_percent": round(100 * logs / (logs + step), 4)}))
 
 
 class Training:
@@ -117,6 +129,34 @@ def around_a_save(training, saver, number, step):
     written = time.perf_counter() - begin
     saver.check()
     return call, excess, written
+
+
+def time_records(folder, args, world, count=200):
+    """Median seconds of train.py's record of an interval, written to a log in folder."""
+    seconds = []
+    with Log(folder, active=True) as log:
+        run = SimpleNamespace(world=world, log=log, total_steps=count,
+                              args=SimpleNamespace(global_batch_size=args.batch_size))
+        due = train.Due(log=True, record=True, save=False, picture=False, evaluate=False)
+        meter = train.Meter(run)
+        meter.start(0)
+        for step in range(1, count + 1):
+            meter.add(torch.ones_like(meter.sums))
+            begin = time.perf_counter()
+            train.Run.record(run, step, meter.read(step), due)
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def time_pictures(folder, count=5):
+    """Median seconds of writing a picture of 80 images of 256 px with the names of classes."""
+    images = torch.randint(256, (80, 3, 256, 256), dtype=torch.uint8)
+    seconds = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        save_grid(folder / "picture.png", images, 10, [f"class {i % 10}" for i in range(80)])
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":
