@@ -129,8 +129,22 @@ def open_start(args, world):
         return None
     begun = world.on_main(lambda: args.run_dir and begun_from(args.run_dir, args.init))
     start = None if begun else Start(args.init, world)
-    complete(args, *(begun or (start.model, start.sizes)))
+    config = begun or {**start.config, "model": start.model, "sizes": start.sizes}
+    complete(args, config["model"], config["sizes"])
+    if not args.encoded_data:
+        choose_images(args, config.get("vae"), config.get("image_size"))
     return start
+
+
+def choose_images(args, vae=None, image_size=None):
+    """Fill in --vae and --image-size where they are not given: what the data or weights need.
+
+    mse differs from ema in the decoder alone, which stays to be chosen.
+    """
+    if args.vae is None:
+        args.vae = "ema" if vae in (None, "mse") else vae
+    if args.image_size is None:
+        args.image_size = image_size or 256
 
 
 def choose_defaults(parser, args):
@@ -154,11 +168,13 @@ def add_data_options(group):
                        help="folder with one folder of images per class; with --encoded-data, "
                             "the folder that encode_imagenet.py wrote")
     group.add_argument("--encoded-data", action="store_true", help="train on encoded latents")
-    group.add_argument("--image-size", type=int_range(1), default=256,
-                       help="side of the centre crop, in pixels")
-    group.add_argument("--vae", default="ema",
+    group.add_argument("--image-size", type=int_range(1),
+                       help="side of the centre crop, in pixels (default: that of the latents or "
+                            "of --init, else 256)")
+    group.add_argument("--vae",
                        help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a "
-                            "local AutoencoderKL; none: train on pixels")
+                            "local AutoencoderKL; none: train on pixels (default: what the latents "
+                            "or --init need, else ema)")
     group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
     group.add_argument("--num-workers", type=int_range(0, 1024), default=4,
                        help="readers per rank: processes for images, threads for latents; 0 = "
@@ -728,8 +744,12 @@ def check_batch(args, world):
 
 def open_data(args, world):
     """(dataset, space): image files or latent shards, and what encodes and decodes them."""
-    dataset = (LatentShards(args.data_path) if args.encoded_data
-               else ImageFolder(args.data_path, args.image_size, world))
+    if args.encoded_data:
+        dataset = LatentShards(args.data_path)
+        choose_images(args, dataset.vae, dataset.image_size)
+    else:
+        choose_images(args)
+        dataset = ImageFolder(args.data_path, args.image_size, world)
     space = None
     if not args.encoded_data or args.sample_every or args.eval_every:
         space = load_vae(args.vae, world.device, precision=args.precision)
@@ -783,10 +803,19 @@ def introduction(run, state):
     """The first lines of the log."""
     args, dataset = run.args, run.dataset
     parameters = sum(p.numel() for p in state.params)
+    classes, resumed = len(dataset.classes), ""
+    if state.step:
+        resumed = f" from the checkpoint of step {state.step}"
+    if state.step >= run.total_steps:
+        resumed += "; all steps are made: more need a larger --max-steps or --epochs"
     lines = describe_environment(run.world) + [
         f"{describe(run.config)}, {parameters:,} parameters; {len(dataset):,} images of "
-        f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
-        f"steps {state.step} to {run.total_steps}, into {run.folder}"]
+        f"{classes} class{'es' * (classes != 1)}; {args.global_batch_size} images per step",
+        f"steps {state.step} to {run.total_steps}, into {run.folder}{resumed}"]
+    if run.total_steps * (1 - args.ema_decay) < 3:  # the first weights have a share of 5 % or more
+        decay = max(0, 1 - 10 / run.total_steps)
+        lines.append(f"pictures and samples will be noise: --ema-decay {args.ema_decay} averages "
+                     f"over more steps than the run has; {decay:.4g} would suit {run.total_steps}")
     if run.start and not state.step:
         lines += run.start.notes
     if args.encoded_data and dataset.note:

@@ -88,12 +88,15 @@ class ImageFolder:
         if os.path.exists(self.root + "dataset.json"):
             raise UserError(f"--data-path must be a folder of images, got {self.root}, which holds "
                             f"latent shards; add --encoded-data or give the images")
+        if not os.path.isdir(self.root):
+            raise UserError(f"--data-path must be a folder with one folder of images per class, "
+                            f"got {self.root.rstrip('/')} (no such folder); check the path")
         try:
             found = datasets.ImageFolder(self.root)
         except (OSError, ValueError) as error:
             raise UserError(f"--data-path must be a folder with one folder of images per class, "
-                            f"got {self.root} ({str(error).splitlines()[0][:300]}); check the path"
-                            ) from error
+                            f"got {self.root} ({str(error).splitlines()[0][:300]}); check the "
+                            f"path, or give the folder above") from error
         # One array, not a million strings: updating their reference counts would copy the memory
         # that reading processes share
         files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])

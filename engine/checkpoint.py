@@ -343,7 +343,7 @@ def check_config(folder, config, free, defaults=()):
                             f"({error!s:.200}); choose another folder") from error
         if found and (begun or not ours):
             raise UserError(f"--run-dir must be a run of the same options, got {folder} "
-                            f"({found}); choose another folder or these options")
+                            f"({found}); give another --run-dir or the run's own options")
     elif begun:
         raise UserError(f"--run-dir must hold config.json beside its checkpoints, got {folder}; "
                         f"choose another folder")

@@ -1,13 +1,16 @@
 """What ends a run before its last step: signals, and numbers that are not finite."""
 
+import contextlib
 import math
 import os
 import select
 import signal
+import sys
 import threading
 import time
 
 import torch
+from tqdm import tqdm
 
 from engine.options import RunError
 
@@ -62,6 +65,10 @@ class Signals:
             if number[0] in (signal.SIGINT, signal.SIGTERM) and now - interrupted > 1:
                 self.world.exit("interrupted twice", code=130)
             if number[0] == signal.SIGINT:
+                if interrupted == math.inf and self.world.main and self.stepping:
+                    with contextlib.suppress(OSError):  # the terminal was closed
+                        tqdm.write("Ctrl-C: this step ends and is saved; once more leaves at once",
+                                   file=sys.stderr)
                 interrupted = min(now, interrupted)
             if number[0] == signal.SIGHUP:
                 self.leave_terminal()

@@ -101,14 +101,14 @@ def _normalisation(config):
 
 
 def begun_from(folder, name):
-    """(model, sizes) of the run in a folder if it began from the file of this name and has
-    checkpoints, so that it continues without that file; else None."""
+    """The config of the run in a folder if it began from the file of this name and has checkpoints,
+    so that it continues without that file; else None."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
         if list_checkpoints(folder / "checkpoints") and config["init"] == str(name):
             is_improved(config["model"])  # KeyError for an unknown one
-            return config["model"], config["sizes"]
+            return config if "sizes" in config else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # whatever it is, Run refuses it or begins anew
     return None

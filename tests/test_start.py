@@ -86,6 +86,19 @@ def test_a_run_starts_with_the_average_of_a_file(kind, digits, drifted, hub, tmp
     assert "taken to be those of the data" in log and "latents are not" not in log
 
 
+def test_pixels_and_image_size_come_from_the_file(digits, trained, tmp_path):
+    """They had to be told again, and a VAE was looked for. Also once the file is gone."""
+    shutil.copy(trained, tmp_path / "file.pt")
+    options = fresh(digits, tmp_path / "run", tmp_path / "file.pt")
+    at = options.index("--vae")
+    del options[at:at + 4]  # and --image-size
+    call("train", *options, "--max-steps", 1)
+    (tmp_path / "file.pt").unlink()
+    call("train", *options, "--max-steps", 2)
+    config = load_weights(tmp_path / "run", 2, "config")
+    assert config["vae"] == "none" and config["image_size"] == 8
+
+
 def test_a_position_table_is_never_computed_anew(digits, drifted, tmp_path):
     call("train", *fresh(digits, tmp_path / "run", drifted, "--max-steps", 2))
     for kind in ("model", "ema"):

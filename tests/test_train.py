@@ -95,7 +95,42 @@ def test_shards_and_raw_images_train_the_same_weights(digits, tmp_path):
     assert encoded["latent_shape"] == raw["latent_shape"] == [4, 2, 2]
 
 
+def test_latents_bring_their_vae_and_image_size(digits, tmp_path):
+    """They had to be told again, and the VAE that was looked for was the default one."""
+    vae = save_small_vae(tmp_path / "vae")
+    call("encode_imagenet", "--data-path", digits, "--out-path", tmp_path / "shards", "--vae", vae,
+         "--image-size", 32, "--num-workers", 0)
+    options = tiny(tmp_path / "shards", tmp_path / "run")
+    at = options.index("--vae")
+    del options[at:at + 4]  # and --image-size
+    call("train", *options, "--encoded-data", "--max-steps", 1, "--sample-every", 1)
+    config = load_weights(tmp_path / "run", 1, "config")
+    assert config["vae"] == str(vae) and config["image_size"] == 32
+    assert (tmp_path / "run" / "samples" / "0000001.png").exists()
+
+
 # ---- what a run does and leaves ----------------------------------------------------------------
+
+
+def test_the_log_says_where_a_run_goes_on_and_that_it_is_finished(digits, tmp_path):
+    options = [*tiny(digits, tmp_path), "--ckpt-every", 1]
+    for steps in (1, 2, 2):
+        call("train", *options, "--max-steps", steps)
+    first, second, third = [line.split(" ", 2)[2] for line in
+                            (tmp_path / "log.txt").read_text().splitlines() if "into" in line]
+    assert first == f"steps 0 to 1, into {tmp_path}"
+    assert second == f"steps 1 to 2, into {tmp_path} from the checkpoint of step 1"
+    assert "step 2; all steps are made: more need a larger --max-steps" in third
+
+
+@pytest.mark.parametrize(("decay", "suits"), [(.95, None), (.97, "0.8333"), (1, "0.8333")])
+def test_an_average_that_is_longer_than_the_run_is_said(decay, suits, digits, tmp_path):
+    """The pictures of a first short run were noise, and nothing said why."""
+    call("train", *tiny(digits, tmp_path), "--max-steps", 60, "--ema-decay", decay, "--lr", 1e-9,
+         "--global-batch-size", 4)
+    log = (tmp_path / "log.txt").read_text()
+    assert ("will be noise" in log) == bool(suits)
+    assert suits is None or f"{suits} would suit 60" in log
 
 
 def test_a_run_leaves_the_promised_files(trained):
