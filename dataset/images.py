@@ -8,10 +8,10 @@ import hashlib
 import os
 import warnings
 import zipfile
-from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from dataset.loader import read_images, stack_images
@@ -136,21 +136,29 @@ def save_grid(path, images, columns, captions=None):
     captions: a text for each image, above it; above the columns only where all of a column are
     alike.
     """
-    from torchvision.utils import make_grid  # see ImageFolder._list
-
     enlarge = max(1, 64 // images.shape[3])
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    make = partial(make_grid, nrow=columns, padding=2, pad_value=255)
     images, header = images.cpu(), None
     if captions:
         bars = write_captions(captions, images.shape[3])  # (B, 3, h, W)
         if captions == [captions[i % columns] for i in range(len(captions))]:
-            header = make(bars[:columns])[:, :-2]
+            header = make_tiles(bars[:columns], columns)[:, :-2]
         else:
             images = torch.cat([bars, images], dim=2)
-    grid = make(images) if header is None else torch.cat([header, make(images)], dim=1)
+    grid = make_tiles(images, columns)
+    if header is not None:
+        grid = torch.cat([header, grid], dim=1)
     with atomic_file(path) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+
+
+def make_tiles(images, columns):
+    """Images (B, 3, H, W) in rows of so many, with white around each: (3, H', W')."""
+    from torchvision.utils import make_grid  # see ImageFolder._list
+
+    if len(images) == 1:  # make_grid would leave out the white
+        return F.pad(images[0], (2, 2, 2, 2), value=255)
+    return make_grid(images, nrow=columns, padding=2, pad_value=255)
 
 
 def write_captions(captions, width):

@@ -231,6 +231,20 @@ def test_captions_stand_above_each_column_or_each_image(tmp_path):
     assert (pixels["columns"][:bar] < 100).any(axis=(0, 2))[2:66].sum() > 3  # there is a text
 
 
+@pytest.mark.parametrize("captions", [None, ["a", "a", "a"], ["a", "b", "c"]])
+def test_one_column_is_the_first_of_several(captions, tmp_path):
+    """Of a single image torchvision makes no grid with a frame: one class ended in a traceback."""
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 64, 64) * 40
+    for rows in (1, 3):
+        pixels = []
+        for columns in (1, 2):
+            shown = images[:2 * rows:2] if columns == 1 else images[:2 * rows]
+            names = captions and [name for name in captions[:rows] for _ in range(columns)]
+            save_grid(tmp_path / "picture.png", shown, columns, names)
+            pixels.append(np.asarray(Image.open(tmp_path / "picture.png")))
+        assert pixels[0].shape[1] == 68 and np.array_equal(pixels[0], pixels[1][:, :68])
+
+
 def test_long_captions_are_broken_and_cut():
     font = ImageFont.load_default(11)
     lines = break_lines("a very very long name of a class with many words\n2 steps", font, 64)

@@ -346,6 +346,19 @@ def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
         assert np.array_equal(picture[below, ours:ours + 66], alone[below, theirs:theirs + 66])
 
 
+@pytest.mark.parametrize("steps", [[1], [1, 2]])
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_class_has_a_picture(steps, count, trained, tmp_path):
+    """Its header was one tile without a frame, narrower than the images: a traceback at the end."""
+    call("sample", "--ckpt", trained, "--classes", 3, "--per-class", count, "--num-sampling-steps",
+         *steps, "--sample-dir", tmp_path / "one")
+    pictures = [Image.open(path) for path in sorted(tmp_path.glob("*.png"))]
+    assert len(pictures) == 2 * len(steps) - 1
+    widths = [picture.width for picture in pictures]
+    assert sorted(widths) == [68] * len(steps) + [134] * (len(steps) - 1)
+    assert {picture.height // 66 for picture in pictures} == {count}  # and the captions
+
+
 def test_counts_of_steps_must_differ(trained, tmp_path, refusal):
     refusal("sample", ["--ckpt", trained, "--num-sampling-steps", 2, 2, "--sample-dir",
                        tmp_path / "samples"], "--num-sampling-steps")
