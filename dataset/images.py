@@ -6,6 +6,7 @@ Images are uint8, (3, H, W) or in batches (B, 3, H, W).
 import contextlib
 import hashlib
 import os
+import unicodedata
 import warnings
 import zipfile
 
@@ -162,10 +163,11 @@ def make_tiles(images, columns):
 
 
 def write_captions(captions, width):
-    """Bars (B, 3, h, width), uint8, with black texts, each broken into lines that fit the width."""
+    """Bars (B, 3, h, width), uint8, with black texts, each broken into lines that fit the width and
+    leave a gap to the neighbours'."""
     size = min(max(width // 8, 11), 28)
     font = ImageFont.load_default(size)
-    texts = [break_lines(caption, font, width) for caption in captions]
+    texts = [break_lines(drawable(caption, font), font, width - 4) for caption in captions]
     height = (size + 3) * max(map(len, texts)) + 4
     bars = []
     for lines in texts:
@@ -177,8 +179,23 @@ def write_captions(captions, width):
     return torch.stack(bars)
 
 
+def drawable(text, font):
+    """The text in characters that the font can draw; of a letter with an accent that it lacks the
+    letter, of all others a question mark."""
+    box = bytes(font.getmask("\uffff"))  # what it draws for all that it lacks
+
+    def has(character):
+        return character.isspace() or bytes(font.getmask(character)) != box
+
+    letters = "".join(character if has(character) else unicodedata.normalize("NFKD", character)
+                      for character in unicodedata.normalize("NFC", text))
+    return "".join(character if has(character) else "?" for character in letters
+                   if unicodedata.category(character)[0] != "M")  # accents
+
+
 def break_lines(caption, font, width):
-    """The lines of a caption, broken at spaces, three at most of each; a word too long is cut."""
+    """The lines of a caption, broken at spaces, three at most of each paragraph; what does not fit
+    is cut."""
     lines = []
     for paragraph in caption.split("\n"):
         broken = [""]
@@ -188,7 +205,8 @@ def break_lines(caption, font, width):
                 broken.append(word)
             else:
                 broken[-1] = wider
-        lines += [cut(line, font, width) for line in broken[:3]]
+        broken[2:] = [" ".join(broken[2:])] if broken[2:] else []
+        lines += [cut(line, font, width) for line in broken]
     return lines
 
 
@@ -198,7 +216,7 @@ def cut(line, font, width):
         return line
     while line and font.getlength(line + "\u2026") > width:
         line = line[:-1]
-    return line + "\u2026"
+    return line.rstrip() + "\u2026"
 
 
 # ---- image sets for evaluation ---------------------------------------------------------------

@@ -19,8 +19,10 @@ from dataset.images import (
     NpzImages,
     break_lines,
     center_crop,
+    drawable,
     read_image,
     save_grid,
+    write_captions,
 )
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
@@ -249,5 +251,23 @@ def test_long_captions_are_broken_and_cut():
     font = ImageFont.load_default(11)
     lines = break_lines("a very very long name of a class with many words\n2 steps", font, 64)
     assert len(lines) == 4 and lines[-1] == "2 steps"
+    assert lines[2].endswith("\u2026")  # words were left out
     lines += break_lines("Donaudampfschifffahrtsgesellschaft", font, 64)
     assert lines[-1].endswith("\u2026") and all(font.getlength(line) <= 64 for line in lines)
+    assert break_lines("a very very long name", font, 64) == ["a very very", "long name"]
+
+
+def test_captions_of_neighbours_do_not_touch():
+    """A line of just the width of its image ran into the next image's."""
+    bars = write_captions(["i" * count for count in range(1, 40)], 64)
+    assert (bars[:, :, :, :2] == 255).all() and (bars[:, :, :, -2:] == 255).all()
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("\u00dcn\u00efcode", "Unicode"), ("U\u0308ni\u0308code", "Unicode"), ("\ufb01sh", "\ufb01sh"),
+    ("\u2018a\u2019\u2026", "\u2018a\u2019\u2026"), ("\u65e5\u672c", "??"), ("n\udcff", "n?"),
+    ("a b\nc", "a b\nc")])
+def test_captions_are_drawn_without_boxes(text, shown):
+    """Pillow's font has no accents, and draws a box for what it lacks."""
+    assert drawable(text, ImageFont.load_default(11)) == shown
+    assert torch.equal(write_captions([text], 64), write_captions([shown], 64))
