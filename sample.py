@@ -151,9 +151,13 @@ def main(args):
             if args.save_images:
                 open_sample_dir(part, entries, net, world, stack)
             shown.append(sample_one_count(part, sampler, entries, evaluation))
-        if len(parts) > 1 and args.save_images and world.main:
-            counts = "-".join(map(str, args.num_sampling_steps))
-            save_picture(output_path(args, f"-{counts}-steps.png"), samplers, shown)
+        if args.save_images and world.main:
+            picture = output_path(args, ".png")  # of a single count: it is there already
+            if len(parts) > 1:
+                counts = "-".join(map(str, args.num_sampling_steps))
+                picture = output_path(args, f"-{counts}-steps.png")
+                save_picture(picture, samplers, shown)
+            print(f"picture: {picture}", file=sys.stderr)
 
 
 def of_one_count(args, steps):

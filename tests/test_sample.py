@@ -119,8 +119,11 @@ def test_the_npz_holds_the_images_in_order(sampled):
 
 
 def test_the_folder_alone_goes_to_stdout(trained, tmp_path, capfd):
+    """And the path of the picture to stderr."""
     call("sample", *options(trained, tmp_path / "new"))
-    assert capfd.readouterr().out == f"{tmp_path / 'new'}\n"
+    out, err = capfd.readouterr()
+    assert out == f"{tmp_path / 'new'}\n"
+    assert err.splitlines()[-1] == f"picture: {tmp_path / 'new.png'}"
 
 
 @pytest.mark.slow
@@ -263,7 +266,9 @@ def test_metrics_of_sampling_are_those_of_the_files(name, extra, measured, train
     """Of files that are there already, of new ones, and without files."""
     evaluate, fid = measured
     call("sample", *options(trained, sampled.with_name(name)), *evaluate, *extra)
-    metrics = result(capfd)
+    out, err = capfd.readouterr()
+    assert ("picture:" in err) == (name != "none")
+    metrics = json.loads(out)
     assert metrics["fid"] == pytest.approx(fid, rel=1e-9)
     assert metrics["num_samples"] == 21 and metrics["protocol"] == "pixels"
     assert metrics["num_reference"] == 200 and metrics["seed"] == 0
@@ -332,8 +337,9 @@ def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
     """Each in its own folder, with the images that it has alone."""
     options = ["--ckpt", trained, "--per-class", 2, "--classes", 4, 7]
     call("sample", *options, "--num-sampling-steps", 1, 3, "--sample-dir", tmp_path / "both")
-    assert capfd.readouterr().out.split() == [str(tmp_path / f"both-{name}")
-                                              for name in ("1-step", "3-steps")]
+    out, err = capfd.readouterr()
+    assert out.split() == [str(tmp_path / f"both-{name}") for name in ("1-step", "3-steps")]
+    assert err.splitlines()[-1] == f"picture: {tmp_path / 'both-1-3-steps.png'}"
     call("sample", *options, "--num-sampling-steps", 3, "--sample-dir", tmp_path / "alone")
     images = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("both-3-steps", "alone")]
     assert np.array_equal(*images) and len(images[0]) == 4
