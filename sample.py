@@ -437,7 +437,8 @@ def check_sample_dir(args, wanted, net):
     """
     folder = args.sample_dir
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another")
+        raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another "
+                        f"--sample-dir")
     check_folder("--sample-dir", folder)
     found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
                                output_path(args, ".npz"), output_path(args, ".png"))
@@ -456,7 +457,7 @@ def check_sample_dir(args, wanted, net):
         fault, has_images = f"{found[0]} is not of this command", True
     if fault and has_images:
         raise UserError(f"--sample-dir must be new, or hold the images of this very command, got "
-                        f"{folder} ({fault}); choose another")
+                        f"{folder} ({fault}); choose another --sample-dir")
 
 
 def hash_of(tensor):

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -351,11 +352,18 @@ def check_config(folder, config, free, defaults=()):
 
 
 def differences(stored, wanted, free=(), defaults=()):
-    """Lists the settings whose values differ, as "lr 0.1, now 0.2"; "" if none differ.
+    """Lists the settings whose values differ, as "lr 0.1, now 0.2"; "" if none differ. Of a SHA-256
+    it shows eight digits.
 
     defaults: values that count as stored where stored, from an older version, lacks the name.
     """
     names, stored = sorted(stored.keys() | wanted.keys()), dict(defaults) | stored
-    return "; ".join(f"{name:.60} {stored.get(name)!s:.60}, now {wanted.get(name)!s:.60}"
+    return "; ".join(f"{name:.60} {_short(stored.get(name))}, now {_short(wanted.get(name))}"
                      for name in names
                      if name not in free and stored.get(name) != wanted.get(name))
+
+
+def _short(value):
+    """The text of a value for a message: of a SHA-256 eight digits, else 60 characters at most."""
+    text = str(value)
+    return text[:8 if re.fullmatch("[0-9a-f]{64}", text) else 60]

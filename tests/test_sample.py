@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call, run_ranks, tiny
+from conftest import call, refused, run_ranks, tiny
 from PIL import Image
 from soak import Child
 
@@ -201,6 +201,17 @@ def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path
     (tmp_path / "new" / ".samples.json.1.tmp").write_text("{")
     call("sample", *options(trained, tmp_path / "new"))
     assert len(list((tmp_path / "new").iterdir())) == 22
+
+
+def test_a_folder_of_other_weights_is_refused_with_short_hashes(trained, tmp_path):
+    """The line held 120 digits of two hashes."""
+    call("sample", *options(trained, tmp_path / "new"), "--classes", 3)
+    marker = tmp_path / "new" / "samples.json"
+    stored = json.loads(marker.read_text())
+    marker.write_text(json.dumps(stored | {"weights": "0123456789abcdef" * 4}))
+    with refused("--sample-dir", "classes [3], now [5]; weights 01234567, now "
+                 f"{stored['weights'][:8]}); choose another --sample-dir"):
+        call("sample", *options(trained, tmp_path / "new"), "--classes", 5)
 
 
 def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path):
