@@ -65,7 +65,8 @@ def parse_args(argv=None):
 def main(args):
     with start_processes() as world:
         samples = open_images("--samples", args.samples, args, world)
-        dimension(args.protocol, samples.image_size)  # refuses what is too large
+        dimension(args.protocol, samples.image_size,  # refuses what is too large
+                  can_crop=isinstance(samples, FolderImages))
         reference, other = None, None
         if args.make_ref is not None:
             check_new(args.make_ref)

@@ -33,14 +33,16 @@ class Features(NamedTuple):
     logits: torch.Tensor | None = None  # (B, CLASSES) float64, without the bias
 
 
-def dimension(protocol, image_size):
-    """D, the length of a pool feature of images of size (H, W). Raises UserError for too many."""
+def dimension(protocol, image_size, *, can_crop=False):
+    """D, the length of a pool feature of images of size (H, W). Raises UserError for too large
+    ones; can_crop: whether --image-size would make them smaller."""
     if protocol != "pixels":
         return POOL
     height, width = image_size
     if 3 * height * width > TINY:
-        raise UserError(f"--protocol pixels must have images of at most {TINY} values, 32 x 32, "
-                        f"got {height} x {width}; use pytorch-fid or adm")
+        remedy = "give --image-size 32, or use" if can_crop else "use"
+        raise UserError(f"--protocol pixels takes images of at most 32 x 32, got {height} x "
+                        f"{width}; {remedy} --protocol pytorch-fid or adm")
     return 3 * height * width
 
 

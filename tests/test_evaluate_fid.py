@@ -244,6 +244,17 @@ def test_an_image_torn_behind_its_header_is_refused_by_its_name(tmp_path, capfd,
     assert not list(tmp_path.glob("*ref*"))
 
 
+def test_pixels_of_large_images_are_refused_with_the_remedy_at_hand(tmp_path, capfd, monkeypatch):
+    """Files can be cropped, the images of an .npz cannot."""
+    images = pictures(3, 40, seed=9)
+    folder = save(images, tmp_path / "a")
+    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    for samples, remedy in ((folder, "give --image-size 32, or use"), (tmp_path / "a.npz", "use")):
+        line = refusal(capfd, monkeypatch, "--samples", samples, "--protocol", "pixels",
+                       "--make-ref", tmp_path / "ref.npz")
+        assert f"got 40 x 40; {remedy} --protocol pytorch-fid or adm" in line
+
+
 def quiet(world, total, **options):
     return tqdm(total=total, disable=True)
 
