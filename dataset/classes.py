@@ -4,16 +4,18 @@ import difflib
 
 from engine.options import UserError
 
+LISTED = 20  # classes at most that a refusal lists
+
 
 def find_classes(texts, config):
     """The labels, from 0, of the classes that these texts name, for --classes.
 
     A text is the name of a class folder, a label, or, of 1,000 classes, a name or WordNet number of
     ImageNet's (goldfish, n01443537). config: of a checkpoint. Raises UserError for others, with the
-    names most like them.
+    names most like them, and where there are few classes with all.
     """
     names = label_names(config)
-    return [_find(text, names, config["num_classes"]) for text in texts]
+    return [_find(text, names, config["num_classes"], config.get("classes")) for text in texts]
 
 
 def class_names(config, labels):
@@ -46,7 +48,7 @@ def imagenet_names():
              info.index_to_label_name(label)] for label in range(1000)]
 
 
-def _find(text, names, count):
+def _find(text, names, count, folders):
     name = text.strip().lower().replace("_", " ")
     for known in (text.lower(), name):
         if known in names:
@@ -54,6 +56,10 @@ def _find(text, names, count):
     if text.isdecimal() and int(text) < count:
         return int(text)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    remedy = f"did you mean {' or '.join(near)}?" if near else "give a number or a name of a class"
+    hints = [f"did you mean {' or '.join(near)}?"] if near else []
+    if folders and count <= LISTED:
+        listed = ", ".join(f"{folder} ({label})" for label, folder in enumerate(folders))
+        quote = "; quote names with spaces" if " " in "".join(map(str, folders)) else ""
+        hints.append(f"the classes are {listed}{quote}")
     raise UserError(f"--classes must be class names or numbers from 0 to {count - 1}, got {text}; "
-                    f"{remedy}")
+                    f"{' '.join(hints) or 'give a number or a name of a class'}")
