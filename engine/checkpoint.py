@@ -146,8 +146,8 @@ def load_checkpoint(path, *, option="--ckpt"):
     """
     path = Path(path)
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{option} must be a checkpoint file, got {path} ({found}); {REMEDY}")
+        found, remedy = _explain(path)
+        raise UserError(f"{option} must be a checkpoint file, got {path} ({found}); {remedy}")
     try:
         state = (state_of(*open_safetensors(path)) if path.suffix == SAFETENSORS else
                  torch.load(path, map_location="cpu", weights_only=True, mmap=True))
@@ -158,6 +158,17 @@ def load_checkpoint(path, *, option="--ckpt"):
         raise UserError(f"{option} must hold {', '.join(KEYS)}, got {path} (a foreign file); "
                         f"{REMEDY}")
     return state
+
+
+def _explain(path):
+    """(what is found, remedy) where a path is no file."""
+    if not path.is_dir():
+        return "no such file", REMEDY
+    for folder, kind in ((path / "checkpoints", "a run directory"),
+                         (path, "a folder of checkpoints")):
+        if newest := list_checkpoints(folder)[:1]:
+            return kind, f"did you mean {newest[0]}?"
+    return "a folder", REMEDY
 
 
 def open_safetensors(path):

@@ -281,6 +281,11 @@ def test_a_file_beside_the_sample_folder_with_too_long_a_name_is_refused(place, 
     refusal("sample", good("sample", sample_dir="y" * 253), "yyyy.npz")
 
 
+def test_a_run_directory_in_place_of_a_checkpoint_suggests_its_newest(trained, refusal):
+    line = refusal("sample", ["--ckpt", trained.parent.parent], "--ckpt")
+    assert line.endswith(f"(a run directory); did you mean {trained}?\n")
+
+
 BYTES = os.fsdecode(b"n\xff")
 
 

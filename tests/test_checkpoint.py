@@ -244,6 +244,19 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(folder, tmp_path,
     assert "ran code" not in capsys.readouterr().out
 
 
+def test_a_run_directory_is_refused_with_its_newest_checkpoint(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with refused("--init must be a checkpoint file", checkpoints, "(a folder); give a checkpoint"):
+        load_checkpoint(checkpoints, option="--init")
+    for name in ("0000002.pt", "0000010.pt", "last.pt"):
+        (checkpoints / name).touch()
+    for path, kind in ((tmp_path / "run", "a run directory"),
+                       (checkpoints, "a folder of checkpoints")):
+        with refused(f"got {path} ({kind}); did you mean {checkpoints / '0000010.pt'}?"):
+            verify_checkpoint(path)
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(folder):
     stored = state(4)
     for change in ({"model": "DiT-S/4"}, {"model": "DiT-Q/4"}, {"latent_shape": None}):
