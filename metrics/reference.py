@@ -161,9 +161,10 @@ def notes(reference, protocol, count):
                      f"not {protocol}; the difference is part of the result")
     suggested = min(PUBLISHED, reference.count or PUBLISHED)
     if count < suggested:
-        lines.append(f"warning: {count} samples where the reference suggests {suggested}: fewer "
-                     f"raise the Frechet distance, in proportion to 1 / count; compare the result "
-                     f"only with others of {count} samples")
+        whose = "the reference" if suggested == reference.count else "published results"
+        lines.append(f"warning: {count} samples against {suggested} of {whose}: fewer raise the "
+                     f"Frechet distance, in proportion to 1 / count; compare the result only with "
+                     f"others of {count} samples")
     return lines
 
 

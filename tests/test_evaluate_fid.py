@@ -197,7 +197,7 @@ def test_a_reference_keeps_evenly_spaced_images(tmp_path, capfd, monkeypatch):
 def test_few_samples_are_warned_of_on_stderr(tmp_path, capfd):
     a, b = (save(pictures(n, 8, seed=n), tmp_path / str(n)) for n in (3, 4))
     _, err = evaluate(capfd, "--samples", a, "--ref", b, "--protocol", "pixels")
-    assert "warning: 3 samples where the reference suggests 4" in err
+    assert "warning: 3 samples against 4 of the reference" in err
     _, err = evaluate(capfd, "--samples", b, "--ref", a, "--protocol", "pixels")
     assert "warning" not in err
 

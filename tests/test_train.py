@@ -371,7 +371,7 @@ def test_the_log_says_what_was_measured(one):
     line, = (line for line in log.splitlines() if "step 4  " in line)
     assert "num_samples 60" in line and "labels balanced" in line and "seed 0" in line
     assert "Frechet distance of pixels" in line and "fid" not in line.lower()
-    assert "60 samples where the reference suggests 200" in log
+    assert "60 samples against 200 of the reference" in log
 
 
 def test_an_evaluation_that_was_cut_short_is_redone(one, digits, method, evaluation, tmp_path):
