@@ -57,9 +57,9 @@ def local_file(name, option):
     except HFValidationError as error:
         raise _malformed(name, option) from error
     except Exception as error:  # httpx and requests, which older versions use, have their own kinds
-        rule, remedy = _explain(error)
-        raise UserError(f"{option} must be a file {rule}, got {name} ({type(error).__name__}); "
-                        f"{remedy}") from error
+        rule, found, remedy = _explain(error)
+        found = f" ({found})" if found else ""
+        raise UserError(f"{option} must be a file {rule}, got {name}{found}; {remedy}") from error
     finally:
         log.setLevel(level)
 
@@ -70,7 +70,8 @@ def _malformed(name, option):
 
 
 def _explain(error):
-    """(rule, remedy) for an error of huggingface_hub."""
+    """(rule, what was found beyond that, remedy) for an error of huggingface_hub."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import (
         EntryNotFoundError,
         GatedRepoError,
@@ -78,17 +79,21 @@ def _explain(error):
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    cause, remedy = (("HF_HUB_OFFLINE forbids a download", "unset HF_HUB_OFFLINE")
+                     if constants.HF_HUB_OFFLINE else
+                     ("could not be downloaded", "connect this machine"))
+    copy = "copy the file here and give its path"
     causes = (
-        (GatedRepoError, "that you may read, which its owner allows on request",
+        (GatedRepoError, "that you may read, which its owner allows on request", "",
          "ask for access on its page, then run hf auth login"),
-        (RepositoryNotFoundError, "of a repository that exists and that you may read",
+        (RepositoryNotFoundError, "of a repository that exists and that you may read", "",
          "check OWNER and REPO, or run hf auth login if it is private"),
-        (RevisionNotFoundError, "of a revision that exists", "check what follows the @"),
+        (RevisionNotFoundError, "of a revision that exists", "", "check what follows the @"),
         (LocalEntryNotFoundError, "that is cached or that can be downloaded",
-         "connect this machine or unset HF_HUB_OFFLINE, or copy the file here and give its path"),
-        (EntryNotFoundError, "that its repository holds", "check FILE"))
+         f"it is not in Hugging Face's cache, and {cause}", f"{remedy}, or {copy}"),
+        (EntryNotFoundError, "that its repository holds", "", "check FILE"))
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return ("that can be written to the cache",
+        return ("that can be written to the cache", error.strerror,
                 "free space, or name a folder that you may write in HF_HOME")
-    return next(((rule, remedy) for kind, rule, remedy in causes if isinstance(error, kind)),
-                ("that can be downloaded", "try again, or copy the file here and give its path"))
+    return next((found for kind, *found in causes if isinstance(error, kind)),
+                ("that can be downloaded", type(error).__name__, f"try again, or {copy}"))

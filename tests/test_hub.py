@@ -8,6 +8,7 @@ from conftest import call, refused, run_ranks, snapshot
 from huggingface_hub import constants
 
 from engine.hub import file_or_address, local_file
+from engine.options import UserError
 
 ADDRESS = "hf://ann/digits/runs/a.pt"
 
@@ -64,7 +65,7 @@ def test_a_malformed_address_is_refused(address, served):
 def test_what_the_hub_refuses_is_refused_in_one_line(address, words, served):
     (served.folder / "ann" / "secret").mkdir()
     (served.folder / "ann" / "secret" / "gated").touch()
-    with refused("--ckpt", address, words):
+    with refused("--ckpt", f"got {address}; ", words):  # without the class of the error
         local_file(address, "--ckpt")
 
 
@@ -76,8 +77,14 @@ def test_a_file_that_is_not_cached_needs_the_network(offline, served, monkeypatc
     else:
         served.shutdown()
         served.server_close()
-    with refused("--ckpt", ADDRESS, "connect this machine"):
+    with pytest.raises(UserError) as error:
         local_file(ADDRESS, "--ckpt")
+    found, remedy = {
+        True: ("HF_HUB_OFFLINE forbids a download", "unset HF_HUB_OFFLINE"),
+        False: ("could not be downloaded", "connect this machine")}[offline]
+    assert str(error.value) == (
+        f"--ckpt must be a file that is cached or that can be downloaded, got {ADDRESS} (it is not "
+        f"in Hugging Face's cache, and {found}); {remedy}, or copy the file here and give its path")
 
 
 def test_a_full_disk_is_refused_in_one_line(served, monkeypatch):
@@ -85,7 +92,7 @@ def test_a_full_disk_is_refused_in_one_line(served, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
-    with refused("--ckpt", ADDRESS, "free space"):
+    with refused("--ckpt", ADDRESS, "(No space left on device); free space"):
         local_file(ADDRESS, "--ckpt")
 
 
