@@ -141,7 +141,8 @@ def main(args):
                 check_sample_dir(part, entries, net)
         evaluation = (Evaluation(args.fid_ref, args.protocol, config, world) if args.fid_ref
                       else None)
-        space = load_vae(args.vae or config["vae"], world.device, precision=args.precision)
+        space = load_vae(args.vae or config["vae"], world.device, precision=args.precision,
+                         optional=config["vae"] == "none")
         net.to(world.device)
         samplers = [ImageSampler(net, space, config, world, seed=args.seed, labels=args.labels,
                                  classes=classes, steps=part.num_sampling_steps, guidance=guidance)

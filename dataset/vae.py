@@ -133,11 +133,12 @@ def to_uint8(x):
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def load_vae(name, device="cpu", *, precision="fp32", chunk=32):
+def load_vae(name, device="cpu", *, precision="fp32", chunk=32, optional=True):
     """The space of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
 
-    precision: fp32, tf32 or bf16; chunk: as in VAE. ema and mse are downloaded once, into Hugging
-    Face's cache. Weights are read as safetensors, which cannot hold code. Raises UserError.
+    precision: fp32, tf32 or bf16; chunk: as in VAE; optional: whether --vae none is a way out
+    where there is no VAE. ema and mse are downloaded once, into Hugging Face's cache. Weights are
+    read as safetensors, which cannot hold code. Raises UserError.
     """
     if name == "none":
         return Pixels()
@@ -147,10 +148,11 @@ def load_vae(name, device="cpu", *, precision="fp32", chunk=32):
     try:
         from diffusers import AutoencoderKL  # takes seconds to import, and pixels do without
     except ImportError as error:
-        raise UserError(f"--vae {name} needs the diffusers package ({error}); install it or give "
-                        f"--vae none") from error
+        remedy = "install it or give --vae none" if optional else "install it"
+        raise UserError(f"--vae {name} needs the diffusers package ({error}); {remedy}") from error
     with _quiet():
-        model = _download(AutoencoderKL, name) if name in HUB else _open(AutoencoderKL, name)
+        model = (_download(AutoencoderKL, name, optional) if name in HUB
+                 else _open(AutoencoderKL, name))
     if model.config.get("shift_factor") or model.config.get("latents_mean"):
         raise UserError(f"--vae must have latents that one factor scales, got {name}, which also "
                         f"shifts them; give a VAE of Stable Diffusion 1 or 2")
@@ -174,15 +176,22 @@ def _open(cls, folder):
     return model
 
 
-def _download(cls, name):
-    """ema or mse: from the cache, which needs no network, else from the hub. Raises UserError."""
+def _download(cls, name, optional):
+    """ema or mse: from the cache, which needs no network, else from the hub. Raises UserError.
+
+    optional: as in load_vae.
+    """
     for cached in (True, False):
         try:
             return cls.from_pretrained(HUB[name], local_files_only=cached, use_safetensors=True)
         except Exception as error:  # of diffusers, the hub's client or the network
-            reason = _first_line(error)
+            reason = f" ({_first_line(error)})"
+    if "does not appear to have a file" in reason:  # diffusers' words for a hub out of reach
+        reason = ""
+    remedies = ("give --vae FOLDER with a local copy, or --vae none for pixels" if optional
+                else "or give --vae FOLDER with a local copy")
     raise UserError(f"cannot download {HUB[name]} for --vae {name}, which is not in Hugging Face's "
-                    f"cache ({reason}): connect once, or save it in a folder and give --vae FOLDER")
+                    f"cache{reason}: connect once, {remedies}")
 
 
 @contextlib.contextmanager

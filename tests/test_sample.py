@@ -20,6 +20,7 @@ from soak import Child
 
 import sample
 from dataset.vae import Pixels
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.files import lock_folder
 from engine.options import UserError
 from metrics.inception import PROTOCOLS
@@ -374,6 +375,19 @@ def test_one_class_has_a_picture(steps, count, trained, tmp_path):
     widths = [picture.width for picture in pictures]
     assert sorted(widths) == [68] * len(steps) + [134] * (len(steps) - 1)
     assert {picture.height // 66 for picture in pictures} == {count}  # and the captions
+
+
+def test_only_a_checkpoint_of_pixels_may_do_without_a_vae(trained, tmp_path, hub, monkeypatch):
+    """Decoded as pixels, latents would be noise."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    command = ["--vae", "ema", "--sample-dir", tmp_path / "new"]
+    with refused("--vae ema", "or --vae none for pixels"):
+        call("sample", "--ckpt", trained, *command)
+    state = load_checkpoint(trained)
+    save_checkpoint(tmp_path / "latent.pt", state | {"config": state["config"] | {"vae": "mse"}})
+    with pytest.raises(UserError) as error:
+        call("sample", "--ckpt", tmp_path / "latent.pt", *command)
+    assert "--vae FOLDER" in str(error.value) and "--vae none" not in str(error.value)
 
 
 def test_counts_of_steps_must_differ(trained, tmp_path, refusal):

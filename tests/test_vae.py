@@ -153,13 +153,27 @@ def test_an_unknown_name_is_refused():
         load_vae("emma")
 
 
-def test_a_vae_neither_cached_nor_downloadable_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optional, remedy", [
+    (True, "connect once, give --vae FOLDER with a local copy, or --vae none for pixels"),
+    (False, "connect once, or give --vae FOLDER with a local copy")])
+def test_a_vae_neither_cached_nor_downloadable_is_refused(optional, remedy, tmp_path, monkeypatch):
+    """The hub's client words it as a repository without config.json."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with refused("stabilityai/sd-vae-ft-ema", "--vae ema", "cache", "--vae FOLDER"):
-        load_vae("ema")
+    with refused("stabilityai/sd-vae-ft-ema for --vae ema, which is not in Hugging Face's cache: "
+                 + remedy):
+        load_vae("ema", optional=optional)
+
+
+def test_another_fault_of_a_download_is_told(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("the proxy says no\nand more")
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", fail)
+    with refused("not in Hugging Face's cache (the proxy says no): connect once"):
+        load_vae("mse")
 
 
 def test_pickled_weights_are_not_opened(copy):
