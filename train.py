@@ -752,7 +752,8 @@ def open_data(args, world):
         dataset = ImageFolder(args.data_path, args.image_size, world)
     space = None
     if not args.encoded_data or args.sample_every or args.eval_every:
-        space = load_vae(args.vae, world.device, precision=args.precision)
+        space = load_vae(args.vae, world.device, precision=args.precision,
+                         optional=not args.encoded_data)
         space.latent_shape(args.image_size)  # refuses a size that the VAE cannot halve
     if args.encoded_data:
         dataset.check(space=space, image_size=args.image_size, flip=args.flip)
