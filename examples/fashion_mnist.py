@@ -6,11 +6,11 @@
 
 write makes train/ (60,000 grey images of 28 x 28) and test/ (10,000), one folder per class each.
 DIR holds the four files of the data set, as does /usr/share/datasets/fashion-mnist of Debian's
-package dataset-fashion-mnist. The runs of README.md (S = 16 pixels, N = 2000 steps of B = 48):
+package dataset-fashion-mnist. The runs of README.md:
 
-    train="python train.py --data-path data/fashion_mnist/train --vae none --image-size S
-        --global-batch-size B --max-steps N --lr 2e-3 --warmup-steps 100 --ema-decay 0.995
-        --p-mean 0.1 --p-std 1.2 --num-workers 0 --no-compile --ckpt-every 250 --keep-last 0"
+    train="python train.py --data-path data/fashion_mnist/train --vae none --image-size 28
+        --global-batch-size 64 --max-steps 6000 --lr 2e-3 --warmup-steps 100 --ema-decay 0.998
+        --p-mean 0.1 --p-std 1.2 --num-workers 0 --compile --ckpt-every 1000 --keep-last 0"
     plain="--model DiT-T/4 --cfg 1 --label-drop 0"
     $train $plain --ratio 0.5 --run-dir results/meanflow
     $train --model DiT-T/4 --cfg 2 --ratio 0.5 --run-dir results/guided
@@ -20,7 +20,7 @@ package dataset-fashion-mnist. The runs of README.md (S = 16 pixels, N = 2000 st
 
 and for each run and each seed 0, 1, 2 (flow: also 50 steps; imf: with --cfg 1 and with --cfg 2):
 
-    python sample.py --ckpt results/meanflow/checkpoints/0002000.pt --num-fid-samples 1000
+    python sample.py --ckpt results/meanflow/checkpoints/0006000.pt --num-fid-samples 1000
         --per-proc-batch-size 250 --num-sampling-steps 1 2 4 --seed 0 --sample-dir samples/seed-0
 
 judge prints one JSON line for real images and one for each .npz or folder of samples; after
