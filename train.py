@@ -51,7 +51,7 @@ from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
 from engine.hub import file_or_address
 from engine.log import Log, describe_environment
-from engine.options import Parser, UserError, float_range, int_range, utf8_path
+from engine.options import Parser, UserError, float_range, int_range, utf8_path, validate
 from engine.start import Start, begun_from
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
@@ -77,7 +77,13 @@ IMPROVED_MEANFLOW = {"ratio": 0.5, "omega_max": 8.0, "beta": 1.0}
 
 
 def parse_args(argv=None):
-    parser = make_parser()
+    parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
+                    "command to resume its run.")
+    add_data_options(parser.add_argument_group("data"))
+    add_method_options(parser.add_argument_group(
+        "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)"))
+    add_optimisation_options(parser.add_argument_group("model and optimisation"))
+    add_run_options(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
     if args.eval_every and args.fid_ref is None:
         parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
@@ -88,37 +94,25 @@ def parse_args(argv=None):
     return args if args.init else complete(args, DEFAULT_MODEL)  # else open_start completes them
 
 
-def make_parser():
-    parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
-                    "command to resume its run.")
-    add_data_options(parser.add_argument_group("data"))
-    add_method_options(parser.add_argument_group(
-        "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)"))
-    add_optimisation_options(parser.add_argument_group("model and optimisation"))
-    add_run_options(parser.add_argument_group("run"))
-    return parser
-
-
 def complete(args, model, sizes=None):
     """Fill in and check what depends on the network: model and sizes, as build takes them.
 
     Returns args. Raises UserError.
     """
-    parser = make_parser()
     if args.init and args.model not in (None, model):
-        parser.error(f"--model must be {model} like the network of --init, got {args.model}; leave "
-                     f"it out")
+        raise UserError(f"--model must be {model} like the network of --init, got {args.model}; "
+                        f"leave it out")
     args.model, args.sizes = args.model or model, sizes
-    choose_defaults(parser, args)
-    parser.validate(make_method, args, num_classes=1)
+    choose_defaults(args)
+    validate(make_method, args, num_classes=1)
     if args.run_dir is None:
         scale = f"omega{args.omega_max}" if is_improved(args.model) else f"cfg{args.cfg}"
         scale += "-boundary" if args.tangent == "network" else ""
         scale += "-init" if args.init else ""
         args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
     if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
-        parser.error(f"--run-dir must lie outside --data-path, where it would be taken for a "
-                     f"class, got {args.run_dir}; choose another folder")
+        raise UserError(f"--run-dir must lie outside --data-path, where it would be taken for a "
+                        f"class, got {args.run_dir}; choose another folder")
     return args
 
 
@@ -147,7 +141,7 @@ def choose_images(args, vae=None, image_size=None):
         args.image_size = image_size or 256
 
 
-def choose_defaults(parser, args):
+def choose_defaults(args):
     """Fill in the defaults of the model's method; refuse options of the other method."""
     own, other = MEANFLOW, IMPROVED_MEANFLOW
     if is_improved(args.model):
@@ -156,8 +150,8 @@ def choose_defaults(parser, args):
         if name not in own and getattr(args, name) is not None:
             kind = "DiT" if own is IMPROVED_MEANFLOW else "iMF"
             where = "--init with" if args.init else "--model"
-            parser.error(f"--{name.replace('_', '-')} must come with a {kind} model, got {where} "
-                         f"{args.model}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} must come with a {kind} model, got "
+                            f"{where} {args.model}; leave it out")
     for name, value in own.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

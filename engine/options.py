@@ -41,14 +41,15 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError. argparse's own messages have no remedy, ours have."""
         raise UserError(message if "; " in message else f"{message}; --help lists the options")
 
-    def validate(self, build, /, *args, **kwargs):
-        """Returns build(...). Its ValueErrors open with an argument's name, as in "label_drop must
-        be in [0, 1]"; the option of that name is refused for them."""
-        try:
-            return build(*args, **kwargs)
-        except ValueError as error:
-            name, rule = str(error).split(" ", 1)
-            self.error(f"--{name.replace('_', '-')} {rule}")
+
+def validate(build, /, *args, **kwargs):
+    """Returns build(...). Its ValueErrors open with an argument's name, as in "label_drop must be
+    in [0, 1]"; the option of that name is refused for them. Raises UserError."""
+    try:
+        return build(*args, **kwargs)
+    except ValueError as error:
+        name, rule = str(error).split(" ", 1)
+        raise UserError(f"--{name.replace('_', '-')} {rule}") from error
 
 
 def int_range(low, high=2**63 - 1):
