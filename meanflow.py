@@ -270,6 +270,12 @@ def sample(net, z1, y, *, steps=1):
     return z
 
 
+def velocity_of(net):
+    """(z, r, t, ...) -> u(z, t, t, ...), the instantaneous velocity, to sample by. With ratio = 0,
+    plain flow matching, a network learns no other."""
+    return lambda z, r, t, *given, **options: net(z, t, t, *given, **options)
+
+
 def schedule(steps):
     """The list of times, decreasing, for a count of steps or such times. Raises ValueError."""
     if isinstance(steps, int):

@@ -259,6 +259,11 @@ def choose_guidance(args, config):
     return guidance
 
 
+def is_flow(config):
+    """Whether a network was trained by plain flow matching, so that it knows u(z, t, t) alone."""
+    return config.get("ratio") == 0
+
+
 class ImageSampler:
     """Makes image i of a network, for any i.
 
@@ -274,6 +279,7 @@ class ImageSampler:
         self.classes = torch.tensor(classes or range(config["num_classes"]))
         self.guidance = default_guidance(config) if guidance is None else guidance
         self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
+        self.field = meanflow.velocity_of(net) if is_flow(config) else net
 
     def inputs(self, rows):
         """Noise z1 (B, C, H, W) and labels y (B,) of the images of these numbers, on the CPU."""
@@ -287,7 +293,7 @@ class ImageSampler:
         z1, y = self.inputs(rows)
         with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
-                x = self.sample(self.net, z1.to(self.world.device), y.to(self.world.device),
+                x = self.sample(self.field, z1.to(self.world.device), y.to(self.world.device),
                                 steps=self.steps, **self.guidance)
             if "latent_mean" in self.config or self.config["scale"] != self.space.scale:
                 scale, shift = normalisation(self.config, x.device)
@@ -428,7 +434,8 @@ def settings(args, config, weights):
     """The content of samples.json: all that the images depend on, but guidance and classes."""
     return {"images": args.num_fid_samples, "steps": args.num_sampling_steps, "seed": args.seed,
             "noise": NOISE, "labels": args.labels, "batch": args.per_proc_batch_size,
-            "precision": args.precision, "vae": args.vae or config["vae"], "weights": weights}
+            "precision": args.precision, "vae": args.vae or config["vae"], "weights": weights,
+            **({"field": "u(z, t, t)"} if is_flow(config) else {})}
 
 
 def check_sample_dir(args, wanted, net):

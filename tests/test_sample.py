@@ -20,7 +20,8 @@ from soak import Child
 
 import sample
 from dataset.vae import Pixels
-from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.checkpoint import load_checkpoint, load_network, save_checkpoint
+from engine.distributed import World
 from engine.files import lock_folder
 from engine.options import UserError
 from metrics.inception import PROTOCOLS
@@ -393,6 +394,27 @@ def test_only_a_checkpoint_of_pixels_may_do_without_a_vae(trained, tmp_path, hub
 def test_counts_of_steps_must_differ(trained, tmp_path, refusal):
     refusal("sample", ["--ckpt", trained, "--num-sampling-steps", 2, 2, "--sample-dir",
                        tmp_path / "samples"], "--num-sampling-steps")
+
+
+@pytest.mark.parametrize("model", ["trained", "improved_checkpoint"])
+def test_plain_flow_matching_is_sampled_by_its_velocity(model, request):
+    """It was sampled by u(z, 0, 1), which such a network was never trained for."""
+    net, config = load_network(request.getfixturevalue(model))
+    world, images = World(0, 1, torch.device("cpu"), "fp32"), {}
+    for ratio in (0, 0.5):
+        sampler = sample.ImageSampler(net, Pixels(), config | {"ratio": ratio}, world, steps=2)
+        images[ratio] = sampler.images(range(20))
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, z, r, t, *given, **options):
+            seen.append((r.unique().tolist(), t.unique().tolist()))
+            return net(z, r, t, *given, **options)
+
+    sampler = sample.ImageSampler(Watched(), Pixels(), config | {"ratio": 0}, world, steps=2)
+    assert torch.equal(sampler.images(range(20)), images[0])
+    assert seen == [([1.0], [1.0]), ([0.5], [0.5])]
+    assert not torch.equal(images[0], images[0.5])
 
 
 def test_guidance_is_chosen_when_sampling(improved_checkpoint, tmp_path):
