@@ -807,7 +807,8 @@ def introduction(run, state):
         f"{describe(run.config)}, {parameters:,} parameters; {len(dataset):,} images of "
         f"{classes} class{'es' * (classes != 1)}; {args.global_batch_size} images per step",
         f"steps {state.step} to {run.total_steps}, into {run.folder}{resumed}"]
-    if run.total_steps * (1 - args.ema_decay) < 3:  # the first weights have a share of 5 % or more
+    if not args.init and run.total_steps * (1 - args.ema_decay) < 3:
+        # The random first weights keep a share of 5 % or more
         decay = max(0, 1 - 10 / run.total_steps)
         lines.append(f"pictures and samples will be noise: --ema-decay {args.ema_decay} averages "
                      f"over more steps than the run has; {decay:.4g} would suit {run.total_steps}")

@@ -76,7 +76,7 @@ def test_a_run_starts_with_the_average_of_a_file(kind, digits, drifted, hub, tmp
         (hub.folder / "ann" / "digits").mkdir(parents=True)
         shutil.copy(drifted, hub.folder / "ann" / "digits" / "a.pt")
         source = "hf://ann/digits/a.pt"
-    net, ema, config, log = first(fresh(digits, tmp_path / "run", source))
+    net, ema, config, log = first(fresh(digits, tmp_path / "run", source, "--max-steps", 20))
     theirs, _ = load_network(drifted)
     assert equal(net, theirs) and equal(ema, theirs)
     z, r, t, y = torch.randn(2, 3, 8, 8), torch.rand(2) / 2, torch.ones(2), torch.tensor([3, 10])
@@ -84,6 +84,7 @@ def test_a_run_starts_with_the_average_of_a_file(kind, digits, drifted, hub, tmp
     assert config["init"] == str(source) and config["model"] == "DiT-T/4"
     assert f"starts from the averaged weights of {source}" in log
     assert "taken to be those of the data" in log and "latents are not" not in log
+    assert "noise" not in log  # the average starts as that of the file
 
 
 def test_pixels_and_image_size_come_from_the_file(digits, trained, tmp_path):
