@@ -22,7 +22,7 @@ from pathlib import Path
 import soak
 
 TICKS = os.sysconf("SC_CLK_TCK")
-MIB_PER_5000 = 8  # allowed; memory also grows by chance, as allocators keep what they once needed
+MIB_PER_5000 = 8  # allowed
 IN_FLIGHT = 4  # descriptors that a batch on its way from a reader may hold
 
 
@@ -59,16 +59,16 @@ def watch(folder, data, steps, points, *, processes=1):
     run = [subprocess.Popen(
         command, cwd=soak.ROOT, stdout=subprocess.DEVNULL,
         stderr=open(folder / f"said.{i}.txt", "w"),
-        env=os.environ | place | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        env=os.environ | place | {"CUDA_VISIBLE_DEVICES": ""})
         for i, place in enumerate(places)]
     readings = []
     try:
         # No reading of the last step: its readers end
         for step in range(every, steps, every):
-            soak.wait_for_step(folder / "run", step, timeout=3600, alive=lambda: all(
+            soak.wait_for_step(folder / "run", step, alive=lambda: all(
                 process.poll() is None for process in run))
             readings.append(read([process.pid for process in run], soak.logged(folder / "run")))
-        codes = [process.wait(600) for process in run]
+        codes = [process.wait(soak.HANG_S) for process in run]
     finally:
         for process in run:
             process.kill()
@@ -134,10 +134,12 @@ def busy(path):
 
 
 def growth(readings, *, mib_per_5000=MIB_PER_5000):
-    """By how much the last third of the readings exceeds the first, and whether that is flat.
+    """By how much a run grows, and whether that is flat.
 
-    Differences of medians; memory is scaled to 5,000 steps. The first reading does not count: it
-    may precede the first evaluation, whose memory a run keeps.
+    Of memory the median of the increments between readings, scaled to 5,000 steps: what leaks grows
+    in each interval, while an allocator now and then takes 10 MiB at once, for good. Of the rest by
+    how much the median of the last third of the readings exceeds that of the first. The first
+    reading does not count: it may precede the first evaluation, whose memory a run keeps.
     """
     readings = readings[1:]
 
@@ -145,13 +147,14 @@ def growth(readings, *, mib_per_5000=MIB_PER_5000):
         third = len(values) // 3
         return statistics.median(values[:third]), statistics.median(values[-third:])
 
-    step, memory, descriptors, threads, readers = (
-        thirds([reading[name] for reading in readings])
-        for name in ("step", "memory", "descriptors", "threads", "readers"))
-    pace = [(b["busy"] - a["busy"]) / (b["step"] - a["step"])
-            for a, b in zip(readings, readings[1:])]
-    before, after = thirds(pace)
-    mib = (memory[1] - memory[0]) * 5000 / (step[1] - step[0])
+    def per_step(name):
+        return [(b[name] - a[name]) / (b["step"] - a["step"])
+                for a, b in zip(readings, readings[1:])]
+
+    descriptors, threads, readers = (thirds([reading[name] for reading in readings])
+                                     for name in ("descriptors", "threads", "readers"))
+    before, after = thirds(per_step("busy"))
+    mib = statistics.median(per_step("memory")) * 5000
     more = {"descriptors": descriptors[1] - descriptors[0], "threads": threads[1] - threads[0],
             "readers": readers[1] - readers[0]}
     flat = more["descriptors"] <= IN_FLIGHT and more["threads"] <= 0 and more["readers"] <= 0

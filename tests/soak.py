@@ -31,7 +31,10 @@ import torch  # noqa: E402
 from engine.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
 from engine.distributed import run_main  # noqa: E402
 
+# Of this process and of those it starts: more would compete for the cores
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 EVERY = 3  # steps between checkpoints
+HANG_S = 600  # a wait that lasts longer is a hang; on a busy machine all waits are long
 REACH = 8  # steps after the newest checkpoint by which the next kill comes
 
 
@@ -49,7 +52,7 @@ def parse_args(argv=None):
 def main(args):
     import digits  # of examples/
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     source = digits.load_digits()
     source.images = source.images[:200]
@@ -89,7 +92,7 @@ class Child:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train", "sample", "encode_imagenet", "evaluate_fid",
                                         "torch.distributed.run"])
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""}
         self.output, words = Path(output), [str(word) for word in words]
         self.process = context.Process(
             target=work, args=(str(script), words, self.output, limit, environment), daemon=True)
@@ -100,9 +103,9 @@ class Child:
     def alive(self):
         return self.process.is_alive()
 
-    def wait(self, timeout=120):
+    def wait(self):
         """(exit code, what it printed). After a signal the code is the negative number of it."""
-        self.process.join(timeout)
+        self.process.join(HANG_S)
         assert not self.alive, f"still running: {self.output.read_text()}"
         return self.process.exitcode, self.output.read_text()
 
@@ -116,7 +119,7 @@ def work(script, words, output, limit, environment):
     os.dup2(file, 1), os.dup2(file, 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
     sys.argv = [script if script.endswith(".py") else f"{script}.py", *words]
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if script.endswith(".py"):
         runpy.run_path(script, run_name="__main__")
         return
@@ -142,9 +145,9 @@ def logged(folder):
         return 0
 
 
-def wait_for_step(folder, step, alive, timeout=180):
+def wait_for_step(folder, step, alive):
     """Wait until a run has logged this step. Raises AssertionError if it ends before."""
-    end = time.monotonic() + timeout
+    end = time.monotonic() + HANG_S
     while logged(folder) < step:
         assert alive() and time.monotonic() < end, f"step {step} did not come"
         time.sleep(0.002)
@@ -192,7 +195,7 @@ def kill_and_finish(data, folder, *, kills, seed):
 def finish(data, run, steps):
     """Train to the end."""
     code, said = Child("train", *options(data, run, steps),
-                       output=run.with_name("child.txt")).wait(900)
+                       output=run.with_name("child.txt")).wait()
     assert code == 0, said
 
 
@@ -215,9 +218,9 @@ def run_pairs(data, folder, count):
         command = [sys.executable, ROOT / "train.py", *words]
         pair = [subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE,
                                  stdout=subprocess.DEVNULL,
-                                 env=os.environ | environment | {"OMP_NUM_THREADS": "1"})
+                                 env=os.environ | environment)
                 for environment in ranks(2)]
-        said = [process.communicate(timeout=600)[1] for process in pair]
+        said = [process.communicate(timeout=HANG_S)[1] for process in pair]
         assert not any(process.returncode for process in pair), said
         assert not any("terminate" in text or "Traceback" in text for text in said), said
         shutil.rmtree(folder / f"pair{i}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import soak
 import torch
-from conftest import ROOT, call, torchrun
+from conftest import ROOT, assert_same_training, call, torchrun
 from soak import Child, differences, ranks, wait_for_step
 
 from dataset.images import ImageFolder
@@ -97,10 +97,7 @@ def test_a_run_goes_on_with_another_number_of_processes(digits, tmp_path, uninte
     for path in list_checkpoints(run / "checkpoints")[:-2]:
         path.unlink()
     train(digits, run, 20)
-    for key, value in final(uninterrupted[1], 20)["model"].items():
-        if not key.endswith("qkv.bias"):  # of key biases Adam sees the rounding only
-            other = final(run, 20)["model"][key]
-            assert (other - value).abs().max() <= 1e-5 * value.abs().max(), key
+    assert_same_training(final(run, 20), final(uninterrupted[1], 20))
 
 
 @pytest.mark.slow
@@ -148,17 +145,23 @@ def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrup
 
 
 SLOW = """
-import time, train
+import sys, time, train
+from pathlib import Path
 from engine import checkpoint, distributed
 save = checkpoint.save_checkpoint
-checkpoint.save_checkpoint = lambda *words, **more: (time.sleep(2), save(*words, **more))
+
+def wait_and_save(*words, **more):
+    while not Path(sys.argv[0]).with_name("go on").exists():
+        time.sleep(0.01)
+    save(*words, **more)
+checkpoint.save_checkpoint = wait_and_save
 distributed.run_main(train.main, train.parse_args)
 """
 
 
 @pytest.fixture
 def slow_disk(tmp_path):
-    """The script of a training whose checkpoints take two seconds to write."""
+    """The script of a training that writes no checkpoint before the file "go on" is beside it."""
     (tmp_path / "slow.py").write_text(SLOW)
     return tmp_path / "slow.py"
 
@@ -173,6 +176,7 @@ def test_a_second_interrupt_lets_the_checkpoint_be_finished(digits, tmp_path, sl
         os.kill(child.pid, signal.SIGINT)
         time.sleep(pause)
     assert child.alive and not list_checkpoints(run / "checkpoints")
+    slow_disk.with_name("go on").touch()
     code, said = child.wait()
     assert code == 130 and final(run, 3)["step"] == 3, said
     assert said.count("this step ends and is saved; once more leaves at once") == 1
@@ -191,6 +195,8 @@ def test_a_signal_after_the_last_step_ends_no_process_that_waits_for_the_save(di
     time.sleep(0.7)
     for child in pair:
         os.kill(child.pid, signal.SIGTERM)
+    time.sleep(0.7)
+    slow_disk.with_name("go on").touch()
     ends = [child.wait() for child in pair]
     assert [code for code, _ in ends] == [0, 0] and "error" not in ends[1][1], ends
     assert final(run, 5)["step"] == 5
@@ -239,7 +245,7 @@ from engine.distributed import start_processes
 faults.GRACE_S = float(sys.argv[1])
 with start_processes() as world, faults.Signals(world):
     print("ready", flush=True)
-    time.sleep(600) if world.rank else world.barrier()  # rank 0 waits within PyTorch, in C++
+    time.sleep(3600) if world.rank else world.barrier()  # rank 0 waits within PyTorch, in C++
 """
 
 
@@ -258,7 +264,7 @@ def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, l
             time.sleep(1.1)  # two within a second are one Ctrl-C
             assert pair[0].alive
             os.kill(pair[0].pid, number)
-        ended, said = pair[0].wait(10)
+        ended, said = pair[0].wait()
         assert ended == code and f"stuck.py: error: {line}" in said.splitlines()[-1], said
     finally:
         for child in pair:
@@ -307,7 +313,7 @@ def test_torchrun_passes_a_signal_on(digits, tmp_path):
                      ROOT / "train.py", *options(digits, run, 10**6), output=tmp_path / "agent.txt")
     wait_for_step(run, 2, lambda: agent.alive)
     os.kill(agent.pid, signal.SIGUSR1)
-    code, said = agent.wait(60)
+    code, said = agent.wait()
     step, = re.findall(r"SIGUSR1: saved step (\d+); repeat", said)
     assert code and final(run, int(step))["step"] == int(step)
     assert "train.py: error" not in said
@@ -327,12 +333,12 @@ def test_signals_have_their_usual_effect_after_a_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["--shard"]], ids=["whole", "sharded"])
 def test_a_killed_rank_ends_the_job(extra, digits, tmp_path):
-    """Within 30 s, and with a last line from the rank that is left."""
+    """And with a last line from the rank that is left."""
     run = tmp_path / "run"
     pair = begin(digits, run, 10**6, *extra, processes=2)
     wait_for_step(run, 4, lambda: pair[0].alive)
     os.kill(pair[1].pid, signal.SIGKILL)
-    code, said = pair[0].wait(30)
+    code, said = pair[0].wait()
     assert code == 1 and "Traceback" not in said
     assert re.search(r"rank 0: lost the other processes at step \d+ \(.*Connection .*\); .* "
                      r"repeat the command", said.splitlines()[-1])
@@ -391,7 +397,7 @@ def test_two_nodes_train_and_restart_by_themselves(digits, tmp_path, uninterrupt
     pair = [torchrun(*words, output=tmp_path / f"agent{i}.txt") for i in range(2)]
     wait_for_step(run, 4, lambda: pair[0].alive)
     os.kill(workers(pair[1])[0], signal.SIGKILL)
-    ends = [agent.wait(180) for agent in pair]
+    ends = [agent.wait() for agent in pair]
     assert not any(code for code, _ in ends), ends
     assert not differences(final(uninterrupted[2], 20), final(run, 20))
     text = (run / "log.txt").read_text()

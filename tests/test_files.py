@@ -70,7 +70,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_one_that_died(tmp_path):
     lock = FolderLock("--run-dir", tmp_path)
     child = os.fork()
     if not child:
-        time.sleep(60)
+        time.sleep(3600)
         os._exit(0)
     try:
         time.sleep(0.2)

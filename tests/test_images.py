@@ -183,13 +183,13 @@ def test_images_that_are_not_uint8_rgb_are_refused(array, tmp_path):
 
 @pytest.fixture
 def fifo(tmp_path):
-    """A path that nobody writes to: whoever opened it would wait, here for ten seconds."""
+    """A path that nobody writes to: whoever opened it would wait, here for a minute."""
     def give_up(*_):
         raise RuntimeError("opened")
 
     os.mkfifo(tmp_path / "fifo.png")
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(10)
+    signal.alarm(60)
     yield tmp_path / "fifo.png"
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused, save_folder
+from soak import HANG_S
 
 from dataset.images import ImageFolder
 from dataset.loader import BatchSampler, load_batches, map_ahead, prefetch, read_images
@@ -150,7 +151,7 @@ def killed(tmp_path_factory):
         small = []
     with open(folder / "out", "w") as out:  # no pipe, which the readers would hold open
         subprocess.run([*small, sys.executable, "-c", code, folder / "images"], stdout=out,
-                       timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                       timeout=HANG_S, env={**os.environ, "PYTHONPATH": str(ROOT)})
     read, *readers = (folder / "out").read_text().split()
     return bool(small), int(read), readers
 
@@ -169,7 +170,7 @@ def test_readers_need_no_shared_memory(killed):
 def test_readers_end_with_a_process_that_is_killed(killed):
     """They hung on the pipe that it emptied no more, and held the lock of its folder."""
     readers = [Path("/proc", pid) for pid in killed[2]]
-    end = time.monotonic() + 10
+    end = time.monotonic() + HANG_S
     while any(map(Path.exists, readers)) and time.monotonic() < end:
         time.sleep(0.1)
     alive = [path.name for path in readers if path.exists()]

@@ -132,11 +132,12 @@ def test_the_folder_alone_goes_to_stdout(trained, tmp_path, capfd):
 def test_two_processes_sample_the_bytes_of_one_with_two_threads(trained, sampled):
     two, threads = sampled.with_name("two"), sampled.with_name("threads")
     run_ranks("sample", *options(trained, two), processes=2, output=two.with_name("said"))
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         call("sample", *options(trained, threads))
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert files(two) == files(threads) == files(sampled)
     for folder in (two, threads):
         assert np.array_equal(*(np.load(f"{name}.npz")["arr_0"] for name in (folder, sampled)))

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import assert_same_weights, call, load_weights, run_ranks, tiny
+from conftest import assert_same_training, call, load_state, load_weights, run_ranks, tiny
 from soak import Child, differences, ranks, wait_for_step
 
 from engine import distributed
@@ -72,8 +72,7 @@ def half(folder, copy):
 
 
 def assert_same_run(ours, theirs):
-    for kind in ("model", "ema"):
-        assert_same_weights(load_weights(ours, STEPS, kind), load_weights(theirs, STEPS, kind))
+    assert_same_training(load_state(ours, STEPS), load_state(theirs, STEPS))
 
 
 # ---- one result ----------------------------------------------------------------------------

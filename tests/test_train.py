@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import growth
 import pytest
 import torch
-from conftest import assert_same_weights, call, load_weights, run_ranks, save_small_vae, tiny
+from conftest import (
+    assert_same_training,
+    call,
+    load_state,
+    load_weights,
+    run_ranks,
+    save_small_vae,
+    tiny,
+)
 from PIL import Image
 
 import meanflow
@@ -53,7 +61,7 @@ def test_micro_batches_and_recomputed_activations_give_the_same_weights(one, dig
                                                                         tmp_path):
     call("train", *tiny(digits, tmp_path), *method, "--grad-accum-steps", 4,
          "--checkpoint-activations")
-    assert_same_weights(load_weights(tmp_path, 8), load_weights(one, 8))
+    assert_same_training(load_state(tmp_path, 8), load_state(one, 8))
 
 
 @pytest.mark.slow
@@ -66,8 +74,7 @@ def test_several_processes_train_and_evaluate_as_one(processes, parts, one, digi
                      "--no-compile", "--grad-accum-steps", parts, processes=processes,
                      output=tmp_path / "said")
     assert [text.count("made a step") for text in said] == processes * [8]
-    for kind in ("model", "ema"):
-        assert_same_weights(load_weights(tmp_path / "run", 8, kind), load_weights(one, 8, kind))
+    assert_same_training(load_state(tmp_path / "run", 8), load_state(one, 8))
     for key, tolerance in (("fid", 1e-3), *((key, 1e-5) for key in SPLIT)):
         ours, theirs = ([record[key] for record in records(folder, key)]
                         for folder in (tmp_path / "run", one))
@@ -228,7 +235,7 @@ def test_averages_are_part_of_no_graph(digits, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_holds_no_more_after_many_steps(tmp_path):
     """With the graph of the test above memory grew by some 150 MiB per 5,000 steps. tests/growth.py
-    sees 8 in a longer run; over so few steps what allocators keep can be as much."""
+    sees 8 in a longer run."""
     readings = growth.watch(tmp_path, "images", 500, 12)
     assert growth.growth(readings, mib_per_5000=40)["flat"], growth.table(readings)
 
