@@ -31,7 +31,14 @@ from dataclasses import dataclass
 import torch
 
 import meanflow
-from meanflow import Draws, Loss, MeanFlow, per_row, total_derivative
+from meanflow import (
+    Draws,
+    Loss,
+    MeanFlow,
+    attention_in_bfloat16,
+    per_row,
+    total_derivative,
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,8 @@ class ImprovedMeanFlow(MeanFlow):
         y = torch.where(draws.dropped, self.num_classes, y)
         rows = [a[tail] for a in (z, draws.r, draws.t, y, draws.omega, draws.t_min, draws.t_max)]
         z, r, t, *_ = rows
-        du_dt = self.time_derivative(net, *rows, v_c)
+        with attention_in_bfloat16():
+            du_dt = self.time_derivative(net, *rows, v_c)
         return torch.cat([v_g[:draws.equal], v_g[tail] - per_row(t - r, z) * du_dt]), v_g
 
     def velocity(self, net, z, t, y, omega):

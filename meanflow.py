@@ -24,6 +24,7 @@ A sample takes one evaluation: z0 = z1 - u(z1, 0, 1, y) (Eq. 12).
 which lose their label is as in the official ImageNet code (Gsunshine/meanflow).
 """
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -189,7 +190,8 @@ class MeanFlow:
         y = torch.where(draws.dropped, self.num_classes, y)
         z, r, t, y, v_tail = (a[tail] for a in (z, draws.r, draws.t, y, v_g))
         tangent = own if self.tangent == "network" else v_tail
-        du_dt = self.time_derivative(net, z, r, t, y, tangent)
+        with attention_in_bfloat16():
+            du_dt = self.time_derivative(net, z, r, t, y, tangent)
         return torch.cat([v_g[:draws.equal], v_tail - per_row(t - r, z) * du_dt])
 
     def guided_velocity(self, net, z, v, y, draws, u, own):
@@ -231,9 +233,11 @@ class MeanFlow:
 
         The compiled function must contain the ``torch.func.jvp``: around a compiled network it
         breaks the graph (pytorch#187284). The caller compiles the forward with gradient and gives
-        it to ``loss``.
+        it to ``loss``. A network that breaks the graph of a pass raises an error of torch._dynamo:
+        without fullgraph the pass would be made without the compiler, and no one told.
         """
-        options = {"dynamic": False, **options}  # few shapes: the batch, and tails of two lengths
+        # Few shapes: the batch, and tails of two lengths
+        options = {"dynamic": False, "fullgraph": True, **options}
         self.velocity = torch.compile(self.velocity, **options)
         derivative = torch.compile(self.time_derivative, **options)
         # Slices as inputs fail in a compiled torch.func.jvp: give it copies
@@ -247,6 +251,23 @@ def total_derivative(u, z, r, t, tangent):
     with sdpa_kernel(SDPBackend.MATH), ConstantWeights():
         _, du_dt = torch.func.jvp(u, (z, r, t), tangents)
     return du_dt.to(tangent.dtype)
+
+
+@contextlib.contextmanager
+def attention_in_bfloat16():
+    """Within ``with``, plain attention leaves bfloat16 inputs as they are.
+
+    Otherwise it converts them to float32, and autocast, which torch.func.jvp applies anew to each
+    operation within, converts them back: 15 of a block's 140 kernels. The numbers are the same
+    (benchmarks/precision.py). Compiled code reads this setting when it is traced and cannot change
+    it, so it is set outside.
+    """
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def per_row(a, x):

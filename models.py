@@ -173,7 +173,8 @@ def check_sizes(input_size, patch_size, hidden_size, num_heads):
 def unpatchify(x, p):
     """Patches (B, T, p * p * C), channels fastest -> image (B, C, H, W) with H = W."""
     grid = math.isqrt(x.shape[1])
-    x = x.unflatten(2, (p, p, -1)).unflatten(1, (grid, grid))  # (B, row, column, p, q, C)
+    # Not unflatten: the compiler of torch 2.11 cannot trace it within ConstantWeights
+    x = x.reshape(len(x), grid, grid, p, p, -1)  # (B, row, column, p, q, C)
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, row, p, column, q)
     return x.flatten(4).flatten(2, 3)  # (B, C, H, W)
 
@@ -327,8 +328,8 @@ class RotaryAttention(nn.Module):
         self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
 
     def forward(self, x, rope):
-        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, d)
-                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (layer(x).reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, N, d)
         precise = torch.promote_types(x.dtype, torch.float32)  # also under autocast, as official
         q, k = self.q_norm(q.to(precise)), self.k_norm(k.to(precise))
         q, k = (rotate(a, rope).to(v.dtype) for a in (q, k))

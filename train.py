@@ -13,7 +13,7 @@ Repeating a command resumes its run. The defaults are the paper's DiT-B/4 recipe
 
 import argparse
 import copy
-import logging
+import re
 import signal
 import time
 from contextlib import ExitStack, nullcontext
@@ -42,6 +42,7 @@ from engine.distributed import (
     local_gradients,
     local_shard,
     parallelise,
+    replace_network,
     run_main,
     send_shards,
     start_processes,
@@ -51,7 +52,7 @@ from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
 from engine.hub import file_or_address
 from engine.log import Log, describe_environment
-from engine.options import Parser, UserError, float_range, int_range, utf8_path, validate
+from engine.options import Parser, RunError, UserError, float_range, int_range, utf8_path, validate
 from engine.start import Start, begun_from
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
@@ -370,7 +371,14 @@ def train_step(state, images, y):
     a 1 that counts the step; zeros where the step was skipped.
     """
     args = state.run.args
-    losses = add_gradients(state, images, y)
+    try:
+        losses = add_gradients(state, images, y)
+    except Exception as error:
+        if type(error).__name__ == "FailOnRecompileLimitHit":  # its module takes seconds to import
+            raise RunError(f"step {state.step + 1}: torch.compile would need ever more graphs: "
+                           f"{type(state.net).__name__} changes from step to step, in its shapes "
+                           f"or in what it holds besides tensors; give --no-compile") from error
+        raise
     if args.warmup_steps:
         rate = args.lr * min(1, state.step / args.warmup_steps)
         state.optimizer.param_groups[0]["lr"] = rate
@@ -485,33 +493,43 @@ def warm_up(state, images, y):
 def compile_passes(state, images, y):
     """Compile the passes, and try them, forward and backward, on a batch (B, ...), (B,).
 
-    Where that fails on any rank, all train without it and the log says why; if --compile was given,
-    it is a UserError.
+    Each pass is one graph (fullgraph): of a network that breaks it torch.compile would otherwise
+    leave any part to Python without a word. Where that fails on any rank, all train without it and
+    the log says why; if --compile was given, it is a UserError.
     """
-    # Dynamo warns that DistributedDataParallel marks itself for the profiler
-    logging.getLogger("torch._dynamo.variables.ctx_manager").addFilter(
-        lambda record: "Profiler" not in str(record.msg))
-    reason, plain = None, (state.forward, state.method)
+    start, reason, plain = time.perf_counter(), None, state.method
     try:
-        state.forward, state.method = torch.compile(state.forward), copy.copy(state.method)
+        state.forward = replace_network(state.forward, torch.compile(state.net, fullgraph=True))
+        state.method = copy.copy(plain)
         state.method.compile()
         # No all-reduce: if the compiler failed on one rank, the others would hang in it
         add_gradients(state, images, y, exchange=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every layer of the compiler raises errors of its own
-        what = " ".join(str(error).split("\n\n")[0].split())
-        reason = f"{type(error).__name__}: {what:.200}"
+        reason = describe_compiler_error(error)
     state.net.zero_grad()
     found = enumerate(state.run.world.gather(reason))
     reasons = [f"rank {rank}: {reason}" for rank, reason in found if reason]
+    name = type(state.net).__name__
     if not reasons:
+        state.run.log.say(f"compiled the passes of {name} in {time.perf_counter() - start:.0f} s")
         return
     if state.run.args.compile:
-        raise UserError(f"--compile: torch.compile failed on {reasons[0]}; install what is missing "
-                        f"or give --no-compile")
-    state.forward, state.method = plain
-    state.run.log.say(f"torch.compile failed, training goes on without it; {reasons[0]}")
+        raise UserError(f"--compile: torch.compile failed for {name} on {reasons[0]}; change or "
+                        f"install what it names, or give --no-compile")
+    state.forward, state.method = replace_network(state.forward, state.net), plain
+    state.run.log.say(f"torch.compile failed for {name}, training goes on without it; {reasons[0]}")
+
+
+def describe_compiler_error(error):
+    """One line: the kind of an error of torch.compile, its first sentence, and the line of the
+    network at which it happened."""
+    what = " ".join(str(error).split("\n\n")[0].split())
+    frames = re.findall(r'File "(.+)", line (\d+), in', str(error).rpartition("from user code:")[2])
+    own = [f" ({Path(file).name}, line {line})" for file, line in frames
+           if "site-packages" not in file]
+    return f"{type(error).__name__}: {what:.200}{own[-1] if own else ''}"
 
 
 # ---- what happens between the steps --------------------------------------------------------------

@@ -247,6 +247,19 @@ def data_parallel(net):
                                        bucket_cap_mb=bucket_mib(net))
 
 
+def replace_network(forward, net):
+    """forward with net, compiled or not, in place of its network: net itself, or in the same
+    DistributedDataParallel.
+
+    torch.compile cannot trace DistributedDataParallel. Around a compiled network it still tells the
+    compiler where buckets of gradients end.
+    """
+    if not isinstance(forward, DistributedDataParallel):
+        return net
+    forward.module = net
+    return forward
+
+
 def bucket_mib(net):
     """MiB of gradients that DistributedDataParallel sends at once: two blocks', or 25 at least.
 

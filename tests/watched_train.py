@@ -1,10 +1,12 @@
 """train.py, watched from inside: a program that tests start in place of train.py.
 
-After every step the ranks compare their weights bit for bit. The compiler prints a line for each
-graph it is given, and fails on the rank that the environment variable FAILS names. It is used
-unless --no-compile is given, as with a GPU. Two blocks share a bucket of gradients.
+After every step the ranks compare their weights bit for bit and print how often each compiled graph
+was called in it. The compiler prints a line for each graph it is given, and fails on the rank that
+the environment variable FAILS names. It is used unless --no-compile is given, as with a GPU. Two
+blocks share a bucket of gradients.
 """
 
+import functools
 import os
 
 import torch
@@ -19,6 +21,7 @@ parse_args = train.parse_args
 def main(args):
     make_config, optimizer_step, compile = (
         train.make_config, torch.optim.AdamW.step, torch.compile)
+    calls = []  # of each graph
 
     def config_with_compiler(*known):
         return make_config(*known) | {"compile": args.compile is not False}
@@ -29,7 +32,18 @@ def main(args):
         ends = torch.stack([total, -total])
         torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
         assert ends[0] == -ends[1], "the ranks hold different weights"
-        print("made a step")
+        print("made a step", calls)
+        calls[:] = [0] * len(calls)
+
+    def counted(graph):
+        index = len(calls)
+        calls.append(0)
+
+        @functools.wraps(graph)
+        def call(*inputs):
+            calls[index] += 1
+            return graph(*inputs)
+        return call
 
     def counted_compile(function, **options):
         kind = "forward" if isinstance(function, torch.nn.Module) else "target"
@@ -38,7 +52,7 @@ def main(args):
             print(f"compiles a graph of the {kind}")
             if kind == "target" and os.environ["RANK"] == os.environ.get("FAILS"):
                 raise RuntimeError("no such instruction")
-            return lookup_backend(os.environ["BACKEND"])(graph, inputs)
+            return counted(lookup_backend(os.environ["BACKEND"])(graph, inputs))
         return compile(function, backend=backend, **options)
 
     train.make_config, torch.optim.AdamW.step, torch.compile = (
