@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -62,6 +63,7 @@ def main(args):
         "TensorFloat-32 factors (`tf32` on a GPU)": Rounded(to_tf32),
         "bfloat16 factors (official, on TPUs)": Rounded(lambda a: a.bfloat16().float()),
         "bfloat16 autocast (`bf16`)": torch.autocast("cpu", torch.bfloat16),
+        "the same, attention's inputs converted to float32 and back": converted_attention(),
     }.items():
         found = step(net, method, x, y, draws, arithmetic)
         print(f"| {name} | " + " | ".join(
@@ -94,6 +96,14 @@ def step(net, method, x, y, draws, arithmetic=None):
             out.loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
     return method.du_dt.double(), out.error.double(), gradient.double()
+
+
+@contextlib.contextmanager
+def converted_attention():
+    """bfloat16 autocast without ``attention_in_bfloat16``, as PyTorch has it by default."""
+    with (torch.autocast("cpu", torch.bfloat16),
+          mock.patch("meanflow.attention_in_bfloat16", contextlib.nullcontext)):
+        yield
 
 
 class Watched(MeanFlow):

@@ -1,6 +1,7 @@
 """What makes a step fast or small changes its numbers by rounding only: compiled, in parts, with
 activations recomputed, in bfloat16; each against the official step's numbers."""
 
+import contextlib
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_official, assert_official_gradients, golden, golden_network
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow import ConstantWeights, Draws, MeanFlow
@@ -132,6 +134,31 @@ def test_bf16_step_is_the_float32_step_to_bfloat16_rounding(case):
     assert torch.allclose(out.error, torch.as_tensor(numbers["sq_err"]), rtol=0.02)
     assert F.cosine_similarity(bf16, gradient(net), dim=0) > 0.999
     assert 0.98 < bf16.norm() / gradient(net).norm() < 1.02
+
+
+class Conversions(TorchDispatchMode):
+    """Counts conversions of tensors of four dimensions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.count += function is torch.ops.aten._to_copy.default and out.ndim == 4
+        return out
+
+
+def test_attention_of_the_derivative_stays_in_bfloat16_with_the_same_numbers(monkeypatch):
+    """By default PyTorch converts queries, keys and values and their tangents to float32, six
+    tensors a block, and autocast converts them back."""
+    net, flow, batch, _ = golden_step("none")
+    errors, counts = [], []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), Conversions() as conversions:
+            errors.append(flow.loss(net, *batch).error)
+        counts.append(conversions.count)
+        monkeypatch.setattr("meanflow.attention_in_bfloat16", contextlib.nullcontext)
+    assert torch.equal(*errors) and counts[1] - counts[0] == 6 * len(net.blocks), counts
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
 def test_derivative_equals_forward_mode_of_pytorch_with_a_third_less_products():
