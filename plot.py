@@ -28,8 +28,9 @@ TRAINING = {"error": "error", "error_equal": "error, rows with r = t",
             "velocity_error_equal": "velocity error, rows with r = t",
             "velocity_error_unequal": "velocity error, rows with r < t",
             "grad_norm": "gradient norm", "images_per_second": "images/s",
+            "gpu_memory_gb": "GPU memory at its peak, GB",
             "skipped_steps": "steps left out, not finite"}
-FROM_ZERO = ("images_per_second", "skipped_steps")
+FROM_ZERO = ("images_per_second", "gpu_memory_gb", "skipped_steps")
 LINEAR = ("inception_score", "precision", "recall")
 LOG_FROM = 3  # ratio of the largest to the smallest value from which all others have a log axis
 

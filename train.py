@@ -577,7 +577,8 @@ class Meter:
         self.sums += values
 
     def read(self, step):
-        """The means over steps and ranks, by name; the next interval begins.
+        """The means over steps and ranks, by name; the next interval begins. On a GPU also the most
+        memory, 10^9 bytes, that this rank's tensors have taken at once so far.
 
         error_equal is the mean of error over the rows with r = t, error_unequal over those with
         r < t; they are absent where there are no such rows. So with velocity_error.
@@ -589,6 +590,8 @@ class Meter:
         means = {"error": equal[0] + unequal[0], "velocity_error": equal[1] + unequal[1],
                  "loss": loss, "grad_norm": grad_norm, "skipped_steps": self.skipped,
                  "images_per_second": images / (time.perf_counter() - self.time)}
+        if self.run.world.device.type == "cuda":
+            means["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         for name, (error, velocity_error, share) in (("equal", equal), ("unequal", unequal)):
             if share:
                 means |= {f"error_{name}": error / share,
@@ -687,6 +690,8 @@ class Run:
         line = (f"step {step}/{self.total_steps}  error {means['error']:.4f}  velocity error "
                 f"{means['velocity_error']:.4f}  loss {means['loss']:.4f}  gradient norm "
                 f"{means['grad_norm']:.4f}  {means['images_per_second']:.1f} images/s")
+        if "gpu_memory_gb" in means:
+            line += f"  {means['gpu_memory_gb']:.2f} GB"
         if means["skipped_steps"]:
             line += f"  {means['skipped_steps']} steps left out, not finite"
         self.log.say(line)

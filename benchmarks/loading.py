@@ -118,20 +118,22 @@ class FilePerImage:
 def write_shards(folder, count):
     """Write a data set of random latents in the format of encode_imagenet.py."""
     folder.mkdir()
-    counts = [min(8192, count - first) for first in range(0, count, 8192)]
+    counts, sums = [min(8192, count - first) for first in range(0, count, 8192)], {}
     for index, size in enumerate(counts):
-        batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half(), None, []
-        write_shard(ShardFiles(folder, index), [batch], latent_shape=SHAPE,
-                            dtype="float16", flip=False)
-    write_description(folder, counts)
+        batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half().abs(), None, []
+        files = ShardFiles(folder, index)
+        write_shard(files, [batch], latent_shape=SHAPE, dtype="float16", flip=False)
+        sums |= json.loads(files.sums.read_text())
+    write_description(folder, counts, sums)
 
 
-def write_description(folder, counts):
+def write_description(folder, counts, sums):
+    """Write dataset.json for shards of so many latents, with the checksums of their files."""
     write_json(folder / "dataset.json", sealed({
         "format_version": FORMAT_VERSION, "crop": CROP, "image_size": 256,
         "latent_shape": SHAPE, "vae": "none", "scale": 0.18215, "dtype": "float16", "flip": False,
         "classes": [str(i) for i in range(1000)], "count": sum(counts), "shards": counts,
-        "crc32": {}}))
+        "crc32": sums}))
 
 
 def rate(dataset, args, workers, steps, seed):
@@ -185,7 +187,7 @@ def time_start_up(args, folder):
             array.rows = count
             array.close()
             os.truncate(path, 128 + count * np.dtype(dtype).itemsize * int(np.prod(row)))
-    write_description(folder, counts)
+    write_description(folder, counts, {})
     start = time.perf_counter()
     shards = LatentShards(folder)
     opened = time.perf_counter()

@@ -202,6 +202,16 @@ def frequent(digits, tmp_path_factory):
     return folder
 
 
+def test_records_say_how_much_memory_of_a_gpu_a_run_takes(trained, monkeypatch):
+    assert not records(trained.parent.parent, "gpu_memory_gb")  # on a CPU
+    args = SimpleNamespace(global_batch_size=4)
+    meter = train.Meter(SimpleNamespace(world=World(0, 1, torch.device("cpu"), "fp32"), args=args))
+    meter.start(0)
+    meter.run.world.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_500_000_000)
+    assert meter.read(1)["gpu_memory_gb"] == 2.5
+
+
 def test_what_is_done_every_so_often_is_done_after_the_last_step_too(frequent):
     def numbers(name):
         return sorted(int(path.stem) for path in (frequent / name).iterdir())

@@ -15,13 +15,24 @@ from torch._dynamo.backends.registry import lookup_backend
 import train
 from engine import distributed
 
-parse_args = train.parse_args
+parse_args, calls = train.parse_args, []  # calls of each graph in this step
+
+
+def counted(graph):
+    """The compiled graph, whose calls are counted."""
+    index = len(calls)
+    calls.append(0)
+
+    @functools.wraps(graph)
+    def call(*inputs):
+        calls[index] += 1
+        return graph(*inputs)
+    return call
 
 
 def main(args):
     make_config, optimizer_step, compile = (
         train.make_config, torch.optim.AdamW.step, torch.compile)
-    calls = []  # of each graph
 
     def config_with_compiler(*known):
         return make_config(*known) | {"compile": args.compile is not False}
@@ -34,16 +45,6 @@ def main(args):
         assert ends[0] == -ends[1], "the ranks hold different weights"
         print("made a step", calls)
         calls[:] = [0] * len(calls)
-
-    def counted(graph):
-        index = len(calls)
-        calls.append(0)
-
-        @functools.wraps(graph)
-        def call(*inputs):
-            calls[index] += 1
-            return graph(*inputs)
-        return call
 
     def counted_compile(function, **options):
         kind = "forward" if isinstance(function, torch.nn.Module) else "target"

@@ -1,0 +1,85 @@
+"""benchmarks/gpu_check.py runs through without a GPU, and its checks hold on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from soak import HANG_S
+
+
+def check(folder, *words, **environment):
+    """(exit code, stdout, findings) of the program."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--out", folder, *words],
+        capture_output=True, text=True, timeout=HANG_S, env=os.environ | environment)
+    findings = [json.loads(line) for line in (folder / "results.jsonl").open()]
+    return done.returncode, done.stdout + done.stderr, findings
+
+
+@pytest.mark.slow
+def test_every_part_runs_through_without_a_gpu(tmp_path):
+    """And where diffusers and pytorch-fid are missing."""
+    for name in ("diffusers", "pytorch_fid"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
+    code, said, findings = check(tmp_path / "out", "--tiny", "--minutes", "15", "--fashion",
+                                 tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 0, said
+    left_out = [finding["what"] for finding in findings if "left out" in str(finding.values())]
+    assert left_out == ["VAE", "Inception", "left out"]  # the last for lack of Fashion-MNIST
+    assert sum(finding.get("ok", False) for finding in findings) > 50
+    report = (tmp_path / "out" / "results.md").read_text()
+    parts = {finding["part"] for finding in findings}
+    assert len(parts) == 18 == report.count("\ndone, ") and "FAILED" not in report
+    assert all(f"## {name}: " in report for name in parts)
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_or_hangs_costs_that_part_alone(tmp_path):
+    """Its children end with it, and the exit code says so."""
+    script = tmp_path / "check.py"
+    script.write_text(f"""
+import subprocess, sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu_check
+from gpu_check import part
+
+@part(limit=60)
+def crash(args, out):
+    '''a crash'''
+    import os, signal
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+@part(limit=3)
+def hang(args, out):
+    '''a hang'''
+    open(args.out / "pid", "w").write(str(subprocess.Popen(["sleep", "3600"]).pid))
+    time.sleep(3600)
+
+@part(limit=60)
+def wrong(args, out):
+    '''a check that fails'''
+    out.add("one is two", 1, ok=1 == 2)
+
+sys.exit(gpu_check.main(gpu_check.parse_args()))
+""")
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, script, "--tiny", "--out", out, "--parts", "crash", "hang", "wrong",
+         "faults"], capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed, see crash.log" in done.stdout and "stopped after 3 s" in done.stdout
+    assert "FAILED wrong: one is two" in done.stdout and "steps that AdamW" in done.stdout
+    left = Path("/proc", (out / "pid").read_text(), "stat")  # nobody may have read how it ended
+    assert not left.exists() or ") Z " in left.read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_checks_hold_on_this_gpu(tmp_path):
+    code, said, _ = check(tmp_path, "--parts", "golden", "golden_compiled", "faults", "same_images")
+    assert code == 0, said
