@@ -262,8 +262,8 @@ def check_golden(out, case, precision, *, compiled=False):
         whole = on.get(f"grad.{key}")
         pairs.append((p.grad, whole) if whole is not None else
                      (p.grad.flatten()[::13 if improved else 7], on[f"gradsub.{key}"]))
-    worst = max(float((a.double() - b.double()).abs().max() / b.double().abs().max())
-                for a, b in pairs)
+    worst = float(torch.stack([(a.double() - b.double()).abs().max() / b.double().abs().max()
+                               for a, b in pairs]).max())  # NaN if one is
     out.add(f"{case}, {precision}", float(f"{worst:.2g}"), ok=worst <= TOLERANCES[precision])
 
 
@@ -373,7 +373,7 @@ def digits(args, out):
     out.add("one step", found, ok=found["accuracy"] > (0.0 if args.tiny else 0.97))
 
 
-@part(limit=160, least=60)
+@part(limit=200, least=60)
 def training(args, out):
     """train.py on latents: images/s, memory, checkpoints, a kill and a resumed run"""
     model, batch, steps = ("DiT-T/4", 16, 24) if args.tiny else ("DiT-B/4", 256, 240)
@@ -482,7 +482,7 @@ def fits(args, out):
     """peak memory of whole steps, against the count of memory.py, and the largest batch"""
     import memory
 
-    for name in ("DiT-T/4",) if args.tiny else ("DiT-XL/2", "iMF-XL/2"):
+    for name in ("DiT-T/4",) if args.tiny else ("DiT-XL/2", "iMF-B/2"):
         with start_processes("bf16") as world:
             peaks = peaks_of_steps(out, name, world)
         with torch.device("meta"):
@@ -521,7 +521,8 @@ def peaks_of_steps(out, name, world):
             torch.cuda.reset_peak_memory_stats()
         step = memory.make_step(net, name, batch, world)
         for _ in range(2):
-            optimizer.zero_grad()
+            # All gradients are held all the time, as in the buckets of DistributedDataParallel
+            optimizer.zero_grad(set_to_none=False)
             step()
             update()
         peaks[batch] = peak_gigabytes()
@@ -552,6 +553,9 @@ def table(args, out, name, batch, mode, *, blocks=None, only=None):
     network = f"{name}{f', {len(list_blocks(net))} blocks' if blocks else ''}, batch {batch}"
     flow = statistics.median(variants[0].seconds)
     for v in variants:
+        if v.failure:
+            out.add(f"{network}, {v.mode}: {v.name}", f"fails: {v.failure}")
+            continue
         taken = statistics.median(v.seconds)
         exact = v.error is not None and "difference" not in v.name
         out.add(f"{network}, {v.mode}: {v.name}", {

@@ -63,6 +63,7 @@ class Variant:
     flops: int = 0  # of matrix products, forward and backward; counted in eager mode
     memory: int = 0  # peak bytes; 0 where not measured
     error: float = None  # of du/dt where r < t, relative to float64
+    failure: str = ""  # why it cannot be made
 
 
 def parse_args(argv=None):
@@ -345,19 +346,28 @@ def product_ceiling(world):
     return 2 * size**3 / best * threads
 
 
+def warm_up(variant, net, world):
+    """Compile a variant, and fill in its FLOPs and memory."""
+    print(f"warming up: {variant.name}, {variant.mode}", file=sys.stderr, flush=True)
+    if variant.mode == "eager":
+        variant.flops = count_flops(variant, net, world)
+    else:  # every variant compiles the same functions anew
+        with torch._dynamo.config.patch(recompile_limit=64):
+            # CUDA graphs: warm up, record, replay
+            for _ in range(3 if variant.mode == "CUDA graphs" else 1):
+                step(variant, net, world)
+    if variant.mode != "CUDA graphs":  # the allocator does not see a replay
+        variant.memory = peak_memory(variant, net, world)
+
+
 def measure(variants, net, world, seconds):
-    """Fill in each variant's FLOPs, memory, error and timings, made in turns."""
+    """Fill in each variant's FLOPs, memory, error and timings, made in turns; or why it fails."""
     for variant in variants:
-        print(f"warming up: {variant.name}, {variant.mode}", file=sys.stderr, flush=True)
-        if variant.mode == "eager":
-            variant.flops = count_flops(variant, net, world)
-        else:  # every variant compiles the same functions anew
-            with torch._dynamo.config.patch(recompile_limit=64):
-                # CUDA graphs: warm up, record, replay
-                for _ in range(3 if variant.mode == "CUDA graphs" else 1):
-                    step(variant, net, world)
-        if variant.mode != "CUDA graphs":  # the allocator does not see a replay
-            variant.memory = peak_memory(variant, net, world)
+        try:
+            warm_up(variant, net, world)
+        except RuntimeError as error:  # of memory, or what autograd or the compiler cannot do
+            variant.failure = str(error).splitlines()[0]
+    variants = [v for v in variants if not v.failure]
     exact = copy.deepcopy(net).double()
     for variant in (v for v in variants if v.seen):
         rows, du_dt = variant.seen
@@ -430,6 +440,8 @@ def table(variants, ceiling):
 
 def mode_cells(variant, flow, flops, ceiling):
     """Time and memory relative to flow matching, and the share of the product ceiling."""
+    if variant.failure:
+        return ["fails", "", ""]
     seconds = statistics.median(variant.seconds)
     return [f"{seconds / statistics.median(flow.seconds):.2f}",
             f"{variant.memory / flow.memory:.2f}" if variant.memory else "",
@@ -447,6 +459,8 @@ def caption(args, world, variants, ceiling, load):
         seconds = statistics.median(v.seconds)
         yield (f"flow matching, {v.mode}: {seconds:.4f} s, {args.batch_size / seconds:.1f} "
                f"images/s, peak {v.memory / 2**20:.0f} MiB")
+    for v in (v for v in variants if v.failure):
+        yield f"{v.name}, {v.mode}, fails: {v.failure}"
     if world.device.type == "cuda" and args.compile:
         skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
         yield f"CUDA graphs: PyTorch left {skipped} graphs without; 0 means that all were captured"
