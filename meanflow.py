@@ -248,7 +248,7 @@ def total_derivative(u, z, r, t, tangent):
     """d/dt of u(z, r, t), (B, ...) like z, along a path with dz/dt = tangent and constant r."""
     tangents = (tangent, torch.zeros_like(r), torch.ones_like(t))
     # Fused attention has no forward-mode derivative, the plain formula has one
-    with sdpa_kernel(SDPBackend.MATH), ConstantWeights():
+    with sdpa_kernel(SDPBackend.MATH), ForwardModeRules():
         _, du_dt = torch.func.jvp(u, (z, r, t), tangents)
     return du_dt.to(tangent.dtype)
 
@@ -320,17 +320,23 @@ def load_forward_mode():
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-class ConstantWeights(TorchFunctionMode):
-    """Makes forward mode cheaper: the weights of linear layers and convolutions are constants.
+class ForwardModeRules(TorchFunctionMode):
+    """Within ``with``, forward mode differentiates these functions by rules of our own.
 
-    PyTorch's own rule adds the product of the input with the tangent of the weight, which is zero
-    here. It writes the zeros and multiplies them: three matrix products instead of two (torch 2.15,
-    eager and compiled). For a convolution torch 2.11 cannot compile that rule.
+    Linear layers and convolutions: their weights are constants. PyTorch's rule adds the product of
+    the input with the tangent of the weight, which is zero here. It writes the zeros and multiplies
+    them: three matrix products instead of two (torch 2.15, eager and compiled). For a convolution
+    torch 2.11 cannot compile that rule.
+
+    RMSNorm: by its formula. On a GPU torch.compile cannot trace the rule of the fused kernel
+    (torch 2.11 to 2.15).
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear or function is F.conv2d:
             return self.product(function, *args, **(kwargs or {}))
+        if function is F.rms_norm or function is torch.rms_norm:
+            return self.rms_norm(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     @staticmethod
@@ -341,3 +347,12 @@ class ConstantWeights(TorchFunctionMode):
         if tangent is None:
             return y
         return forward_ad.make_dual(y, function(tangent, weight, None, *args, **kwargs))
+
+    @staticmethod
+    def rms_norm(input, normalized_shape, weight=None, eps=None):
+        """input / sqrt(mean of its squares + eps) * weight, in float32 or float64."""
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        dims = tuple(range(-len(normalized_shape), 0))
+        y = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+        return (y if weight is None else y * weight).to(input.dtype)

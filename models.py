@@ -173,7 +173,7 @@ def check_sizes(input_size, patch_size, hidden_size, num_heads):
 def unpatchify(x, p):
     """Patches (B, T, p * p * C), channels fastest -> image (B, C, H, W) with H = W."""
     grid = math.isqrt(x.shape[1])
-    # Not unflatten: the compiler of torch 2.11 cannot trace it within ConstantWeights
+    # Not unflatten: the compiler of torch 2.11 cannot trace it within ForwardModeRules
     x = x.reshape(len(x), grid, grid, p, p, -1)  # (B, row, column, p, q, C)
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, row, p, column, q)
     return x.flatten(4).flatten(2, 3)  # (B, C, H, W)

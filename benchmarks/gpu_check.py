@@ -52,7 +52,6 @@ GREY_LEVELS = {"fp32": 1, "tf32": 2, "bf16": 16}  # of 255, by which samples may
 # Rows of train_step.py
 FLOW, GUIDED, FASTGEN = ("flow matching", "ours, kappa = .5",
                          "JVP of all rows without graph, then a forward")
-BYTES_OF_UPDATE = 44  # a parameter: norm 4, AdamW 28, average 12
 
 
 def part(limit, least=5):
@@ -504,6 +503,7 @@ def fits(args, out):
 def peaks_of_steps(out, name, world):
     """{batch: peak GB of a whole step}. Also times what follows the backward."""
     import memory
+    from gpu_hours import UPDATE_BYTES
 
     from train import make_ema_update
 
@@ -526,7 +526,7 @@ def peaks_of_steps(out, name, world):
             step()
             update()
         peaks[batch] = peak_gigabytes()
-    moved = BYTES_OF_UPDATE * sum(p.numel() for p in net.parameters())
+    moved = UPDATE_BYTES * sum(p.numel() for p in net.parameters())
     out.add(f"norm, AdamW and average of {name}", timed(update, moved=moved))
     return peaks
 

@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_hours.py --share 0.4        # a minute, without computing anything
 
-It prints a table with a row per run: hours = images * FLOPs / (GPUs * share * peak * 3600). FLOPs
-are those of matrix products, convolutions and attention in one step's forward and backward; a
-multiply-add is two. Epochs and images per epoch are from MeanFlow's Table 4 and from the published
-configurations of improved MeanFlow, peaks of dense bfloat16 products from the data sheets.
+It prints a table with a row per run: hours = images * FLOPs / (GPUs * share * peak * 3600), and the
+hours of the updates, steps * 44 bytes * parameters / (.9 * bandwidth * 3600), which every GPU makes
+of all parameters. FLOPs are those of matrix products, convolutions and attention in one step's
+forward and backward; a multiply-add is two. An update is the gradient norm, AdamW and the average.
+Epochs and images per epoch are from MeanFlow's Table 4 and from the published configurations of
+improved MeanFlow, peaks of dense bfloat16 products and of memory from the data sheets.
 """
 
 import sys
@@ -36,8 +38,11 @@ RUNS = [  # name, model, epochs, guidance in training
     ("iMF-M/2", "iMF-M/2", 640, {"omega_max": 8.0}),
     ("iMF-L/2", "iMF-L/2", 640, {"omega_max": 8.0}),
     ("iMF-XL/2", "iMF-XL/2", 800, {"omega_max": 8.0})]
-IMAGES_PER_EPOCH = 5004 * 256  # or 1251 * 1024
+IMAGES_PER_EPOCH = 5004 * 256  # or 1251 * 1024, the batch of improved MeanFlow
 PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s; H100 SXM
+BANDWIDTHS = {"A100": 2.04e12, "H100": 3.35e12}  # bytes/s; with 80 GB
+REACHED = 0.9  # share of the bandwidth, assumed
+UPDATE_BYTES = 44  # read and written for a parameter: norm 4, AdamW 28, average 12
 BATCH = 4  # of which one row has r < t, or two (improved MeanFlow)
 
 
@@ -58,13 +63,18 @@ def main(args):
 def report(args):
     """Print the table."""
     print("| | epochs | guidance | F, GFLOP | step, GFLOP | in F | to flow matching | EFLOP |"
-          + "".join(f" {args.gpus} {gpu}, hours |" for gpu in PEAKS))
+          + "".join(f" {args.gpus} {gpu}, hours (updates) |" for gpu in PEAKS))
     print("|---" * (8 + len(PEAKS)) + "|")
     for name, model, epochs, guidance in RUNS:
         forward, flow = flops(model, ratio=0, **({"omega_max": 1} if is_improved(model) else {}))
         _, step = flops(model, **guidance)
         run = step * epochs * IMAGES_PER_EPOCH
-        hours = [f"{run / (args.gpus * args.share * peak * 3600):.1f}" for peak in PEAKS.values()]
+        steps = epochs * IMAGES_PER_EPOCH / (1024 if is_improved(model) else 256)
+        hours = []
+        for gpu, peak in PEAKS.items():
+            updates = steps * update_seconds(model, gpu) / 3600
+            passes = run / (args.gpus * args.share * peak * 3600)
+            hours.append(f"{passes + updates:.1f} ({updates:.1f})")
         guidance = ", ".join(f"{key} {value:g}" for key, value in guidance.items())
         print(f"| {name} | {epochs} | {guidance} | {forward / 1e9:.1f} | {step / 1e9:.1f} | "
               f"{step / forward:.2f} | {step / flow:.2f} | {run / 1e18:.1f} | "
@@ -72,6 +82,13 @@ def report(args):
     encoder, (_, step) = encoder_flops(), flops("DiT-B/4", cfg=3.0)
     print(f"\nVAE's encoder, 256 px: {encoder / 1e9:.0f} GFLOP an image, {encoder / step:.1f} of "
           f"B/4's step")
+
+
+def update_seconds(model, gpu):
+    """Seconds in which a GPU updates all parameters of a network: the time of their memory."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DiT_models[model]().parameters())
+    return UPDATE_BYTES * parameters / (REACHED * BANDWIDTHS[gpu])
 
 
 def fake_method(model, **settings):
