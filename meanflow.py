@@ -350,7 +350,7 @@ class ForwardModeRules(TorchFunctionMode):
 
     @staticmethod
     def rms_norm(input, normalized_shape, weight=None, eps=None):
-        """input / sqrt(mean of its squares + eps) * weight, in float32 or float64."""
+        """input / sqrt(mean of its squares + eps) * weight, of any shape; in float32 or float64."""
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         dims = tuple(range(-len(normalized_shape), 0))

@@ -66,8 +66,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("results/gpu-check"),
                         help="folder to write to; an earlier check in it is overwritten")
-    parser.add_argument("--minutes", type=float_range(0, above=True), default=8.0,
-                        help="minutes in all; parts for which none are left are left out")
+    parser.add_argument("--minutes", type=float_range(0, above=True),
+                        help="minutes in all; parts for which none are left are left out (default: "
+                             "8, with --tiny 60)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART",
                         help=f"some of {', '.join(PARTS)} (default: with --tiny all, else those "
                              f"before {SECOND_CALL[0]})")
@@ -79,6 +80,7 @@ def parse_args(argv=None):
     parser.add_argument("--fashion", type=Path, metavar="DIR",
                         help="folder of Fashion-MNIST's four .gz files (default: download them)")
     args = parser.parse_args(argv)
+    args.minutes = args.minutes or (60 if args.tiny else 8)
     if args.parts is None:
         args.parts = [name for name in PARTS if args.tiny or name not in SECOND_CALL]
     return args
@@ -551,7 +553,7 @@ def table(args, out, name, batch, mode, *, blocks=None, only=None):
         train_step.measure(variants, net, world, 0.0 if args.tiny else 4.0)
         ceiling = train_step.product_ceiling(world)
     network = f"{name}{f', {len(list_blocks(net))} blocks' if blocks else ''}, batch {batch}"
-    flow = statistics.median(variants[0].seconds)
+    flow = statistics.median(variants[0].seconds or [float("nan")])  # where it fails
     for v in variants:
         if v.failure:
             out.add(f"{network}, {v.mode}: {v.name}", f"fails: {v.failure}")
@@ -800,6 +802,7 @@ def main(args):
         install(args.wheels)
     for name in args.parts:
         _, limit, least, title = PARTS[name]
+        limit *= 10 if args.tiny else 1  # they are those of a GPU
         left, begin = end - time.monotonic(), time.monotonic()
         print(f"{name}: {title}", flush=True)
         how = "left out, no time" if left < least else run_part(args, name, min(limit, left))

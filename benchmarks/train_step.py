@@ -374,7 +374,7 @@ def measure(variants, net, world, seconds):
         variant.error = relative_error(du_dt, rows, exact_derivative(exact, rows))
     del exact
     start = time.perf_counter()
-    while len(variants[0].seconds) < 3 or time.perf_counter() - start < seconds:
+    while variants and (len(variants[0].seconds) < 3 or time.perf_counter() - start < seconds):
         for variant in variants:
             variant.seconds.append(time_step(variant, net, world))
 
