@@ -1,24 +1,27 @@
 """Does this repository work on a GPU, how fast is it there, and which batches fit?
 
-    python benchmarks/gpu_check.py                                  # one GPU, eight minutes
-    python benchmarks/gpu_check.py --minutes 5 --parts compiled_b2 compiled_xl2 compiled_imf host \\
-        fashion                                                     # the rest of what there is
-    python benchmarks/gpu_check.py --tiny                           # tries the program, on a CPU
+    python benchmarks/gpu_check.py                          # one GPU, eight minutes: all but
+    python benchmarks/gpu_check.py --minutes 5 --parts compiled_b2 compiled_xl2 compiled_imf \\
+        host fashion --fashion DIR                          # these, which take five minutes
+    python benchmarks/gpu_check.py --tiny                   # tries the program, on a CPU
 
 Each part runs in a process and session of its own with a time limit of its own, so that an error, a
 hang, a lack of memory or a broken CUDA context costs that part alone. DIR of --out grows as it
 goes: results.jsonl, one line per finding; results.md, the same as tables; NAME.log, what the part
-NAME printed. The exit code is 1 if a check failed or a part did not end.
+NAME printed; work/, what parts make, which the next check removes. The exit code is 1 if a check
+failed or a part did not end.
 
 Time is that of the GPU's events, warm, in medians; beside it stand FLOPs and bytes. Networks have
 random weights. Parts that need diffusers, pytorch-fid or a download say so where these are missing;
---wheels names a folder of wheels to take the packages from. The parts, by what they tell a second;
-the first command makes those up to images:
+--wheels names a folder of wheels to take the packages from. Parts run in the order of what they
+tell a second: does it work, then how fast is it.
 """
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -102,12 +105,19 @@ class Findings:
         with open(self.path, "a") as file:
             file.write(json.dumps(row | ({} if ok is None else {"ok": bool(ok)})) + "\n")
 
-    def run(self, *words, limit=200):
-        """Runs a script of the repository; returns its stdout. Its stderr goes to the log."""
+    def start(self, *words):
+        """Starts a script of the repository. Its stderr goes to the log."""
         with open(self.log, "a") as log:
-            return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True,
-                                  stdout=subprocess.PIPE, stderr=log, timeout=limit,
-                                  check=True).stdout
+            return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, text=True,
+                                    stdout=subprocess.PIPE, stderr=log)
+
+    def run(self, *words):
+        """Runs one to its end; returns its stdout."""
+        process = self.start(*words)
+        said, _ = process.communicate()
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, words)
+        return said
 
 
 # ---- measuring -------------------------------------------------------------------------------
@@ -354,7 +364,7 @@ def same_images(args, out):
 @part(limit=110, least=45)
 def digits(args, out):
     """the quickstart: handwritten digits, trained, sampled and judged"""
-    folder, steps = args.out / "digits", 40 if args.tiny else 1950
+    folder, steps = args.work / "digits", 40 if args.tiny else 1950
     out.run("examples/digits.py", "write", folder / "data")
     options = ["train.py", "--data-path", folder / "data", "--vae", "none", "--image-size", 8,
                "--model", "DiT-T/4", "--cfg", 1, "--label-drop", 0, "--ratio", 0.5, "--p-mean", 0.1,
@@ -383,7 +393,7 @@ def training(args, out):
               "--kappa", .5, "--global-batch-size", batch, "--precision", "bf16",
               "--sample-every", 0, "--max-steps", steps, "--log-every", steps // 24]
     for name in ("eager",) if args.tiny else ("eager", "compiled"):
-        run = args.out / f"run-{name}"
+        run = args.work / f"run-{name}"
         watched = watch(out, [*common, "--compile" if name == "compiled" else "--no-compile",
                               "--ckpt-every", steps // 2, "--run-dir", run])
         rates = [row["images_per_second"] for row in records(run)][2:]
@@ -395,10 +405,10 @@ def training(args, out):
             "stall of a checkpoint, s": round(steps // 24 * batch * (1 / slowest - 1 / usual), 2)})
         check_memory(args, out, name, watched)
     killed = [*common, "--no-compile", "--ckpt-every", steps // 2, "--run-dir",
-              args.out / "run-killed"]
+              args.work / "run-killed"]
     watch(out, killed, kill=True)
     out.run(*killed)
-    whole, resumed = (torch.load(args.out / f"run-{name}/checkpoints/{steps:07d}.pt",
+    whole, resumed = (torch.load(args.work / f"run-{name}/checkpoints/{steps:07d}.pt",
                                  weights_only=True)["model"] for name in ("eager", "killed"))
     a, b = (torch.cat([p.flatten() for p in weights.values()]) for weights in (whole, resumed))
     worst = float((a - b).norm() / a.norm())
@@ -406,16 +416,15 @@ def training(args, out):
             {"relative difference": worst, "same bits": worst == 0}, ok=worst < 1e-3)
 
 
-def watch(out, words, *, kill=False):
+def watch(out, words, *, kill=False, stop_at=math.inf):
     """Runs train.py: {"first": seconds until its first record, "host", "card": GB held each half
-    second from then on}. kill: end it as soon as it has a checkpoint."""
+    second from then on}. kill: SIGKILL as soon as it has a checkpoint. stop_at: the moment from
+    which SIGTERM ends it, once it has a record; it then saves."""
     from growth import memory
 
     folder, begin = Path(words[-1]), time.perf_counter()
     found = {"first": 0.0, "host": [], "card": []}
-    with open(out.log, "a") as log:
-        process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=log,
-                                   stderr=log)
+    process = out.start(*words)
     while process.poll() is None:
         time.sleep(0.05 if kill else 0.5)
         if kill and list(folder.glob("checkpoints/[0-9]*.pt")):
@@ -424,6 +433,9 @@ def watch(out, words, *, kill=False):
             found["first"] = found["first"] or time.perf_counter() - begin
             with contextlib.suppress(OSError, KeyError):  # it has just ended
                 found["host"].append(memory(Path("/proc", str(process.pid))) / 1e9)
+            if time.monotonic() > stop_at:
+                stop_at = math.inf
+                process.terminate()
             if device().type == "cuda":
                 free, total = torch.cuda.mem_get_info()
                 found["card"].append((total - free) / 1e9)
@@ -451,9 +463,9 @@ def made_up_latents(args):
     """A folder as encode_imagenet.py writes it, of random latents."""
     from loading import write_shards
 
-    if not (args.out / "latents" / "dataset.json").exists():
-        write_shards(args.out / "latents", 64 if args.tiny else 4096)
-    return args.out / "latents"
+    if not (args.work / "latents" / "dataset.json").exists():
+        write_shards(args.work / "latents", 64 if args.tiny else 4096)
+    return args.work / "latents"
 
 
 # ---- how fast, and what fits -----------------------------------------------------------------
@@ -575,18 +587,6 @@ def step_b2(args, out):
     table(args, out, "DiT-B/2", 64, "eager")
 
 
-@part(limit=60, least=20)
-def step_xl2(args, out):
-    """the same of DiT-XL/2"""
-    table(args, out, "DiT-XL/2", 24, "eager")
-
-
-@part(limit=60, least=20)
-def step_imf(args, out):
-    """the same of iMF-B/2"""
-    table(args, out, "iMF-B/2", 32, "eager")
-
-
 @part(limit=60, least=15)
 def images(args, out):
     """images per second: VAE, network, noise, Inception"""
@@ -646,6 +646,18 @@ def time_inception(out, pixels, again):
             out.add(f"Inception, {protocol}, fp32", timed(partial(extractor, pixels), **again))
 
 
+@part(limit=60, least=20)
+def step_xl2(args, out):
+    """the same of DiT-XL/2"""
+    table(args, out, "DiT-XL/2", 24, "eager")
+
+
+@part(limit=60, least=20)
+def step_imf(args, out):
+    """the same of iMF-B/2"""
+    table(args, out, "iMF-B/2", 32, "eager")
+
+
 # ---- compiled, and longer --------------------------------------------------------------------
 
 
@@ -687,7 +699,7 @@ def host(args, out):
 @part(limit=300, least=80)
 def fashion(args, out):
     """Fashion-MNIST with DiT-S/4 and guidance, trained for the time there is, judged"""
-    folder, run = args.out / "fashion", args.out / "fashion-run"
+    folder, run = args.work / "fashion", args.work / "fashion-run"
     source = ["--source", args.fashion] if args.fashion else []
     try:
         out.run("examples/fashion_mnist.py", "write", folder, *source)
@@ -698,22 +710,17 @@ def fashion(args, out):
              "--p-mean", 0.1, "--p-std", 1.2, "--global-batch-size", 64 if args.tiny else 256,
              "--lr", 1e-3, "--warmup-steps", 500, "--ema-decay", .9 if args.tiny else .999,
              "--precision", "bf16", "--no-compile", "--sample-every", 0, "--num-workers",
-             min(8, os.cpu_count()), "--max-steps", 10**6, "--run-dir", run]
-    left = 5 if args.tiny else args.end - time.monotonic() - 60
-    with open(out.log, "a") as log:
-        process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=log,
-                                   stderr=log)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(left)
-        process.terminate()  # train.py ends the step and saves
-        process.wait(30)
+             min(8, os.cpu_count()), "--log-every", 10, "--max-steps", 10**6, "--run-dir", run]
+    classifier = out.start("examples/fashion_mnist.py", "judge", folder)  # trains it, on the CPU
+    watch(out, words, stop_at=0 if args.tiny else args.end - 60)
+    classifier.communicate()
     newest = max((run / "checkpoints").glob("[0-9]*.pt"))
     out.run("sample.py", "--ckpt", newest, "--num-fid-samples", 100 if args.tiny else 1000,
             "--per-proc-batch-size", 250, "--num-sampling-steps", 1, 2, 4, "--sample-dir",
-            args.out / "fashion-samples")
-    samples = [args.out / f"fashion-samples-{n}-step{'s' * (n > 1)}.npz" for n in (1, 2, 4)]
-    for line in out.run("examples/fashion_mnist.py", "judge", folder, *samples).splitlines():
-        found = json.loads(line)
+            args.work / "fashion-samples")
+    samples = [args.work / f"fashion-samples-{n}-step{'s' * (n > 1)}.npz" for n in (1, 2, 4)]
+    for line in out.run("examples/fashion_mnist.py", "judge", folder, *samples).splitlines()[:-1]:
+        found = json.loads(line)  # the last is the mean
         out.add(f"{Path(found.pop('samples')).stem}, after {int(newest.stem)} steps", found)
 
 
@@ -795,7 +802,9 @@ def install(wheels):
 
 def main(args):
     args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.work = args.out / "work"
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
     (args.out / "results.jsonl").write_text("")
     end, ends, rows = time.monotonic() + 60 * args.minutes, {}, []
     if args.wheels:

@@ -209,7 +209,8 @@ def counted_generator(seed, *counters, device="cpu"):
 
     No random state needs saving: a resumed run draws what an uninterrupted one would. The hash
     keeps neighbouring steps and purposes apart; of its 63 bits PyTorch's CPU generator uses 32, its
-    CUDA generator all.
+    CUDA generator all. On a GPU more numbers than it runs threads, in one draw, are in an order of
+    its own: they are the same on GPUs of one model only (ATen's DistributionTemplates.h).
     """
     digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

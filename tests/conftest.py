@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from soak import THREADS, Child, ranks
 from torch import nn
 
-from engine.distributed import run_main
+from engine.distributed import SHARDING_SINCE, run_main
 from engine.options import UserError
 from metrics.inception import build_inception
 from models import DiT, ImprovedDiT, build
@@ -51,6 +51,11 @@ def no_compiled_code():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+sharding = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < SHARDING_SINCE,
+    reason="--shard needs torch " + ".".join(map(str, SHARDING_SINCE)))
 
 
 # ---- scripts -----------------------------------------------------------------------------------

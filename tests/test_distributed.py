@@ -287,7 +287,7 @@ def test_the_error_names_the_variable_where_machines_cannot_meet(monkeypatch):
 
 
 STAND_INS = {  # for the programs of a cluster: what they do that the script relies on
-    "srun": 'echo $$ > step; exec "$@"',
+    "srun": 'echo $$ > step; test $1 = --cpus-per-task=64 || exit 3; shift; exec "$@"',
     "scancel": 'echo "scancel $*" >> calls; kill -TERM $(cat step)',
     "scontrol": 'if [ $1 = show ]; then echo node1; else echo "$* after $(cat saved)" >> calls; fi',
     "torchrun": """echo "$*" >> calls
@@ -306,7 +306,8 @@ def test_the_script_for_slurm_saves_at_the_time_limit_and_queues_the_job_again(t
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
-                                "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+                                "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "64",
+                                "SLURM_JOB_NODELIST": "node[1-2]"}
     for code in (1, 0):
         job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment)
         end = time.monotonic() + HANG_S

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import soak
 import torch
-from conftest import ROOT, assert_same_training, call, torchrun
+from conftest import ROOT, assert_same_training, call, sharding, torchrun
 from soak import Child, differences, ranks, wait_for_step
 
 from dataset.images import ImageFolder
@@ -331,7 +331,8 @@ def test_signals_have_their_usual_effect_after_a_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [[], ["--shard"]], ids=["whole", "sharded"])
+@pytest.mark.parametrize("extra", [
+    pytest.param([], id="whole"), pytest.param(["--shard"], id="sharded", marks=sharding)])
 def test_a_killed_rank_ends_the_job(extra, digits, tmp_path):
     """And with a last line from the rank that is left."""
     run = tmp_path / "run"

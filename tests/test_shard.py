@@ -7,10 +7,17 @@ import signal
 
 import pytest
 import torch
-from conftest import assert_same_training, call, load_state, load_weights, run_ranks, tiny
+from conftest import (
+    assert_same_training,
+    call,
+    load_state,
+    load_weights,
+    run_ranks,
+    sharding,
+    tiny,
+)
 from soak import Child, differences, ranks, wait_for_step
 
-from engine import distributed
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.distributed import World, check_sharding
 from engine.options import UserError
@@ -18,10 +25,6 @@ from train import check_batch, parse_args
 
 STEPS = 20
 slow = pytest.mark.slow
-since = ".".join(map(str, distributed.SHARDING_SINCE))
-sharding = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < distributed.SHARDING_SINCE,
-    reason=f"--shard needs torch {since}")
 
 
 @pytest.fixture(scope="module", params=["guided", "improved"])
