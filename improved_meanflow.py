@@ -31,14 +31,7 @@ from dataclasses import dataclass
 import torch
 
 import meanflow
-from meanflow import (
-    Draws,
-    Loss,
-    MeanFlow,
-    attention_in_bfloat16,
-    per_row,
-    total_derivative,
-)
+from meanflow import Draws, Loss, MeanFlow, attention_in_bfloat16, per_row, total_derivative
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,7 @@ class ForwardModeRules(TorchFunctionMode):
     torch 2.11 cannot compile that rule.
 
     RMSNorm: by its formula. On a GPU torch.compile cannot trace the rule of the fused kernel
-    (torch 2.11 to 2.15).
+    (torch 2.14).
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

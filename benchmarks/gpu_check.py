@@ -43,8 +43,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 from engine.distributed import counted_generator, list_blocks, start_processes  # noqa: E402
 from engine.options import Parser, float_range  # noqa: E402
-from improved_meanflow import ImprovedDraws, ImprovedMeanFlow  # noqa: E402
-from meanflow import Draws, MeanFlow  # noqa: E402
 from models import DiT_models, is_improved  # noqa: E402
 
 PARTS = {}  # name -> (function, limit in seconds, least useful seconds, title)
@@ -87,10 +85,6 @@ def parse_args(argv=None):
     if args.parts is None:
         args.parts = [name for name in PARTS if args.tiny or name not in SECOND_CALL]
     return args
-
-
-class LeftOut(Exception):
-    """A part, or the rest of one, cannot be run here."""
 
 
 class Findings:
@@ -169,11 +163,6 @@ def random_network(name, blocks=None, size=32):
     return net.to(device())
 
 
-def method_for(name):
-    return (ImprovedMeanFlow(num_classes=1000) if is_improved(name) else
-            MeanFlow(num_classes=1000, cfg=2.0, kappa=0.5))
-
-
 # ---- does it work ----------------------------------------------------------------------------
 
 
@@ -245,15 +234,15 @@ def golden_compiled(args, out):
 def check_golden(out, case, precision, *, compiled=False):
     """Add the largest difference of errors and gradients of an official step, relative to each
     tensor's largest number."""
-    from conftest import golden as numbers_of
-    from conftest import golden_improved_network, golden_network
+    import conftest
 
     dtype = torch.float64 if precision == "fp64" else torch.float32
     improved = case.startswith("imf")
-    net = (golden_improved_network if improved else golden_network)(dtype).to(device())
-    numbers = numbers_of(case, dtype)
-    on = {name: a.to(device()) for name, a in numbers.items() if isinstance(a, torch.Tensor)}
-    method, draws = golden_method(json.loads(numbers["settings"]), on, improved)
+    network = conftest.golden_improved_network if improved else conftest.golden_network
+    net = network(dtype).to(device())
+    numbers = {name: a.to(device()) if isinstance(a, torch.Tensor) else a
+               for name, a in conftest.golden(case, dtype).items()}
+    method, draws = conftest.golden_method(numbers)
     forward = net
     if compiled:
         torch._dynamo.reset()
@@ -262,36 +251,17 @@ def check_golden(out, case, precision, *, compiled=False):
     try:
         with (start_processes("fp32" if precision == "fp64" else precision) as world,
               world.autocast()):
-            loss = method.loss(net, on["x"], on["labels"], draws, forward=forward)
+            loss = method.loss(net, numbers["x"], numbers["labels"], draws, forward=forward)
         loss.loss.backward()
     except Exception as error:  # of any kind; the other cases go on
         traceback.print_exc()
         out.add(f"{case}, {precision}", f"{type(error).__name__}: {error}"[:300], ok=False)
         return
-    pairs = [(loss.error, on["err_u" if improved else "sq_err"])]
-    for key, p in net.named_parameters():
-        whole = on.get(f"grad.{key}")
-        pairs.append((p.grad, whole) if whole is not None else
-                     (p.grad.flatten()[::13 if improved else 7], on[f"gradsub.{key}"]))
-    worst = float(torch.stack([(a.double() - b.double()).abs().max() / b.double().abs().max()
-                               for a, b in pairs]).max())  # NaN if one is
+    pairs = [(loss.error, numbers["err_u" if improved else "sq_err"]),
+             *conftest.official_gradients(net, numbers, stride=13 if improved else 7)]
+    # Not Python's max, which may pass over NaN
+    worst = float(torch.tensor([conftest.official_error(*pair) for pair in pairs]).max())
     out.add(f"{case}, {precision}", float(f"{worst:.2g}"), ok=worst <= TOLERANCES[precision])
-
-
-def golden_method(settings, on, improved):
-    """(method, draws) of an official step."""
-    shared = {"num_classes": settings["num_classes"], "c": settings["norm_eps"]}
-    times = [on[key] for key in ("r", "t", "e", "drop_mask")]
-    if not improved:
-        kappa = settings["kappa"]
-        return (MeanFlow(kappa=kappa, cfg=settings["omega"] / (1 - kappa), **shared),
-                Draws(*times, 6))
-    method = ImprovedMeanFlow(
-        ratio=1 - settings["data_proportion"], omega_max=1 + settings["s_max"],
-        beta=settings["cfg_beta"], label_drop=settings["class_dropout_prob"],
-        p=settings["norm_p"], **shared)
-    return method, ImprovedDraws(*times, int(on["equal"]),
-                                 *(on[key] for key in ("omega", "t_min", "t_max")))
 
 
 @part(limit=30)
@@ -559,10 +529,11 @@ def table(args, out, name, batch, mode, *, blocks=None, only=None):
         modes = dict.fromkeys(("eager", "compiled" if mode == "CUDA graphs" else mode, mode))
         variants = [v for v in train_step.build_variants(net, x, y, modes=modes)
                     if only is None or v.name in only]
-        flops = {v.name: train_step.count_flops(v, net, world)
-                 for v in variants if v.mode == "eager"}
-        variants = [v for v in variants if v.mode == mode or mode != "eager" != v.mode]
+        eager = {v.name: v for v in variants if v.mode == "eager"}
+        variants = [v for v in variants if mode == "eager" or v.mode != "eager"]
         train_step.measure(variants, net, world, 0.0 if args.tiny else 4.0)
+        flops = {name: v.flops or train_step.count_flops(v, net, world)
+                 for name, v in eager.items() if not v.failure}
         ceiling = train_step.product_ceiling(world)
     network = f"{name}{f', {len(list_blocks(net))} blocks' if blocks else ''}, batch {batch}"
     flow = statistics.median(variants[0].seconds or [float("nan")])  # where it fails
@@ -703,8 +674,9 @@ def fashion(args, out):
     source = ["--source", args.fashion] if args.fashion else []
     try:
         out.run("examples/fashion_mnist.py", "write", folder, *source)
-    except subprocess.CalledProcessError as error:
-        raise LeftOut("no data: give --fashion DIR") from error
+    except subprocess.CalledProcessError:
+        out.add("left out", "no data: give --fashion DIR")
+        return
     words = ["train.py", "--data-path", folder / "train", "--vae", "none", "--image-size", 28,
              "--model", "DiT-T/4" if args.tiny else "DiT-S/4", "--cfg", 2, "--ratio", 0.5,
              "--p-mean", 0.1, "--p-std", 1.2, "--global-batch-size", 64 if args.tiny else 256,
@@ -742,9 +714,6 @@ def run_part(args, name, limit):
             if args.tiny:  # machine code would take minutes
                 torch.compile = partial(without_machine_code, torch.compile)
             function(args, out)
-            code = 0
-        except LeftOut as reason:
-            out.add("left out", str(reason))
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -120,7 +120,7 @@ def write_shards(folder, count):
     folder.mkdir()
     counts, sums = [min(8192, count - first) for first in range(0, count, 8192)], {}
     for index, size in enumerate(counts):
-        batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half().abs(), None, []
+        batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half(), None, []
         files = ShardFiles(folder, index)
         write_shard(files, [batch], latent_shape=SHAPE, dtype="float16", flip=False)
         sums |= json.loads(files.sums.read_text())

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ from torch import nn
 
 from engine.distributed import SHARDING_SINCE, run_main
 from engine.options import UserError
+from improved_meanflow import ImprovedDraws, ImprovedMeanFlow
+from meanflow import Draws, MeanFlow
 from metrics.inception import build_inception
 from models import DiT, ImprovedDiT, build
 
@@ -434,19 +437,47 @@ def golden(name, dtype):
     return {key: convert[arrays[key].dtype.kind](arrays[key]) for key in arrays}
 
 
+def golden_method(numbers, **options):
+    """(method, draws) of a golden file of a loss, on the device of its numbers; options of MeanFlow
+    that the file does not tell."""
+    s = json.loads(numbers["settings"])
+    rows = [numbers[name] for name in ("r", "t", "e", "drop_mask")]
+    equal = int(numbers["equal"] if "equal" in numbers else s["batch"] * s["data_proportion"])
+    if "omega" not in numbers:
+        method = MeanFlow(
+            num_classes=s["num_classes"], kappa=s["kappa"], cfg=s["omega"] / (1 - s["kappa"]),
+            c=s["norm_eps"], p=s["norm_p"], cfg_interval=(s["t_start"], s["t_end"]), **options)
+        return method, Draws(*rows, equal)
+    method = ImprovedMeanFlow(
+        num_classes=s["num_classes"], ratio=1 - s["data_proportion"], omega_max=1 + s["s_max"],
+        beta=s["cfg_beta"], label_drop=s["class_dropout_prob"], p=s["norm_p"], c=s["norm_eps"])
+    return method, ImprovedDraws(*rows, equal, *(numbers[name] for name in
+                                                 ("omega", "t_min", "t_max")))
+
+
+def official_error(ours, theirs):
+    """The measure of the golden numbers: max |a-b| / max |b|."""
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+
+
 def assert_official(ours, theirs):
-    """Equal in the measure and to the tolerance of the golden numbers: max |a-b| / max |b|."""
-    tolerance = 3e-7 if ours.dtype == torch.float64 else 1e-5
-    error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
-    assert error <= tolerance, f"relative error {error:.2e}"
+    """Equal to the tolerance of the golden numbers."""
+    error = official_error(ours, theirs)
+    assert error <= (3e-7 if ours.dtype == torch.float64 else 1e-5), f"relative error {error:.2e}"
 
 
-def assert_official_gradients(net, numbers, stride):
-    """All gradients of net: golden files hold grad.KEY, or every stride-th value as gradsub.KEY."""
+def official_gradients(net, numbers, stride):
+    """(ours, theirs) for all gradients of net: golden files hold grad.KEY, or every stride-th value
+    as gradsub.KEY."""
     gradients = {key: p.grad for key, p in net.named_parameters()}
     stored = {key for key in numbers if key.startswith(("grad.", "gradsub."))}
     assert {key.split(".", 1)[1] for key in stored} == gradients.keys()
     for key in stored:
         kind, name = key.split(".", 1)
         found = gradients[name] if kind == "grad" else gradients[name].flatten()[::stride]
-        assert_official(found, numbers[key])
+        yield found, numbers[key]
+
+
+def assert_official_gradients(net, numbers, stride):
+    for ours, theirs in official_gradients(net, numbers, stride):
+        assert_official(ours, theirs)

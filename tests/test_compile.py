@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import torch._inductor.config
+import watched_train
 from conftest import assert_same_training, call, load_state, load_weights, run_ranks, tiny
 from torch._dynamo.backends.common import aot_autograd
 
@@ -40,6 +41,13 @@ def fail_in(monkeypatch, which):
     monkeypatch.setattr(torch, "compile", compile)
 
 
+def compile_unasked(monkeypatch):
+    """Without --compile, too, as with a GPU."""
+    make_config = train.make_config
+    monkeypatch.setattr(train, "make_config",
+                        lambda *known: make_config(*known) | {"compile": True})
+
+
 @pytest.fixture(scope="module", autouse=True)
 def shallow():
     """One block a path in this process's networks, which compiles in a quarter of the time."""
@@ -62,9 +70,7 @@ def plain(digits, tmp_path_factory):
 def test_a_run_goes_on_plain_where_the_compiler_fails(which, plain, digits, tmp_path, monkeypatch):
     """It once ended with the compiler's traceback."""
     fail_in(monkeypatch, which)
-    make_config = train.make_config  # compile though it is not asked for, as with a GPU
-    monkeypatch.setattr(train, "make_config",
-                        lambda *known: make_config(*known) | {"compile": True})
+    compile_unasked(monkeypatch)
     call("train", *tiny(digits, tmp_path), "--max-steps", 2)
     log = (tmp_path / "log.txt").read_text().splitlines()
     line, = [line for line in log if "torch.compile failed" in line]
@@ -110,20 +116,10 @@ def test_a_compiled_run_in_bfloat16_follows_the_plain_one(method, digits, tmp_pa
 @pytest.fixture
 def calls(monkeypatch):
     """How often each graph that is compiled from here on has been called."""
-    def compile(function, **options):
-        def backend(graph, inputs):
-            index = len(counts)
-            counts.append(0)
-
-            def call(*inputs):
-                counts[index] += 1
-                return graph.forward(*inputs)
-            return call
-        return original(function, backend=backend, **options)
-
-    original, counts = torch.compile, []
-    monkeypatch.setattr(torch, "compile", compile)
-    return counts
+    watched_train.calls.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, inputs: watched_train.counted(graph.forward)))
+    return watched_train.calls
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -163,9 +159,7 @@ def small(network):
 
 def test_a_network_that_breaks_the_graph_is_named_with_its_line(digits, tmp_path, monkeypatch):
     monkeypatch.setitem(DiT_models, "Breaks", small(Breaks))
-    make_config = train.make_config
-    monkeypatch.setattr(train, "make_config",
-                        lambda *known: make_config(*known) | {"compile": True})
+    compile_unasked(monkeypatch)
     options = [*tiny(digits, tmp_path), "--model", "Breaks", "--max-steps", 1]
     call("train", *options)
     line, = re.findall("torch.compile failed for Breaks, .*", (tmp_path / "log.txt").read_text())

@@ -1,6 +1,5 @@
 """Improved MeanFlow: parity with the official step, the necessary passes, the draws."""
 
-import json
 import math
 from dataclasses import fields, replace
 
@@ -11,6 +10,7 @@ from conftest import (
     assert_official_gradients,
     golden,
     golden_improved_network,
+    golden_method,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,13 +22,7 @@ CASES = ["default", "no_guidance", "ratio25_beta2", "drop50"]
 def official(case, dtype):
     """(method, x, labels, draws, numbers) of a golden loss file."""
     numbers = golden(f"imf/loss_{case}", dtype)
-    s = json.loads(numbers["settings"])
-    method = ImprovedMeanFlow(
-        num_classes=s["num_classes"], ratio=1 - s["data_proportion"], omega_max=1 + s["s_max"],
-        beta=s["cfg_beta"], label_drop=s["class_dropout_prob"], p=s["norm_p"], c=s["norm_eps"])
-    draws = ImprovedDraws(*(numbers[name] for name in ("r", "t", "e", "drop_mask")),
-                          int(numbers["equal"]),
-                          *(numbers[name] for name in ("omega", "t_min", "t_max")))
+    method, draws = golden_method(numbers)
     return method, numbers["x"], numbers["labels"], draws, numbers
 
 

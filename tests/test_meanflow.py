@@ -1,12 +1,17 @@
 """The method: parity with the official step, closed forms, finite differences, statistics."""
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_official, assert_official_gradients, golden, golden_network
+from conftest import (
+    assert_official,
+    assert_official_gradients,
+    golden,
+    golden_method,
+    golden_network,
+)
 from naive import naive_step
 
 from meanflow import Draws, MeanFlow, sample, schedule
@@ -42,13 +47,7 @@ def zero(z, r, t, y):
 @pytest.mark.parametrize("case", ["none", "cfg_w3_k0", "cfg_w1_k05"])
 def test_step_equals_the_official_implementation(case, dtype):
     net, numbers = golden_network(dtype), golden(f"loss_{case}", dtype)
-    settings = json.loads(numbers["settings"])
-    flow = MeanFlow(
-        num_classes=settings["num_classes"], kappa=settings["kappa"],
-        cfg=settings["omega"] / (1 - settings["kappa"]), c=settings["norm_eps"],
-        p=settings["norm_p"], cfg_interval=(settings["t_start"], settings["t_end"]))
-    draws = Draws(numbers["r"], numbers["t"], numbers["e"], numbers["drop_mask"],
-                  int(settings["batch"] * settings["data_proportion"]))
+    flow, draws = golden_method(numbers)
     out = flow.loss(net, numbers["x"], numbers["labels"], draws)
     out.loss.backward()
     assert_official(out.error, numbers["sq_err"])
@@ -63,11 +62,7 @@ def test_step_equals_the_official_implementation(case, dtype):
 def test_step_with_the_networks_tangent_equals_its_golden_numbers(case, dtype):
     """The boundary variant of improved MeanFlow: derived, as the official code has no such mode."""
     net, numbers = golden_network(dtype), golden(f"imf/loss_boundary_{case}", dtype)
-    s = json.loads(numbers["settings"])
-    method = MeanFlow(
-        num_classes=s["num_classes"], kappa=s["kappa"], cfg=s["omega"] / (1 - s["kappa"]),
-        c=s["norm_eps"], p=s["norm_p"], cfg_interval=(s["t_start"], s["t_end"]), tangent="network")
-    draws = Draws(*(numbers[name] for name in ("r", "t", "e", "drop_mask")), int(numbers["equal"]))
+    method, draws = golden_method(numbers, tangent="network")
     out = method.loss(net, numbers["x"], numbers["labels"], draws)
     out.loss.backward()
     assert_official(out.error, numbers["sq_err"])

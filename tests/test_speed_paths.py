@@ -2,18 +2,23 @@
 activations recomputed, in bfloat16; each against the official step's numbers."""
 
 import contextlib
-import json
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_official, assert_official_gradients, golden, golden_network
+from conftest import (
+    assert_official,
+    assert_official_gradients,
+    golden,
+    golden_method,
+    golden_network,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow import Draws, ForwardModeRules, MeanFlow
+from meanflow import Draws, ForwardModeRules
 
 CASES = ["none", "cfg_w3_k0", "cfg_w1_k05"]
 
@@ -21,11 +26,7 @@ CASES = ["none", "cfg_w3_k0", "cfg_w1_k05"]
 def golden_step(case, dtype=torch.float32):
     """The network, the method, (x, y, draws) and the numbers of an official step."""
     numbers = golden(f"loss_{case}", dtype)
-    settings = json.loads(numbers["settings"])
-    flow = MeanFlow(
-        num_classes=settings["num_classes"], kappa=settings["kappa"],
-        cfg=settings["omega"] / (1 - settings["kappa"]), c=settings["norm_eps"])
-    draws = Draws(numbers["r"], numbers["t"], numbers["e"], numbers["drop_mask"], 6)
+    flow, draws = golden_method(numbers)
     return golden_network(dtype), flow, (numbers["x"], numbers["labels"], draws), numbers
 
 
