@@ -20,6 +20,7 @@ tell a second: does it work, then how fast is it.
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -703,34 +704,23 @@ def run_part(args, name, limit):
     """Run a part in a forked process of its own session; returns how it ended."""
     function, out = PARTS[name][0], Findings(args, name)
     args.end = time.monotonic() + limit
-    sys.stdout.flush()
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            os.setsid()
-            log = os.open(out.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-            os.dup2(log, 1), os.dup2(log, 2)
-            if args.tiny:  # machine code would take minutes
-                torch.compile = partial(without_machine_code, torch.compile)
-            function(args, out)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    how = f"stopped after {limit:.0f} s"
-    while time.monotonic() < args.end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            how = "done" if status == 0 else f"failed, see {name}.log"
-            break
-        time.sleep(0.1)
+
+    def work():
+        os.setsid()
+        log = os.open(out.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        if args.tiny:  # machine code would take minutes
+            torch.compile = partial(without_machine_code, torch.compile)
+        function(args, out)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(limit)
+    how = {None: f"stopped after {limit:.0f} s", 0: "done"}.get(
+        process.exitcode, f"failed, see {name}.log")
     with contextlib.suppress(ProcessLookupError):  # also what the part has started and left
-        os.killpg(child, signal.SIGKILL)
-    if how.startswith("stopped"):
-        os.waitpid(child, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
     return how
 
 

@@ -16,6 +16,7 @@ import random
 import resource
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -72,12 +73,12 @@ def main(args):
 # ---- runs ----------------------------------------------------------------------------------
 
 
-def options(data, folder, steps):
+def options(data, folder, steps, *extra):
     """Options of train.py for a tiny run that saves and logs often."""
     return ["--data-path", data, "--run-dir", folder, "--vae", "none", "--image-size", 8,
             "--model", "DiT-T/4", "--global-batch-size", 16, "--num-workers", 0, "--lr", 1e-3,
             "--ema-decay", 0.9, "--sample-every", 0, "--ckpt-every", EVERY, "--log-every", 1,
-            "--max-steps", steps]
+            "--max-steps", steps, *extra]
 
 
 class Child:
@@ -113,6 +114,7 @@ class Child:
 def work(script, words, output, limit, environment):
     """Run the script as a user would: what a child does."""
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where these tests run under nohup
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

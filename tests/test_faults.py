@@ -16,7 +16,7 @@ import pytest
 import soak
 import torch
 from conftest import ROOT, assert_same_training, call, sharding, torchrun
-from soak import Child, differences, ranks, wait_for_step
+from soak import Child, differences, options, ranks, wait_for_step
 
 from dataset.images import ImageFolder
 from dataset.loader import BatchSampler, load_batches
@@ -27,11 +27,6 @@ from engine.files import lock_folder
 from engine.options import RunError, UserError
 
 WORLD = World(0, 1, torch.device("cpu"), "fp32")
-
-
-def options(digits, folder, steps, *extra):
-    """A checkpoint every three steps, all of which are kept."""
-    return [*soak.options(digits, folder, steps), "--keep-last", 0, *extra]
 
 
 def begin(digits, folder, steps, *extra, processes=1, script="train"):
@@ -60,10 +55,10 @@ def final(folder, step):
 
 @pytest.fixture(scope="module")
 def uninterrupted(digits, tmp_path_factory):
-    """The folders of runs of 20 steps, 1.6 epochs, by number of processes."""
+    """The folders of runs of 20 steps, 1.6 epochs, by number of processes, with all checkpoints."""
     root = tmp_path_factory.mktemp("uninterrupted")
     for processes in (1, 2):
-        train(digits, root / str(processes), 20, processes=processes)
+        train(digits, root / str(processes), 20, "--keep-last", 0, processes=processes)
     return {processes: root / str(processes) for processes in (1, 2)}
 
 
@@ -120,10 +115,39 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
     child, = begin(digits, run, 20)
     code, said = child.wait()
     assert code == 2 and "--run-dir" in said
-    assert len(list_checkpoints(run / "checkpoints")) == 7
+    assert len(list_checkpoints(run / "checkpoints")) == 3
 
 
 # ---- signals -------------------------------------------------------------------------------
+
+
+GATED = """
+import itertools, sys, time, train
+from pathlib import Path
+from engine import checkpoint, distributed
+work, calls = {0}, itertools.count()
+
+def wait_and_work(*words, **more):
+    if next(calls) >= {1}:
+        while not Path(sys.argv[0]).with_name("go on").exists():
+            time.sleep(0.01)
+    return work(*words, **more)
+{0} = wait_and_work
+distributed.run_main(train.main, train.parse_args)
+"""
+
+
+def gated(folder, function, free=0):
+    """The script of a training that waits in each call of this function, but for so many free ones,
+    until the file "go on" is beside it."""
+    (folder / "gated.py").write_text(GATED.format(function, free))
+    return folder / "gated.py"
+
+
+@pytest.fixture
+def slow_disk(tmp_path):
+    """The script of a training that writes no checkpoint before the file "go on" is beside it."""
+    return gated(tmp_path, "checkpoint.save_checkpoint")
 
 
 @pytest.mark.slow
@@ -131,39 +155,20 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
 def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrupted):
     """One run, ended by each signal in turn, of which only one of two processes hears."""
     run, step = tmp_path / "run", 0
+    script = gated(tmp_path, "train.train_step", free=2)  # else it may be at its end before we look
     for number in STOP_SIGNALS if processes == 1 else STOP_SIGNALS[:2]:
-        children = begin(digits, run, 20, processes=processes)
+        children = begin(digits, run, 20, processes=processes, script=script)
         wait_for_step(run, step + 1, lambda: children[0].alive)  # noqa: B023
         os.kill(children[-1].pid, number)
+        script.with_name("go on").touch()
         ends = [child.wait() for child in children]
         assert not any(code for code, _ in ends), ends
         found = re.findall(rf"{number.name}: saved step (\d+); repeat", ends[0][1])
         step = int(found[-1])
         assert final(run, step)["step"] == step < 20
+        script.with_name("go on").unlink()
     train(digits, run, 20, processes=processes)
     assert not differences(final(uninterrupted[processes], 20), final(run, 20))
-
-
-SLOW = """
-import sys, time, train
-from pathlib import Path
-from engine import checkpoint, distributed
-save = checkpoint.save_checkpoint
-
-def wait_and_save(*words, **more):
-    while not Path(sys.argv[0]).with_name("go on").exists():
-        time.sleep(0.01)
-    save(*words, **more)
-checkpoint.save_checkpoint = wait_and_save
-distributed.run_main(train.main, train.parse_args)
-"""
-
-
-@pytest.fixture
-def slow_disk(tmp_path):
-    """The script of a training that writes no checkpoint before the file "go on" is beside it."""
-    (tmp_path / "slow.py").write_text(SLOW)
-    return tmp_path / "slow.py"
 
 
 @pytest.mark.slow
@@ -438,7 +443,7 @@ def test_steps_that_are_left_out_are_logged(digits, tmp_path, monkeypatch):
     monkeypatch.setattr("train.propagate_nonfinite", lambda loss: propagate_nonfinite(
         loss * float("nan") if next(losses) in (3, 5) else loss))
     call("train", *options(digits, tmp_path / "run", 8, "--skip-nonfinite", 1, "--log-every", 4,
-                           "--ckpt-every", 1))
+                           "--ckpt-every", 1, "--keep-last", 0))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["skipped_steps"] for line in lines] == [1, 1]
     before, after = final(tmp_path / "run", 3), final(tmp_path / "run", 8)
