@@ -328,10 +328,9 @@ def peak_memory(variant, net, world):
     return held + peak
 
 
-def product_ceiling(world):
-    """FLOP/s of the fastest of some square matrix products, in the precision of the step."""
+def product_ceiling(world, size):
+    """FLOP/s of the fastest of some products of size x size, in the precision of the step."""
     cuda = world.device.type == "cuda"
-    size = 8192 if cuda else 2048
     dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=world.device, dtype=dtype) for _ in range(2))
     clock = time.perf_counter if cuda else time.process_time
@@ -483,7 +482,7 @@ def main(args):
         modes = MODES[:1] if not args.compile else MODES if cuda else MODES[:2]
         variants = build_variants(net, x, y, modes=modes)
         measure(variants, net, world, args.seconds)
-        ceiling = product_ceiling(world)
+        ceiling = product_ceiling(world, 8192 if cuda else 2048)
         print(*caption(args, world, variants, ceiling, load), "", sep="\n")
         print(*table(variants, ceiling), "", sep="\n")
         rows = next(v.seen[0] for v in variants if v.name == "ours")
