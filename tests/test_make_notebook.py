@@ -6,7 +6,6 @@ import io
 import json
 import re
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -65,9 +64,6 @@ def test_the_notebook_holds_its_pictures():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_within_a_minute(make_notebook, tmp_path):
-    """Of processor time: the machine may be busy with other tests."""
-    began = time.process_time()
+def test_the_notebook_runs(make_notebook, tmp_path):
     make_notebook.main(make_notebook.parse_args(["--out", str(tmp_path / "new.ipynb")]))
-    assert time.process_time() - began < 60
     check_outputs(cells_of(tmp_path / "new.ipynb"))
