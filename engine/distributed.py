@@ -149,6 +149,11 @@ class World:
                     dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
+# DistributedDataParallel holds its group and frees it, where nothing else does, without releasing
+# the GIL. A thread of gloo may just then wait for the GIL, and the process stood still for ever
+_ended_groups = []
+
+
 @contextlib.contextmanager
 def start_processes(precision="fp32", *, patience_h=0.5):
     """Yields this process's World, set up from torchrun's environment; without it, of one process.
@@ -175,6 +180,7 @@ def start_processes(precision="fp32", *, patience_h=0.5):
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise _lost(error, world) from error
+    _ended_groups.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 
