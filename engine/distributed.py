@@ -150,7 +150,7 @@ class World:
 
 
 # DistributedDataParallel holds its group and frees it, where nothing else does, without releasing
-# the GIL. A thread of gloo may just then wait for the GIL, and the process stood still for ever
+# the GIL. If a thread of gloo waits for the GIL just then, the process stands still for ever
 _ended_groups = []
 
 

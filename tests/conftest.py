@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from soak import THREADS, Child, ranks
 from torch import nn
 
+from engine.checkpoint import load_checkpoint
 from engine.distributed import SHARDING_SINCE, run_main
 from engine.options import UserError
 from improved_meanflow import ImprovedDraws, ImprovedMeanFlow
@@ -297,7 +298,7 @@ def save_odd_files(folder):
 
 def load_state(folder, step):
     """A run's checkpoint."""
-    return torch.load(folder / "checkpoints" / f"{step:07d}.pt", weights_only=True)
+    return load_checkpoint(folder / "checkpoints" / f"{step:07d}.pt")
 
 
 def load_weights(folder, step, kind="model"):

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import soak
 import torch
-from conftest import ROOT, assert_same_training, call, sharding, torchrun
+from conftest import ROOT, assert_same_training, call, load_state, sharding, torchrun
 from soak import Child, differences, options, ranks, wait_for_step
 
 from dataset.images import ImageFolder
 from dataset.loader import BatchSampler, load_batches
-from engine.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from engine.checkpoint import list_checkpoints, newest_checkpoint
 from engine.distributed import World, run_main
 from engine.faults import STOP_SIGNALS, Guard, Signals, propagate_nonfinite
 from engine.files import lock_folder
@@ -49,10 +49,6 @@ def workers(agent):
     return sorted(map(int, found.split()))
 
 
-def final(folder, step):
-    return load_checkpoint(folder / "checkpoints" / f"{step:07d}.pt")
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(digits, tmp_path_factory):
     """The folders of runs of 20 steps, 1.6 epochs, by number of processes, with all checkpoints."""
@@ -71,7 +67,8 @@ def test_resumed_run_equals_uninterrupted_run(processes, digits, tmp_path, unint
     """Interrupted twice, in mid-epoch, it ends with the same bits."""
     for steps in (7, 14, 20):
         train(digits, tmp_path / "run", steps, processes=processes)
-    assert not differences(final(uninterrupted[processes], 20), final(tmp_path / "run", 20))
+    assert not differences(load_state(uninterrupted[processes], 20),
+                           load_state(tmp_path / "run", 20))
 
 
 @pytest.mark.slow
@@ -82,7 +79,7 @@ def test_resumed_run_of_many_processes_equals_uninterrupted_run(digits, tmp_path
     for name, ends in (("whole", [8]), ("parts", [4, 8])):
         for steps in ends:
             train(digits, tmp_path / name, steps, *words, processes=3)
-    assert not differences(*(final(tmp_path / name, 8) for name in ("whole", "parts")))
+    assert not differences(*(load_state(tmp_path / name, 8) for name in ("whole", "parts")))
 
 
 @pytest.mark.slow
@@ -92,7 +89,7 @@ def test_a_run_goes_on_with_another_number_of_processes(digits, tmp_path, uninte
     for path in list_checkpoints(run / "checkpoints")[:-2]:
         path.unlink()
     train(digits, run, 20)
-    assert_same_training(final(run, 20), final(uninterrupted[1], 20))
+    assert_same_training(load_state(run, 20), load_state(uninterrupted[1], 20))
 
 
 @pytest.mark.slow
@@ -109,7 +106,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
     os.truncate(run / "checkpoints" / "0000020.pt", 10**6)
     said = train(digits, run, 20)
     assert "0000020.pt" in said and "steps 18 to 20" in said
-    assert not differences(final(uninterrupted[1], 20), final(run, 20))
+    assert not differences(load_state(uninterrupted[1], 20), load_state(run, 20))
     for path in list_checkpoints(run / "checkpoints"):
         os.truncate(path, 10**4)
     child, = begin(digits, run, 20)
@@ -165,10 +162,10 @@ def test_a_signal_saves_and_ends_the_run(processes, digits, tmp_path, uninterrup
         assert not any(code for code, _ in ends), ends
         found = re.findall(rf"{number.name}: saved step (\d+); repeat", ends[0][1])
         step = int(found[-1])
-        assert final(run, step)["step"] == step < 20
+        assert load_state(run, step)["step"] == step < 20
         script.with_name("go on").unlink()
     train(digits, run, 20, processes=processes)
-    assert not differences(final(uninterrupted[processes], 20), final(run, 20))
+    assert not differences(load_state(uninterrupted[processes], 20), load_state(run, 20))
 
 
 @pytest.mark.slow
@@ -183,7 +180,7 @@ def test_a_second_interrupt_lets_the_checkpoint_be_finished(digits, tmp_path, sl
     assert child.alive and not list_checkpoints(run / "checkpoints")
     slow_disk.with_name("go on").touch()
     code, said = child.wait()
-    assert code == 130 and final(run, 3)["step"] == 3, said
+    assert code == 130 and load_state(run, 3)["step"] == 3, said
     assert said.count("this step ends and is saved; once more leaves at once") == 1
     before, last = said.strip().splitlines()[-2:]
     assert "interrupted twice" in before and "a checkpoint is being written" in before
@@ -204,7 +201,7 @@ def test_a_signal_after_the_last_step_ends_no_process_that_waits_for_the_save(di
     slow_disk.with_name("go on").touch()
     ends = [child.wait() for child in pair]
     assert [code for code, _ in ends] == [0, 0] and "error" not in ends[1][1], ends
-    assert final(run, 5)["step"] == 5
+    assert load_state(run, 5)["step"] == 5
 
 
 CLOSED = """
@@ -230,7 +227,7 @@ def test_a_closed_terminal_saves_and_ends_the_run(digits, tmp_path):
     os.close(theirs), os.close(ours)
     assert child.wait()[0] == 0
     step, = re.findall(r"SIGHUP: saved step (\d+)", (run / "log.txt").read_text())
-    assert final(run, int(step))["step"] == int(step)
+    assert load_state(run, int(step))["step"] == int(step)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():
@@ -320,7 +317,7 @@ def test_torchrun_passes_a_signal_on(digits, tmp_path):
     os.kill(agent.pid, signal.SIGUSR1)
     code, said = agent.wait()
     step, = re.findall(r"SIGUSR1: saved step (\d+); repeat", said)
-    assert code and final(run, int(step))["step"] == int(step)
+    assert code and load_state(run, int(step))["step"] == int(step)
     assert "train.py: error" not in said
 
 
@@ -405,7 +402,7 @@ def test_two_nodes_train_and_restart_by_themselves(digits, tmp_path, uninterrupt
     os.kill(workers(pair[1])[0], signal.SIGKILL)
     ends = [agent.wait() for agent in pair]
     assert not any(code for code, _ in ends), ends
-    assert not differences(final(uninterrupted[2], 20), final(run, 20))
+    assert not differences(load_state(uninterrupted[2], 20), load_state(run, 20))
     text = (run / "log.txt").read_text()
     assert text.count("2 process(es)") == 2 and re.search(r"steps \d+ to 20", text)
     assert len(re.findall(r"\bstep 20/", text)) == 1  # logged by one process alone
@@ -446,11 +443,11 @@ def test_steps_that_are_left_out_are_logged(digits, tmp_path, monkeypatch):
                            "--ckpt-every", 1, "--keep-last", 0))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["skipped_steps"] for line in lines] == [1, 1]
-    before, after = final(tmp_path / "run", 3), final(tmp_path / "run", 8)
+    before, after = load_state(tmp_path / "run", 3), load_state(tmp_path / "run", 8)
     assert before["opt"]["state"][0]["step"] == 2 and after["opt"]["state"][0]["step"] == 6
     assert all(value.isfinite().all() for value in after["model"].values())
     for step, moves in ((2, True), (3, False), (4, True), (5, False), (6, True)):
-        one, two = (final(tmp_path / "run", n) for n in (step - 1, step))
+        one, two = (load_state(tmp_path / "run", n) for n in (step - 1, step))
         for kind in ("model", "ema"):
             found = [torch.equal(value, two[kind][key]) for key, value in one[kind].items()]
             assert all(found) != moves, f"step {step} {kind}"
