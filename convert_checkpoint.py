@@ -10,19 +10,20 @@ renamed and left out; the path of the new file is printed on stdout.
 import os
 import signal
 import sys
+from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 from dataset.vae import LATENT_MEAN, LATENT_STD
 from engine.checkpoint import save_checkpoint
-from engine.containers import read_source
-from engine.distributed import run_main
+from engine.errors import UserError, naming, run_main
 from engine.files import check_folder, make_folder
-from engine.hub import file_or_address, local_file
-from engine.interop import FORMATS, SOURCES, convert, export
-from engine.options import Parser, UserError, int_range, utf8_path
+from engine.options import Parser, int_range
 from models import is_improved
+from weights.convert import FORMATS, SOURCES, convert, export
+from weights.foreign_files import read_source
+from weights.hub import file_or_address, local_file
 
 
 def parse_args(argv=None):
@@ -30,7 +31,7 @@ def parse_args(argv=None):
                     "a flow model (SiT, REPA) as a start for training. Or write ours for others.")
     parser.add_argument("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
                         help="file or folder, or hf://OWNER/REPO/FILE")
-    parser.add_argument("--out", type=utf8_path, required=True,
+    parser.add_argument("--out", type=Path, required=True,
                         help="new file: .pt, or .safetensors")
     parser.add_argument("--raw", action="store_true",
                         help="take the weights of the last step, not their average")
@@ -55,8 +56,10 @@ def parse_args(argv=None):
 def main(args):
     if os.path.lexists(args.out):
         raise UserError(f"--out must be a new file, got {args.out}; remove it or choose another")
-    check_folder("--out", args.out.parent)
-    source = read_source(local_file(args.input, option="--in"), raw=args.raw)
+    with naming("--out"):
+        check_folder(args.out.parent)
+    with naming("--in"):
+        source = read_source(local_file(args.input), raw=args.raw)
     state, report = convert(source, heads=args.heads, image_size=args.image_size,
                             named=args.source)
     config = state["config"]
@@ -67,7 +70,8 @@ def main(args):
         space = "per channel" if "latent_mean" in config else f"by {config['scale']}"
         report.append(f"written: for {args.format}, which scales latents its own way: this "
                       f"network's are scaled {space}")
-    make_folder("--out", args.out.parent)
+    with naming("--out"):
+        make_folder(args.out.parent)
     save_checkpoint(args.out, state)
     for line in report:
         print(line, file=sys.stderr)

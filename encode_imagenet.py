@@ -38,12 +38,13 @@ from dataset.latents import (
     write_shard,
 )
 from dataset.loader import map_ahead, prefetch, read_images, stack_images
-from dataset.vae import load_vae
+from dataset.vae import load_codec
 from engine.checkpoint import differences
-from engine.distributed import one_thread, run_main, start_processes
-from engine.files import LOCK, check_folder, lock_folder, remove_temporary_files, write_json
+from engine.distributed import one_thread, start_processes
+from engine.errors import UserError, naming, run_main
+from engine.files import FolderLock, check_folder, list_folder, remove_temporary_files, write_json
 from engine.log import describe_environment
-from engine.options import Parser, UserError, int_range
+from engine.options import Parser, int_range
 
 # What two runs into one folder must share: files is the list of images, encoder the VAE's weights
 IDENTITY = ("format_version", "files", "image_size", "encoder", "dtype", "flip", "precision",
@@ -89,11 +90,12 @@ def parse_args(argv=None):
 
 def main(args):
     # A rank that is done waits for the others, which may take hours on a CPU
-    with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
+    with start_processes(args.precision, timeout_hours=7 * 24) as world, ExitStack() as stack:
         read_record(args.out_path)  # refuses a foreign folder before anything heavy
-        check_folder("--out-path", args.out_path)
+        with naming("--out-path"):
+            check_folder(args.out_path)
         images = ImageFolder(args.data_path, args.image_size, world)
-        space = load_vae(args.vae, world.device, precision=args.precision, chunk=args.batch_size)
+        space = load_codec(args.vae, world.device, precision=args.precision, chunk=args.batch_size)
         config = describe(args, images, space)
         todo = open_folder(args, config, world, stack)
         start = time.monotonic()
@@ -133,8 +135,7 @@ def read_record(out):
         return None
     if not out.is_dir():
         raise UserError(f"{rule}, which is a file; choose a folder")
-    found = [path.name for path in out.iterdir() if path.name != LOCK
-             and not (path.name.startswith(".") and path.suffix == ".tmp")]
+    found = [path.name for path in list_folder(out)]
     name = next((name for name in ("dataset.json", UNFINISHED) if name in found), None)
     if not found:
         return None
@@ -198,7 +199,8 @@ def open_folder(args, config, world, stack):
     or damaged file and, without --skip-bad-images, those that lack images. Raises UserError for
     another command's folder."""
     def lock():
-        stack.enter_context(lock_folder("--out-path", args.out_path))
+        with naming("--out-path"):
+            stack.enter_context(FolderLock(args.out_path))
         record = read_record(args.out_path) or {}
         if record:
             check_record(args, record, config)
@@ -285,7 +287,7 @@ def finish(args, config):
                         f"check the files")
     counts = [len(rows_of(config, shard)) - len(skipped[shard]) for shard in range(len(files))]
     sums = known_sums(args, config, read_record(args.out_path) or {})
-    sums = {path.name: sums[path.name] if path.name in sums else checksum(path)  # of old versions
+    sums = {path.name: sums[path.name]
             for of_shard in files for path in of_shard.arrays(args.flip)}
     write_json(args.out_path / "dataset.json", sealed({
         **config, "count": sum(counts), "shards": counts, "skipped": names, "crc32": sums}))

@@ -21,10 +21,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import numpy as np
 
-from dataset.images import SUFFIXES, FolderImages, NpzImages, verify_npz
-from engine.distributed import run_main, start_processes
+from dataset.images import SUFFIXES
+from engine.distributed import start_processes
+from engine.errors import BadValue, UserError, naming, run_main
 from engine.files import atomic_file, make_folder
-from engine.options import Parser, UserError, int_range
+from engine.options import Parser, int_range
+from metrics.image_sets import FolderImages, NpzImages, verify_npz
 from metrics.inception import PROTOCOLS, Extractor, dimension
 from metrics.reference import Reference, evaluate, metric_names, notes
 from metrics.statistics import Statistics
@@ -63,30 +65,31 @@ def parse_args(argv=None):
 
 
 def main(args):
-    with start_processes() as world:
-        samples = open_images("--samples", args.samples, args, world)
-        dimension(args.protocol, samples.image_size,  # refuses what is too large
-                  can_crop=isinstance(samples, FolderImages))
+    with start_processes() as world, naming("--samples"):
+        samples = open_images(args.samples, args, world)
+        dimension(args.protocol, samples.image_size)  # refuses what is too large
         reference, other = None, None
-        if args.make_ref is not None:
-            check_new(args.make_ref)
-        elif args.ref.is_dir():
-            other = open_images("--ref", args.ref, args, world)
-            if args.protocol == "pixels" and other.image_size != samples.image_size:
-                raise UserError(f"--ref must hold images of the samples' size, "
-                                f"{samples.image_size}, got {other.image_size} in {args.ref}; "
-                                f"crop either with --image-size")
-        else:
-            reference = Reference.load(args.ref, args.protocol, samples.image_size, option="--ref")
-            verify_npz("--ref", args.ref, world)
+        with naming("--ref"):
+            if args.make_ref is not None:
+                check_new(args.make_ref)
+            elif args.ref.is_dir():
+                other = open_images(args.ref, args, world)
+                if args.protocol == "pixels" and other.image_size != samples.image_size:
+                    raise BadValue(f"must hold images of the samples' size, {samples.image_size}, "
+                                   f"got {other.image_size} in {args.ref}; crop either with "
+                                   f"--image-size")
+            else:
+                reference = Reference.load(args.ref, args.protocol, samples.image_size)
+                verify_npz(args.ref, world)
         extractor = Extractor(args.protocol, world, inception=args.inception)
         if args.make_ref is not None:
             result = make_reference(args, samples, extractor)
         else:
             if other is not None:
                 adm = args.protocol == "adm"
-                reference = Reference.of(
-                    measure(args, other, extractor, spatial=adm, points=adm), other.name)
+                with naming("--ref"):
+                    reference = Reference.of(
+                        measure(args, other, extractor, spatial=adm, points=adm), other.name)
             result = compare(args, samples, reference, extractor)
         if world.main:
             print(json.dumps(result), flush=True)
@@ -97,22 +100,23 @@ def check_new(path):
     if path.suffix != ".npz" or path.exists():
         raise UserError(f"--make-ref must be a new file that ends in .npz, got {path}; choose "
                         f"another name, or remove it first")
-    make_folder("--make-ref", path.parent)
+    with naming("--make-ref"):
+        make_folder(path.parent)
 
 
-def open_images(option, path, args, world):
-    """The images of a folder or of an .npz file, two or more. Raises UserError."""
+def open_images(path, args, world):
+    """The images of a folder or of an .npz file, two or more. Raises BadValue."""
     if not path.exists():
-        raise UserError(f"{option} must be a folder or an .npz file, got {path} (no such file); "
-                        f"name one that exists")
+        raise BadValue(f"must be a folder or an .npz file, got {path} (no such file); name one "
+                       f"that exists")
     if path.is_dir():
-        images = FolderImages(path, args.image_size, args.num_workers, option=option)
+        images = FolderImages(path, args.image_size, args.num_workers)
     else:
-        images = NpzImages(path, option=option)
-        verify_npz(option, path, world)
+        images = NpzImages(path)
+        verify_npz(path, world)
     if len(images) < 2:
-        raise UserError(f"{option} must hold 2 images or more, for a covariance, got {len(images)} "
-                        f"in {path}; add some ({' '.join(sorted(SUFFIXES))})")
+        raise BadValue(f"must hold 2 images or more, for a covariance, got {len(images)} in "
+                       f"{path}; add some ({' '.join(sorted(SUFFIXES))})")
     return images
 
 

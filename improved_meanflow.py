@@ -31,7 +31,15 @@ from dataclasses import dataclass
 import torch
 
 import meanflow
-from meanflow import Draws, Loss, MeanFlow, attention_in_bfloat16, per_row, total_derivative
+from meanflow import (
+    Draws,
+    Loss,
+    MeanFlow,
+    SettingError,
+    attention_in_bfloat16,
+    per_row,
+    total_derivative,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class ImprovedMeanFlow(MeanFlow):
     omega_max: largest guidance scale, 1 or more; 1 means no guidance.
     beta: the density of omega falls as omega^-beta; 0 or more.
 
-    Raises ValueError for a setting out of its range.
+    Raises SettingError for a setting out of its range.
     """
 
     def __init__(self, *, num_classes, ratio=0.5, p_mean=-0.4, p_std=1.0, omega_max=8.0, beta=1.0,
@@ -65,8 +73,8 @@ class ImprovedMeanFlow(MeanFlow):
                          label_drop=label_drop, p=p, c=c)
         for name, value, low in (("omega_max", omega_max, 1), ("beta", beta, 0)):
             if not low <= value < math.inf:
-                raise ValueError(f"{name} must be {low} or more and finite, got {value}; choose "
-                                 f"another value")
+                raise SettingError(name, f"must be {low} or more and finite, got {value}; choose "
+                                         f"another value")
         self.omega_max, self.beta = omega_max, beta
 
     # ---- the draws: all randomness is here ---------------------------------------------------

@@ -65,6 +65,14 @@ class Loss(NamedTuple):
     velocity_error: torch.Tensor  # (B,) |u - v|^2: on rows with r = t, that of flow matching
 
 
+class SettingError(ValueError):
+    """A setting of a method is out of its range: its name, and the rule that it breaks."""
+
+    def __init__(self, name, rule):
+        super().__init__(f"{name} {rule}")
+        self.name, self.rule = name, rule
+
+
 class MeanFlow:
     """The training objective: ``draw``, then ``loss``.
 
@@ -81,7 +89,7 @@ class MeanFlow:
         u(z, t, t, y), the boundary variant of improved MeanFlow (arXiv 2512.02012, Eq. 12).
     p, c: power, 0 or more, and positive constant of the adaptive weight 1 / (error + c)^p (Eq. 22).
 
-    Raises ValueError for a setting out of its range.
+    Raises SettingError, a ValueError, for a setting out of its range.
     """
 
     def __init__(self, *, num_classes, ratio=0.25, p_mean=-0.4, p_std=1.0,
@@ -89,7 +97,7 @@ class MeanFlow:
                  label_drop=0.1, p=1.0, c=0.01, tangent="velocity"):
         def check(ok, name, rule, value):
             if not ok:
-                raise ValueError(f"{name} must be {rule}, got {value}; choose another value")
+                raise SettingError(name, f"must be {rule}, got {value}; choose another value")
 
         start, end = cfg_interval
         check(num_classes >= 1, "num_classes", "at least 1", num_classes)

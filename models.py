@@ -11,7 +11,6 @@ two heads give u and the instantaneous velocity v. As in the official implementa
 (Lyy-iiis/imeanflow).
 """
 
-import inspect
 import math
 from functools import partial
 
@@ -413,14 +412,19 @@ DiT_models = {
 }
 
 
-# Networks outside the table: a family's name, and all sizes that its rows have
+# Networks outside the table, whose sizes the config has
 FAMILIES = {"DiT": DiT, "iMF": ImprovedDiT}
-LARGEST = {"depth": 1000, "head_depth": 1000}  # of one size, 65,536 if it is not here
 
 
 def is_improved(name):
     """Whether the network of this name takes guidance as input and returns u and v."""
-    return isinstance(_class(name), type) and issubclass(_class(name), ImprovedDiT)
+    constructor = _constructor(name)
+    network = getattr(constructor, "func", constructor)
+    return isinstance(network, type) and issubclass(network, ImprovedDiT)
+
+
+def _constructor(name):
+    return FAMILIES[name] if name in FAMILIES else DiT_models[name]
 
 
 def describe(config):
@@ -434,45 +438,12 @@ def build(config):
 
     config: a dict with model, latent_shape (C, H, W) and num_classes. model is a name of the table,
     or a family, DiT or iMF. sizes, if it is there and not None, is a dict of arguments of the
-    constructor, such as depth or v_head, that replace the table's; a family needs all that its rows
-    have. Raises ValueError for an unknown name, for sizes that are none, and for sizes that do not
-    fit together.
+    constructor, such as depth or v_head, that replace the table's. Raises ValueError for an unknown
+    name and for sizes that do not fit together.
     """
     if config["model"] not in FAMILIES | DiT_models:
         raise ValueError(f"--model must be one of {', '.join(DiT_models)}, got {config['model']}")
     channels, height, _ = config["latent_shape"]
     return _constructor(config["model"])(
         input_size=height, in_channels=channels, num_classes=config["num_classes"],
-        **_checked_sizes(config["model"], config.get("sizes")))
-
-
-def _constructor(name):
-    return FAMILIES[name] if name in FAMILIES else DiT_models[name]
-
-
-def _class(name):
-    return getattr(_constructor(name), "func", _constructor(name))
-
-
-def _checked_sizes(model, sizes):
-    """The sizes of a config, {} for None. Raises ValueError where they are not such a dict."""
-    sizes = {} if sizes is None else sizes
-    if not isinstance(sizes, dict):
-        raise ValueError(f"sizes must be a dict, got {sizes!s:.60}")
-    of_image = ("input_size", "in_channels", "num_classes")
-    kinds = {name: type(argument.default)
-             for name, argument in inspect.signature(_class(model)).parameters.items()
-             if name not in of_image and argument.default is not argument.empty}
-    for name, value in sizes.items():
-        kind, largest = kinds.get(name), LARGEST.get(name, 2**16)
-        number = type(value) is kind or kind is float and type(value) is int
-        if kind not in (bool, int, float) or not number:
-            raise ValueError(f"sizes must be of {', '.join(kinds)}, got {name!s:.60} = "
-                             f"{value!s:.60}")
-        if kind is not bool and not 0 < value <= largest:
-            raise ValueError(f"size {name} must be in 1 .. {largest}, got {value!s:.60}")
-    needed = {"DiT": "DiT-B/4", "iMF": "iMF-B/2"}.get(model)
-    missing = DiT_models[needed].keywords.keys() - sizes.keys() if needed else ()
-    if missing:
-        raise ValueError(f"sizes of {model} must have {', '.join(sorted(missing))}, got none")
-    return sizes
+        **(config.get("sizes") or {}))

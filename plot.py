@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.distributed import run_main
+from engine.errors import UserError, naming, run_main
 from engine.files import atomic_file, check_folder
 from engine.log import read_records
-from engine.options import Parser, UserError, int_range
+from engine.options import Parser, int_range
 from metrics.reference import METRICS, metric_names
 
 SOFTWARE = "plot.py of MeanFlow-PyTorch"  # in the PNG file: marks what may be overwritten
@@ -68,7 +68,8 @@ def check_out(path):
     """Raise UserError unless path can be written and holds nothing but an older plot."""
     if path.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, got {path}; choose such a name")
-    check_folder("--out", path.parent)
+    with naming("--out"):
+        check_folder(path.parent)
     if path.is_symlink() or path.exists():
         head = path.read_bytes()[:1000] if path.is_file() else b""
         if not head.startswith(b"\x89PNG") or SOFTWARE.encode() not in head:

@@ -32,24 +32,24 @@ from PIL import Image
 import improved_meanflow
 import meanflow
 from dataset.classes import class_names, find_classes
-from dataset.images import save_grid
-from dataset.vae import load_vae, normalisation
-from engine.checkpoint import differences, fingerprint, load_network, verify_checkpoint
-from engine.distributed import one_thread, run_main, start_processes
+from dataset.pictures import save_grid
+from dataset.vae import load_codec, normalisation
+from engine.checkpoint import differences, fingerprint, network_of
+from engine.distributed import one_thread, start_processes
+from engine.errors import UserError, naming, run_main
 from engine.files import (
-    LOCK,
+    FolderLock,
     atomic_file,
     check_folder,
-    lock_folder,
-    regular_file,
+    list_folder,
     remove_temporary_files,
     write_json,
 )
-from engine.hub import file_or_address, shared_file
-from engine.options import Parser, UserError, float_range, int_range
+from engine.options import Parser, float_range, int_range
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, notes
 from models import is_improved
+from weights.hub import file_or_address, open_checkpoint
 
 MARKER = "samples.json"  # in the sample folder: what its images depend on
 NOISE = "sha256(seed, i)"  # how noise_and_labels draws, as recorded in samples.json
@@ -122,10 +122,10 @@ def add_output_options(group):
 
 def main(args):
     # A rank that has finished waits for the others, which may take hours on a CPU
-    with start_processes(args.precision, patience_h=7 * 24) as world, ExitStack() as stack:
-        path = shared_file(args.ckpt, "--ckpt", world)
-        world.on_main(lambda: verify_checkpoint(path))
-        net, config = load_network(path)
+    with start_processes(args.precision, timeout_hours=7 * 24) as world, ExitStack() as stack:
+        with naming("--ckpt"):
+            state = open_checkpoint(args.ckpt, world)
+            net, config = network_of(state, args.ckpt), state["config"]
         guidance = choose_guidance(args, config)
         classes = find_classes(args.classes, config) if args.classes else None
         if args.per_class:
@@ -138,11 +138,10 @@ def main(args):
                   for part in parts]
         if args.save_images:
             for part, entries in zip(parts, wanted):
-                check_sample_dir(part, entries, net)
+                check_sample_dir(part, entries)
         evaluation = (Evaluation(args.fid_ref, args.protocol, config, world) if args.fid_ref
                       else None)
-        space = load_vae(args.vae or config["vae"], world.device, precision=args.precision,
-                         optional=config["vae"] == "none")
+        space = load_codec(args.vae or config["vae"], world.device, precision=args.precision)
         net.to(world.device)
         samplers = [ImageSampler(net, space, config, world, seed=args.seed, labels=args.labels,
                                  classes=classes, steps=part.num_sampling_steps, guidance=guidance)
@@ -150,7 +149,7 @@ def main(args):
         shown = []
         for part, sampler, entries in zip(parts, samplers, wanted):
             if args.save_images:
-                open_sample_dir(part, entries, net, world, stack)
+                open_sample_dir(part, entries, world, stack)
             shown.append(sample_one_count(part, sampler, entries, evaluation))
         if args.save_images and world.main:
             picture = output_path(args, ".png")  # of a single count: it is there already
@@ -373,7 +372,7 @@ def write_images(paths, images):
 def read_image(path):
     """A PNG file as uint8 (H, W, 3). Raises UserError if it is torn or damaged."""
     try:
-        with Image.open(regular_file(path)) as image:
+        with Image.open(path) as image:
             image.verify()  # compares checksums, unlike decoding; then the file must be reopened
         with Image.open(path) as image:
             return np.array(image)
@@ -438,7 +437,7 @@ def settings(args, config, weights):
             **({"field": "u(z, t, t)"} if is_flow(config) else {})}
 
 
-def check_sample_dir(args, wanted, net):
+def check_sample_dir(args, wanted):
     """Raise UserError unless the sample folder is new or samples.json is that of this command.
 
     Another command may take a folder without images, as a failed command leaves it.
@@ -447,18 +446,15 @@ def check_sample_dir(args, wanted, net):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--sample-dir must be a folder, got the file {folder}; choose another "
                         f"--sample-dir")
-    check_folder("--sample-dir", folder)
-    found = [path for path in (*(folder.iterdir() if folder.exists() else ()),
+    with naming("--sample-dir"):
+        check_folder(folder)
+    found = [path for path in (*(list_folder(folder) if folder.exists() else ()),
                                output_path(args, ".npz"), output_path(args, ".png"))
-             if path.exists() and path.name != LOCK
-             and not (path.name.startswith(".") and path.suffix == ".tmp")]
+             if path.exists()]
     if not found:
         return
     try:
         stored = json.loads((folder / MARKER).read_text())
-        if (stored.get("weights") != wanted["weights"]  # earlier versions hashed one tensor
-                and stored.get("weights") in map(hash_of, net.state_dict().values())):
-            stored["weights"] = wanted["weights"]
         fault = differences(stored, wanted)
         has_images = found != [folder / MARKER] or stored.keys() != wanted.keys()
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -468,16 +464,12 @@ def check_sample_dir(args, wanted, net):
                         f"{folder} ({fault}); choose another --sample-dir")
 
 
-def hash_of(tensor):
-    """SHA-256, in hex, of the bytes of a tensor of any shape."""
-    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
-
-
-def open_sample_dir(args, wanted, net, world, stack):
+def open_sample_dir(args, wanted, world, stack):
     """Make the sample folder, lock it until the stack is left, and write samples.json."""
     def hold():
-        stack.enter_context(lock_folder("--sample-dir", args.sample_dir))
-        check_sample_dir(args, wanted, net)  # again: another command may have used it meanwhile
+        with naming("--sample-dir"):
+            stack.enter_context(FolderLock(args.sample_dir))
+        check_sample_dir(args, wanted)  # again: another command may have used it meanwhile
         remove_temporary_files(args.sample_dir)
         write_json(args.sample_dir / MARKER, wanted)
 

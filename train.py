@@ -13,6 +13,7 @@ Repeating a command resumes its run. The defaults are the paper's DiT-B/4 recipe
 
 import argparse
 import copy
+import json
 import re
 import signal
 import time
@@ -24,51 +25,48 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dataset.images import ImageFolder
-from dataset.latents import LatentShards
+from dataset.latents import LatentShards, read_dataset_json
 from dataset.loader import BatchSampler, load_batches
-from dataset.vae import LATENT_MEAN, LATENT_STD, load_vae, normalisation, posterior_sample
+from dataset.vae import LATENT_MEAN, LATENT_STD, load_codec, normalisation, posterior_sample
 from engine.checkpoint import (
     Saver,
     check_config,
+    list_checkpoints,
     newest_checkpoint,
     restore_checkpoint,
 )
-from engine.distributed import (
+from engine.distributed import counted_generator, start_processes
+from engine.errors import RunError, UserError, naming, run_main
+from engine.faults import Guard, Signals, propagate_nonfinite
+from engine.files import FolderLock, make_folder, remove_temporary_files, write_json
+from engine.log import Log, describe_environment
+from engine.options import Parser, float_range, int_range
+from engine.sharding import (
     check_sharding,
-    counted_generator,
     full_tensor,
+    gathered_parameters,
     local_gradients,
     local_shard,
     parallelise,
     replace_network,
-    run_main,
-    send_shards,
-    start_processes,
-    whole_parameters,
 )
-from engine.faults import Guard, Signals, propagate_nonfinite
-from engine.files import lock_folder, make_folder, remove_temporary_files, write_json
-from engine.hub import file_or_address
-from engine.log import Log, describe_environment
-from engine.options import Parser, RunError, UserError, float_range, int_range, utf8_path, validate
-from engine.start import Start, begun_from
 from improved_meanflow import ImprovedMeanFlow
-from meanflow import MeanFlow
+from meanflow import MeanFlow, SettingError
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, metric_names, notes
 from models import DiT_models, build, describe, is_improved
 from sample import ImageSampler
+from weights.hub import file_or_address
+from weights.start import InitialWeights
 
 # Options that may change when a run is resumed
 MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
               "sample_every", "num_workers", "compile", "grad_accum_steps", "shard",
               "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
               "protocol")
-# What newer options stand for in a run that began without them
-EARLIER = {"tangent": "velocity", "omega_max": None, "beta": None, "warmup_steps": 0,
-           "weight_decay": 0.0, "clip_grad": 0.0, "init": None, "sizes": None}
 DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 # Defaults of the options that only one method has, or that differ between the two
@@ -77,7 +75,7 @@ MEANFLOW = {"ratio": 0.25, "time_sampler": "logit_normal", "cfg": 3.0, "kappa": 
 IMPROVED_MEANFLOW = {"ratio": 0.5, "omega_max": 8.0, "beta": 1.0}
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
                     "command to resume its run.")
     add_data_options(parser.add_argument_group("data"))
@@ -85,6 +83,12 @@ def parse_args(argv=None):
         "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)"))
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
     add_run_options(parser.add_argument_group("run"))
+    return parser
+
+
+def parse_args(argv=None):
+    """The options as they are given; resolve fills in the others."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.eval_every and args.fid_ref is None:
         parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
@@ -92,70 +96,7 @@ def parse_args(argv=None):
     if args.shard and args.compile:
         parser.error("--compile must come without --shard, which is not compiled, got both; leave "
                      "one out")
-    return args if args.init else complete(args, DEFAULT_MODEL)  # else open_start completes them
-
-
-def complete(args, model, sizes=None):
-    """Fill in and check what depends on the network: model and sizes, as build takes them.
-
-    Returns args. Raises UserError.
-    """
-    if args.init and args.model not in (None, model):
-        raise UserError(f"--model must be {model} like the network of --init, got {args.model}; "
-                        f"leave it out")
-    args.model, args.sizes = args.model or model, sizes
-    choose_defaults(args)
-    validate(make_method, args, num_classes=1)
-    if args.run_dir is None:
-        scale = f"omega{args.omega_max}" if is_improved(args.model) else f"cfg{args.cfg}"
-        scale += "-boundary" if args.tangent == "network" else ""
-        scale += "-init" if args.init else ""
-        args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
-    if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
-        raise UserError(f"--run-dir must lie outside --data-path, where it would be taken for a "
-                        f"class, got {args.run_dir}; choose another folder")
     return args
-
-
-def open_start(args, world):
-    """The Start of --init, with args completed; None without --init, and for a run that goes on
-    from its own checkpoint: it no longer needs that file. Raises UserError."""
-    if not args.init:
-        return None
-    begun = world.on_main(lambda: args.run_dir and begun_from(args.run_dir, args.init))
-    start = None if begun else Start(args.init, world)
-    config = begun or {**start.config, "model": start.model, "sizes": start.sizes}
-    complete(args, config["model"], config["sizes"])
-    if not args.encoded_data:
-        choose_images(args, config.get("vae"), config.get("image_size"))
-    return start
-
-
-def choose_images(args, vae=None, image_size=None):
-    """Fill in --vae and --image-size where they are not given: what the data or weights need.
-
-    mse differs from ema in the decoder alone, which stays to be chosen.
-    """
-    if args.vae is None:
-        args.vae = "ema" if vae in (None, "mse") else vae
-    if args.image_size is None:
-        args.image_size = image_size or 256
-
-
-def choose_defaults(args):
-    """Fill in the defaults of the model's method; refuse options of the other method."""
-    own, other = MEANFLOW, IMPROVED_MEANFLOW
-    if is_improved(args.model):
-        own, other = other, own
-    for name in other:
-        if name not in own and getattr(args, name) is not None:
-            kind = "DiT" if own is IMPROVED_MEANFLOW else "iMF"
-            where = "--init with" if args.init else "--model"
-            raise UserError(f"--{name.replace('_', '-')} must come with a {kind} model, got "
-                            f"{where} {args.model}; leave it out")
-    for name, value in own.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
 
 
 def add_data_options(group):
@@ -254,7 +195,7 @@ def add_optimisation_options(group):
 
 
 def add_run_options(group):
-    group.add_argument("--run-dir", type=utf8_path,
+    group.add_argument("--run-dir", type=Path,
                        help="where everything goes (default: results/<model>-cfg<scale>, iMF "
                             "results/<model>-omega<largest>)")
     group.add_argument("--ckpt-every", type=int_range(1), default=5000,
@@ -279,6 +220,86 @@ def add_run_options(group):
                        help="how to evaluate; evaluate_fid.py --help says more")
 
 
+# ---- options that depend on others --------------------------------------------------------------
+
+
+def resolve(args, world):
+    """Fill in, in place, the options that are not given: model and sizes by the file of --init,
+    image size and VAE by the latents or that file, the method's options by the method.
+
+    Returns the InitialWeights of --init; None without --init, and for a run that continues from its
+    own checkpoint, which no longer needs that file. Raises UserError.
+    """
+    start, known = None, {"model": args.model or DEFAULT_MODEL}
+    if args.init:
+        known = world.on_main(lambda: begun_config(args))
+        if known is None:
+            with naming("--init"):
+                start = InitialWeights(args.init, world)
+            known = {**start.config, "model": start.model, "sizes": start.sizes}
+        if args.model not in (None, known["model"]):
+            raise UserError(f"--model must be {known['model']} like the network of --init, got "
+                            f"{args.model}; leave it out")
+    args.model, args.sizes = known["model"], known.get("sizes")
+    if args.encoded_data:
+        known = read_dataset_json(args.data_path)
+    if args.vae is None:  # mse differs from ema in the decoder alone, which stays to be chosen
+        args.vae = "ema" if known.get("vae") in (None, "mse") else known["vae"]
+    if args.image_size is None:
+        args.image_size = known.get("image_size") or 256
+    resolve_method(args)
+    if args.run_dir is None:
+        scale = f"omega{args.omega_max}" if is_improved(args.model) else f"cfg{args.cfg}"
+        scale += "-boundary" if args.tangent == "network" else ""
+        scale += "-init" if args.init else ""
+        args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
+    if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
+        raise UserError(f"--run-dir must lie outside --data-path, where it would be taken for a "
+                        f"class, got {args.run_dir}; choose another folder")
+    return start
+
+
+def begun_config(args):
+    """The config of the run in --run-dir, if it began from the file of --init and has checkpoints;
+    else None."""
+    try:
+        config = json.loads((args.run_dir / "config.json").read_text())
+        if list_checkpoints(args.run_dir / "checkpoints") and config["init"] == str(args.init):
+            is_improved(config["model"])  # KeyError for an unknown one
+            return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # whatever it is, check_config refuses it or the run begins anew
+    return None
+
+
+def method_options(model):
+    """(defaults of the options of this model's method, those of the other method)."""
+    both = MEANFLOW, IMPROVED_MEANFLOW
+    return both[::-1] if is_improved(model) else both
+
+
+def resolve_method(args):
+    """Fill in the options of the model's method; refuse those of the other method and what the
+    method refuses."""
+    defaults, others = method_options(args.model)
+    for name in others.keys() - defaults.keys():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} must come with another method's network, "
+                            f"got {args.model}; leave it out")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    try:
+        make_method(args, num_classes=1)
+    except SettingError as error:
+        raise UserError(f"--{error.name.replace('_', '-')} {error.rule}") from error
+
+
+def default_options(model):
+    """The value of every option that is not given, for a stored config that lacks it."""
+    return vars(make_parser().parse_args(["--data-path", "."])) | method_options(model)[0]
+
+
 def make_method(args, num_classes):
     """The loss of these options. Raises ValueError for a setting out of its range."""
     shared = {"ratio": args.ratio, "p_mean": args.p_mean, "p_std": args.p_std,
@@ -292,33 +313,39 @@ def make_method(args, num_classes):
 
 
 def main(args):
-    with start_processes(args.precision) as world, Run(args, world) as run:
-        state = TrainingState(run)
-        run.resume(state)
-        meter = Meter(run)
+    with start_processes(args.precision) as world:
+        start = resolve(args, world)
+        with Run(args, world, start) as run:
+            state = TrainingState(args, run.config, run.codec, world, start)
+            run.resume(state)
+            train(run, state)
 
-        for images, y in run.read(state.step):
-            if not state.warm:
-                warm_up(state, images, y)
-                meter.start(state.step)
-            meter.add(train_step(state, images, y))
 
-            stop = run.signals.stop()
-            due = what_is_due(run, state.step, stop)
-            if due.log or due.save:
-                meter.skipped += state.guard.check()  # other steps do not wait for the device
-                run.saver.check()
-            if due.log:
-                run.record(state.step, meter.read(state.step), due)
-            if due.save:
-                run.save(state)
-            if due.picture:
-                run.picture(state.step)
-            if due.evaluate:
-                run.evaluate(state.step)
-            if stop is not None:
-                break
-        run.finish(state)
+def train(run, state):
+    """The steps from that of the state to the last, and what happens between them."""
+    meter = Meter(state.world, run.args.global_batch_size)
+    for images, y in run.read(state.step):
+        if not state.warm:
+            warm_up(state, run.log, images, y)
+            meter.start(state.step)
+        meter.add(train_step(state, images, y))
+
+        stop = run.signals.stop()
+        due = run.what_is_due(state.step, stop)
+        if due.log or due.save:
+            meter.skipped += state.guard.check()  # other steps do not wait for the device
+            run.saver.check()
+        if due.log:
+            run.record(state.step, meter.read(state.step), due)
+        if due.save:
+            run.save(state)
+        if due.picture:
+            run.picture(state.step)
+        if due.evaluate:
+            run.evaluate(state.step)
+        if stop is not None:
+            break
+    run.finish(state)
 
 
 # ---- a training step -----------------------------------------------------------------------------
@@ -329,16 +356,16 @@ class TrainingState:
 
     net: the bare network, sharded or not. forward: what the forward with gradient goes through, net
     itself or net in DistributedDataParallel, compiled or not. method: the loss, its passes compiled
-    or not.
+    or not. codec: see dataset/vae.py. start: the InitialWeights, or None for random ones.
     """
 
-    def __init__(self, run):
-        self.run, self.step, self.warm = run, 0, False
-        args, world = run.args, run.world
+    def __init__(self, args, config, codec, world, start=None):
+        self.args, self.config, self.codec, self.world = args, config, codec, world
+        self.step, self.warm = 0, False
         torch.manual_seed(args.seed)  # the same initial weights on every rank
-        self.net = build(run.config)
-        if run.start:
-            run.start.load_into(self.net)
+        self.net = build(config)
+        if start:
+            start.load_into(self.net)
         self.net = self.net.to(world.device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.net.checkpoint_activations = args.checkpoint_activations
@@ -346,21 +373,14 @@ class TrainingState:
         self.params = list(self.net.parameters())
         self.optimizer = torch.optim.AdamW(
             self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-        self.ema_update = make_ema_update(self.ema, self.net, args.ema_decay)
         self.guard = Guard(world, args.skip_nonfinite)
-        self.method = make_method(args, run.config["num_classes"])
-        self.normalisation = normalisation(run.config, world.device)
-
-    def restore(self, path):
-        """Take over the checkpoint of this run at path. Raises UserError if it is another run's."""
-        self.step = restore_checkpoint(path, self.net, self.ema, self.optimizer,
-                                       config=self.run.config, free=MAY_CHANGE,
-                                       defaults=EARLIER)
+        self.method = make_method(args, config["num_classes"])
+        self.normalisation = normalisation(config, world.device)
 
     def state_dict(self):
         """What a checkpoint holds."""
         return {"step": self.step, "model": self.net.state_dict(), "ema": self.ema.state_dict(),
-                "opt": self.optimizer.state_dict(), "config": self.run.config}
+                "opt": self.optimizer.state_dict(), "config": self.config}
 
 
 def train_step(state, images, y):
@@ -370,7 +390,7 @@ def train_step(state, images, y):
     Returns (9,), on the device: what add_gradients returns, the gradient norm before clipping, and
     a 1 that counts the step; zeros where the step was skipped.
     """
-    args = state.run.args
+    args = state.args
     try:
         losses = add_gradients(state, images, y)
     except Exception as error:
@@ -389,12 +409,12 @@ def train_step(state, images, y):
     # made for loss scaling, is 1: the host need not wait
     norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in state.params]))
     skip = state.guard.should_skip(state.step, losses[0], norm)
-    state.optimizer.found_inf = state.ema_update.found_inf = skip
+    state.optimizer.found_inf = skip
     if args.clip_grad:
         torch.nn.utils.clip_grads_with_norm_(state.params, args.clip_grad, norm)
     state.optimizer.step()
     state.optimizer.zero_grad()
-    state.ema_update.step()
+    update_average(state.ema, state.net, args.ema_decay)
 
     values = torch.cat([losses, norm[None], torch.ones_like(norm)[None]])
     return torch.where(skip > 0, 0, values)
@@ -407,7 +427,7 @@ def add_gradients(state, images, y, *, exchange=True):
     backward of the last micro-batch DistributedDataParallel averages the gradients over the ranks,
     if exchange; a sharded network does so in every one.
     """
-    world, count = state.run.world, state.run.args.grad_accum_steps
+    world, count = state.world, state.args.grad_accum_steps
     noise, draws = draw_global_batch(state)
     losses = torch.zeros(7, device=world.device)
     for i in range(count):
@@ -440,8 +460,8 @@ def draw_global_batch(state):
 
     It is drawn for the global batch, so a run does not depend on how the batch is divided.
     """
-    args, device = state.run.args, state.run.world.device
-    shape = (args.global_batch_size, *state.run.config["latent_shape"])
+    args, device = state.args, state.world.device
+    shape = (args.global_batch_size, *state.config["latent_shape"])
 
     def generator(purpose):
         return counted_generator(args.seed, state.step, purpose, device=device)
@@ -453,36 +473,29 @@ def draw_global_batch(state):
 @torch.no_grad()
 def make_data(state, images, noise):
     """x (B, C, h, w) of images uint8 (B, 3, H, W), or of moments, and noise (B, C, h, w)."""
-    moments = images if state.run.args.encoded_data else state.run.space.encode(images)
+    moments = images if state.args.encoded_data else state.codec.encode(images)
     return posterior_sample(moments, noise, *state.normalisation)
 
 
-def make_ema_update(ema, net, decay):
-    """An optimiser whose step is ema += (1 - decay) (weights - ema).
-
-    A fused SGD that maximises, with the weights as gradients and weight decay 1: its direction is
-    -weights + ema, its rate 1 - decay. So it makes no autograd graph and obeys found_inf. Buffers
-    are constant and not averaged.
-    """
-    averages = [local_shard(p) for p in ema.parameters()]  # no fused SGD knows sharded tensors
-    optimizer = torch.optim.SGD(averages, lr=1 - decay, weight_decay=1, maximize=True, fused=True)
-    for average, weight in zip(averages, net.parameters()):
-        average.grad = local_shard(weight.detach())  # shares its memory: always the current weight
-    return optimizer
+@torch.no_grad()
+def update_average(ema, net, decay):
+    """ema += (1 - decay) (weights - ema), in place. Buffers are constant and not averaged."""
+    torch._foreach_lerp_([local_shard(p) for p in ema.parameters()],
+                         [local_shard(p) for p in net.parameters()], 1 - decay)
 
 
 # ---- what DistributedDataParallel and torch.compile need -----------------------------------------
 
 
-def warm_up(state, images, y):
+def warm_up(state, log, images, y):
     """Compile, and let DistributedDataParallel settle, on the first batch.
 
     images, y: as in train_step, of shapes (B, ...) and (B,). Weights, gradients and random state
     are as before.
     """
-    if state.run.config["compile"]:
-        compile_passes(state, images, y)
-    if state.run.world.distributed:
+    if state.config["compile"]:
+        compile_passes(state, log, images, y)
+    if state.world.distributed:
         # DDP rebuilds its buckets after the first backward. With three or more ranks that changes
         # the order of the sums, and a resumed run would differ in bits
         add_gradients(state, images, y)
@@ -490,7 +503,7 @@ def warm_up(state, images, y):
     state.warm = True
 
 
-def compile_passes(state, images, y):
+def compile_passes(state, log, images, y):
     """Compile the passes, and try them, forward and backward, on a batch (B, ...), (B,).
 
     Each pass is one graph (fullgraph): of a network that breaks it torch.compile would otherwise
@@ -509,17 +522,17 @@ def compile_passes(state, images, y):
     except Exception as error:  # every layer of the compiler raises errors of its own
         reason = describe_compiler_error(error)
     state.net.zero_grad()
-    found = enumerate(state.run.world.gather(reason))
+    found = enumerate(state.world.gather(reason))
     reasons = [f"rank {rank}: {reason}" for rank, reason in found if reason]
     name = type(state.net).__name__
     if not reasons:
-        state.run.log.say(f"compiled the passes of {name} in {time.perf_counter() - start:.0f} s")
+        log.say(f"compiled the passes of {name} in {time.perf_counter() - start:.0f} s")
         return
-    if state.run.args.compile:
+    if state.args.compile:
         raise UserError(f"--compile: torch.compile failed for {name} on {reasons[0]}; change or "
                         f"install what it names, or give --no-compile")
     state.forward, state.method = replace_network(state.forward, state.net), plain
-    state.run.log.say(f"torch.compile failed for {name}, training goes on without it; {reasons[0]}")
+    log.say(f"torch.compile failed for {name}, training goes on without it; {reasons[0]}")
 
 
 def describe_compiler_error(error):
@@ -545,28 +558,12 @@ class Due(NamedTuple):
     evaluate: bool
 
 
-def what_is_due(run, step, stop=None):
-    """What to do after this step. stop: the signal that ends the run here, or None.
-
-    Everything that is due every so many steps (0 = never) is due after the last step, too. There is
-    a checkpoint before each evaluation, which takes long.
-    """
-    def every(steps):
-        return steps > 0 and (step % steps == 0 or step == run.total_steps)
-
-    args, stopped = run.args, stop is not None
-    evaluate = every(args.eval_every)
-    return Due(log=every(args.log_every) or stopped, record=every(args.log_every),
-               save=every(args.ckpt_every) or stopped or evaluate,
-               picture=every(args.sample_every), evaluate=evaluate and not stopped)
-
-
 class Meter:
     """Means over the steps since the last log line; the sums stay on the device until then."""
 
-    def __init__(self, run):
-        self.run, self.skipped = run, 0
-        self.sums = torch.zeros(9, device=run.world.device)
+    def __init__(self, world, batch):
+        self.world, self.batch, self.skipped = world, batch, 0
+        self.sums = torch.zeros(9, device=world.device)
 
     def start(self, step):
         """Begin an interval after this step."""
@@ -583,14 +580,14 @@ class Meter:
         error_equal is the mean of error over the rows with r = t, error_unequal over those with
         r < t; they are absent where there are no such rows. So with velocity_error.
         """
-        *sums, count = self.run.world.mean(self.sums).tolist()
+        *sums, count = self.world.mean(self.sums).tolist()
         loss, *errors, grad_norm = (value / max(count, 1) for value in sums)
         equal, unequal = errors[:3], errors[3:]
-        images = (step - self.step) * self.run.args.global_batch_size
+        images = (step - self.step) * self.batch
         means = {"error": equal[0] + unequal[0], "velocity_error": equal[1] + unequal[1],
                  "loss": loss, "grad_norm": grad_norm, "skipped_steps": self.skipped,
                  "images_per_second": images / (time.perf_counter() - self.time)}
-        if self.run.world.device.type == "cuda":
+        if self.world.device.type == "cuda":
             means["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         for name, (error, velocity_error, share) in (("equal", equal), ("unequal", unequal)):
             if share:
@@ -609,19 +606,18 @@ class Run:
     """What a command opens: options, data and VAE, all checked, and the folder it writes to.
 
     Within ``with`` no other process can write to the folder. dataset: images or latent shards;
-    space: the VAE or pixels, None for latents without pictures and evaluation; config: what a
-    checkpoint says of the run; start: the weights of --init, where the run needs them.
+    codec: the VAE or pixels, None for latents without pictures and evaluation; config: what a
+    checkpoint says of the run; start: the InitialWeights, where the run needs them.
     """
 
-    def __init__(self, args, world):
-        self.start = open_start(args, world)
-        self.args, self.world, self.folder = args, world, args.run_dir
+    def __init__(self, args, world, start=None):
+        self.args, self.world, self.folder, self.start = args, world, args.run_dir, start
         check_batch(args, world)
-        self.dataset, self.space = open_data(args, world)
-        self.config = make_config(args, self.dataset, self.space)
+        self.dataset, self.codec = open_data(args, world)
+        self.config = make_config(args, self.dataset, self.codec)
         check_network(args, self.config)
-        if self.start:
-            self.start.check(self.config)
+        if start:
+            start.check(self.config)
         self.order = BatchSampler(len(self.dataset), args.global_batch_size, seed=args.seed,
                                   flip=args.flip, world=world)
         self.total_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
@@ -631,19 +627,21 @@ class Run:
 
     def __enter__(self):
         with ExitStack() as stack:
-            self.lock = None  # stays None on other ranks than 0
-
-            def hold():
-                self.lock = stack.enter_context(lock_folder("--run-dir", self.folder))
-                path = check_config(self.folder, self.config, MAY_CHANGE, EARLIER)
-                for name in ("checkpoints", "samples"):
-                    make_folder("--run-dir", self.folder / name)
-                    remove_temporary_files(self.folder / name)
-                write_json(path, self.config)
-
-            self.world.on_main(hold)
+            self.check_folder = bool  # on other ranks than 0, which do not lock it
+            self.world.on_main(lambda: self._hold_folder(stack))
             self.stack = stack.pop_all()
         return self
+
+    def _hold_folder(self, stack):
+        """Lock the folder, check that it is this run's, and write config.json. Raises UserError."""
+        with naming("--run-dir"):
+            self.check_folder = stack.enter_context(FolderLock(self.folder)).check
+            check_config(self.folder, self.config, may_change=MAY_CHANGE,
+                         defaults=default_options(self.args.model))
+            for name in ("checkpoints", "samples"):
+                make_folder(self.folder / name)
+                remove_temporary_files(self.folder / name)
+        write_json(self.folder / "config.json", self.config)
 
     def __exit__(self, *error):
         return self.stack.__exit__(*error)
@@ -651,22 +649,24 @@ class Run:
     def resume(self, state):
         """Restore the newest checkpoint, if there is one, and open log, signals and saver."""
         world, enter = self.world, self.stack.enter_context
-        path = world.on_main(lambda: newest_checkpoint(self.folder / "checkpoints"))
-        if path:
-            state.restore(path)
-        elif self.args.init and not self.start:
+        with naming("--run-dir"):
+            path = world.on_main(lambda: newest_checkpoint(self.folder / "checkpoints"))
+            if path:
+                state.step = restore_checkpoint(path, state.net, state.ema, state.optimizer)
+        if not path and self.args.init and not self.start:
             raise UserError(f"--run-dir must keep its checkpoints during the start, got none in "
                             f"{self.folder}; repeat the command to begin anew from --init")
         self.log = enter(Log(self.folder, active=world.main, step=state.step))
         for line in introduction(self, state):
             self.log.say(line)
         self.signals = enter(Signals(world))
-        # world.saver: a process that must end at once lets the saver finish first
-        self.saver = world.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last,
-                                               lock=self.lock, before=self.log.to_disk))
+        self.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last,
+                                 check_folder=self.check_folder, before=self.log.to_disk))
+        world.before_exit = self.saver.finish_writing
         self.stack.callback(self.signals.steps_end)  # no deadline while the saver ends
-        self.sampler = ImageSampler(state.ema, self.space, self.config, world, seed=self.args.seed)
-        unfinished = what_is_due(self, state.step).evaluate and not self.log.has(state.step, "fid")
+        self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed)
+        unfinished = (self.what_is_due(state.step).evaluate
+                      and not self.log.has(state.step, "fid"))
         if state.step and world.broadcast(unfinished):  # the evaluation in which the last run ended
             self.evaluate(state.step)
 
@@ -680,6 +680,21 @@ class Run:
                 self.world.position = f"step {step}"
                 yield batch
                 bar.update()
+
+    def what_is_due(self, step, stop=None):
+        """The Due after this step. stop: the signal that ends the run here, or None.
+
+        Everything that is due every so many steps (0 = never) is due after the last step, too.
+        There is a checkpoint before each evaluation, which takes long.
+        """
+        def every(steps):
+            return steps > 0 and (step % steps == 0 or step == self.total_steps)
+
+        args, stopped = self.args, stop is not None
+        evaluate = every(args.eval_every)
+        return Due(log=every(args.log_every) or stopped, record=every(args.log_every),
+                   save=every(args.ckpt_every) or stopped or evaluate,
+                   picture=every(args.sample_every), evaluate=evaluate and not stopped)
 
     def record(self, step, means, due):
         """One log line and, of a complete interval, one metrics record.
@@ -703,18 +718,19 @@ class Run:
         if self.world.main:
             self.saver.save(state.state_dict())
         else:
-            send_shards(state.state_dict())
+            for value in tree_leaves(state.state_dict()):
+                full_tensor(value)
 
     def picture(self, step):
         """Write one-step samples of the averaged network as one picture, on rank 0."""
-        with whole_parameters(self.sampler.net):
+        with gathered_parameters(self.sampler.net):
             if self.world.main:
                 self.saver.check()  # that the folder is still this run's
                 self.sampler.picture(self.folder / "samples" / f"{step:07d}.png")
 
     def evaluate(self, step):
         """Measure one-step samples of the averaged network: one log line, one metrics record."""
-        with whole_parameters(self.sampler.net):
+        with gathered_parameters(self.sampler.net):
             metrics = self.evaluation.measure(self.sampler, self.args.eval_samples, EVAL_BATCH)
         if self.world.main:
             about = {"labels": self.sampler.labels, "seed": self.sampler.seed}
@@ -733,7 +749,7 @@ class Run:
     def finish(self, state):
         """Wait for the other ranks and the last checkpoint, and print its path."""
         self.signals.close()
-        self.saver.close()
+        self.saver.check(wait=True)
         if self.signals.stopped_by:
             self.log.say(f"{self.signals.stopped_by}: saved step {state.step}; repeat the command "
                          f"to go on")
@@ -760,37 +776,31 @@ def check_batch(args, world):
 
 
 def open_data(args, world):
-    """(dataset, space): image files or latent shards, and what encodes and decodes them."""
-    if args.encoded_data:
-        dataset = LatentShards(args.data_path)
-        choose_images(args, dataset.vae, dataset.image_size)
-    else:
-        choose_images(args)
-        dataset = ImageFolder(args.data_path, args.image_size, world)
-    space = None
+    """(dataset, codec): image files or latent shards, and what encodes and decodes them."""
+    dataset = (LatentShards(args.data_path) if args.encoded_data
+               else ImageFolder(args.data_path, args.image_size, world))
+    codec = None
     if not args.encoded_data or args.sample_every or args.eval_every:
-        space = load_vae(args.vae, world.device, precision=args.precision,
-                         optional=not args.encoded_data)
-        space.latent_shape(args.image_size)  # refuses a size that the VAE cannot halve
+        codec = load_codec(args.vae, world.device, precision=args.precision)
+        codec.latent_shape(args.image_size)  # refuses a size that the VAE cannot halve
     if args.encoded_data:
-        dataset.check(space=space, image_size=args.image_size, flip=args.flip)
+        dataset.check(codec=codec, image_size=args.image_size, flip=args.flip)
         dataset.note = world.on_main(dataset.verify)
-    return dataset, space
+    return dataset, codec
 
 
-def make_config(args, dataset, space):
+def make_config(args, dataset, codec):
     """The config: every option, and what sampling and resuming must know of the data."""
     def plain(value):
         if isinstance(value, Path):
             return str(value)
         return list(value) if isinstance(value, tuple) else value
 
-    scale = dataset.scale if args.encoded_data else space.scale
-    shape = dataset.latent_shape if args.encoded_data else space.latent_shape(args.image_size)
-    compiles = args.compile
-    if compiles is None:
-        compiles = torch.cuda.is_available() and not args.shard
+    scale = dataset.scale if args.encoded_data else codec.scale
+    shape = dataset.latent_shape if args.encoded_data else codec.latent_shape(args.image_size)
     config = {name: plain(value) for name, value in vars(args).items()}
+    if args.compile is None:
+        config["compile"] = torch.cuda.is_available() and not args.shard
     if is_improved(args.model) and (dataset.vae if args.encoded_data else args.vae) != "none":
         if shape[0] != len(LATENT_MEAN):
             raise UserError(f"--vae must have latents of {len(LATENT_MEAN)} channels for --model "
@@ -798,9 +808,8 @@ def make_config(args, dataset, space):
                             f"--vae ema or mse")
         config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
     return config | {
-        "compile": compiles, "latent_shape": list(shape), "scale": scale,
-        "classes": list(dataset.classes), "num_classes": len(dataset.classes),
-        "num_images": len(dataset)}
+        "latent_shape": list(shape), "scale": scale, "classes": list(dataset.classes),
+        "num_classes": len(dataset.classes), "num_images": len(dataset)}
 
 
 def check_network(args, config):

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import linalg
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine.distributed import run_main  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
 from metrics.distances import frechet_distance  # noqa: E402
 

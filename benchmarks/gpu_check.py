@@ -42,8 +42,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
-from engine.distributed import counted_generator, list_blocks, start_processes  # noqa: E402
+from engine.distributed import counted_generator, start_processes  # noqa: E402
 from engine.options import Parser, float_range  # noqa: E402
+from engine.sharding import list_blocks  # noqa: E402
 from models import DiT_models, is_improved  # noqa: E402
 
 PARTS = {}  # name -> (function, limit in seconds, least useful seconds, title)
@@ -268,25 +269,24 @@ def check_golden(out, case, precision, *, compiled=False):
 @part(limit=30)
 def faults(args, out):
     """updates that are skipped on the device, and counted noise"""
-    from train import make_ema_update
+    from train import update_average
 
     net, ema = (DiT_models["DiT-T/4"](input_size=8).to(device()) for _ in range(2))
     ema.requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, betas=(0.9, 0.95), fused=True)
-    update = make_ema_update(ema, net, 0.5)
     for skip in (0.0, 1.0, 0.0):
         before, averages = ([p.detach().clone() for p in a.parameters()] for a in (net, ema))
         for p in net.parameters():
             p.grad = torch.full_like(p, float("nan") if skip else 1.0)
-        optimizer.found_inf = update.found_inf = torch.tensor(skip, device=device())
+        optimizer.found_inf = torch.tensor(skip, device=device())
         optimizer.step()
-        update.step()
-        same = all(map(torch.equal, before + averages, [*net.parameters(), *ema.parameters()]))
-        moved = not any(map(torch.equal, before, net.parameters())) and all(
-            torch.allclose(e, (a + p) / 2, atol=1e-6)
-            for e, a, p in zip(ema.parameters(), averages, net.parameters()))
-        out.add(f"AdamW and average, found_inf {skip:.0f}",
-                "unchanged" if same else "changed", ok=same if skip else moved)
+        update_average(ema, net, 0.5)
+        same = all(map(torch.equal, before, net.parameters()))
+        moved = not any(map(torch.equal, before, net.parameters()))
+        average = all(torch.allclose(e, (a + p) / 2, atol=1e-6)
+                      for e, a, p in zip(ema.parameters(), averages, net.parameters()))
+        out.add(f"AdamW and average, found_inf {skip:.0f}", "unchanged" if same else "changed",
+                ok=average and (same if skip else moved))
     steps = {float(state["step"]) for state in optimizer.state.values()}
     out.add("steps that AdamW has counted", sorted(steps), ok=steps == {2.0})
 
@@ -490,16 +490,16 @@ def peaks_of_steps(out, name, world):
     import memory
     from gpu_hours import UPDATE_BYTES
 
-    from train import make_ema_update
+    from train import update_average
 
     net, ema = random_network(name), random_network(name).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    average, peaks = make_ema_update(ema, net, 0.9999), {}
+    peaks = {}
 
     def update():
         torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
         optimizer.step()
-        average.step()
+        update_average(ema, net, 0.9999)
 
     for batch in (8, 24):
         if device().type == "cuda":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading import stable_diffusion_vae  # noqa: E402
 from train_step import FlopCounter  # noqa: E402
 
-from engine.distributed import run_main  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.options import Parser, float_range, int_range  # noqa: E402
 from improved_meanflow import ImprovedMeanFlow  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402

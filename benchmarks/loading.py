@@ -47,8 +47,9 @@ from dataset.loader import (  # noqa: E402
     read_images,
     stack_images,
 )
-from dataset.vae import load_vae  # noqa: E402
-from engine.distributed import World, run_main, start_processes  # noqa: E402
+from dataset.vae import load_codec  # noqa: E402
+from engine.distributed import World, start_processes  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.files import write_json  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
@@ -317,7 +318,7 @@ def compare_encoding(args, folder, world):
     images = save_images(folder / "images", args.encode_images, args.encode_size)
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # as in encode_imagenet.py
-    space = load_vae(str(folder / "vae"), world.device, chunk=args.encode_batch)
+    space = load_codec(str(folder / "vae"), world.device, chunk=args.encode_batch)
     bare = [bare_rate(space, images, args, world.device)]
     done = subprocess.run(
         [sys.executable, ROOT / "encode_imagenet.py", "--data-path", folder / "images",

@@ -37,16 +37,10 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu_hours import fake_method  # noqa: E402
 
-from engine.distributed import (  # noqa: E402
-    World,
-    check_sharding,
-    list_blocks,
-    local_shard,
-    parallelise,
-    run_main,
-    start_processes,
-)
+from engine.distributed import World, start_processes  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
+from engine.sharding import check_sharding, list_blocks, local_shard, parallelise  # noqa: E402
 from models import DiT_models, is_improved  # noqa: E402
 
 GPUS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}

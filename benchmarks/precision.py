@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from train_step import difference_errors  # noqa: E402
 
 from engine.checkpoint import load_network  # noqa: E402
-from engine.distributed import run_main  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models  # noqa: E402

@@ -19,8 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sample  # noqa: E402
-from dataset.vae import load_vae  # noqa: E402
-from engine.distributed import run_main, start_processes  # noqa: E402
+from dataset.vae import load_codec  # noqa: E402
+from engine.distributed import start_processes  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
 from models import build  # noqa: E402
@@ -43,7 +44,7 @@ def parse_args(argv=None):
 
 def main(args):
     with start_processes(args.precision) as world, tempfile.TemporaryDirectory() as folder:
-        space = load_vae(args.vae, world.device, precision=args.precision)
+        space = load_codec(args.vae, world.device, precision=args.precision)
         config = {"model": args.model, "latent_shape": space.latent_shape(args.image_size),
                   "num_classes": 1000, "image_size": args.image_size}
         net = build(config).to(world.device).eval().requires_grad_(False)

@@ -26,9 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train  # noqa: E402
-from dataset.images import save_grid  # noqa: E402
+from dataset.pictures import save_grid  # noqa: E402
 from engine.checkpoint import Saver  # noqa: E402
-from engine.distributed import run_main, start_processes  # noqa: E402
+from engine.distributed import start_processes  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.log import Log, describe_environment  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
@@ -89,7 +90,6 @@ class Training:
         self.net = build(self.config).to(world.device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True)
-        self.average = train.make_ema_update(self.ema, self.net, 0.9999)
         self.flow = MeanFlow(num_classes=1000, cfg=3.0)
         self.x = torch.randn(args.batch_size, *SHAPE, device=world.device)
         self.y = torch.randint(1000, (args.batch_size,), device=world.device)
@@ -104,7 +104,7 @@ class Training:
         torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters()])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.step()
+        train.update_average(self.ema, self.net, 0.9999)
         return self.seconds_since(begin)
 
     def seconds_since(self, begin):
@@ -135,10 +135,9 @@ def time_records(folder, args, world, count=200):
     """Median seconds of train.py's record of an interval, written to a log in folder."""
     seconds = []
     with Log(folder, active=True) as log:
-        run = SimpleNamespace(world=world, log=log, total_steps=count,
-                              args=SimpleNamespace(global_batch_size=args.batch_size))
+        run = SimpleNamespace(log=log, total_steps=count)
         due = train.Due(log=True, record=True, save=False, picture=False, evaluate=False)
-        meter = train.Meter(run)
+        meter = train.Meter(world, args.batch_size)
         meter.start(0)
         for step in range(1, count + 1):
             meter.add(torch.ones_like(meter.sums))

@@ -42,8 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu_hours import PEAKS  # noqa: E402
 from train_step import FlopCounter  # noqa: E402
 
-from engine.distributed import bucket_mib, run_main  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.options import Parser, float_range, int_range  # noqa: E402
+from engine.sharding import bucket_mib  # noqa: E402
 from improved_meanflow import ImprovedMeanFlow  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models, is_improved  # noqa: E402

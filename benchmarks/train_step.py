@@ -36,7 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine.distributed import run_main, start_processes  # noqa: E402
+from engine.distributed import start_processes  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
 from engine.options import Parser, float_range, int_range  # noqa: E402
 from improved_meanflow import ImprovedMeanFlow  # noqa: E402

@@ -2,7 +2,7 @@
 
 import difflib
 
-from engine.options import UserError
+from engine.errors import UserError
 
 LISTED = 20  # classes at most that a refusal lists
 

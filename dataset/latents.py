@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from dataset.loader import map_ahead
+from engine.errors import UserError
 from engine.files import atomic_file, write_json
-from engine.options import UserError
 
 FORMAT_VERSION = 1
 CROP = "adm-center"
@@ -219,18 +219,18 @@ class LatentShards:
                     f"{size / 1e9:.0f} GB of latents were not: {remedy} to do so")
         return None
 
-    def check(self, *, space, image_size, flip):
-        """Raise UserError unless the shards suit --vae (space, or None), --image-size, --flip."""
+    def check(self, *, codec, image_size, flip):
+        """Raise UserError unless the shards suit --vae (codec, or None), --image-size, --flip."""
         if image_size != self.image_size:
             raise UserError(f"--image-size must be that of the latents in {self.folder}, "
                             f"{self.image_size}, got {image_size}; give --image-size "
                             f"{self.image_size} or encode again")
-        if space and (space.scale, space.latent_shape(image_size)) != (self.scale,
+        if codec and (codec.scale, codec.latent_shape(image_size)) != (self.scale,
                                                                        self.latent_shape):
             raise UserError(f"--vae must be the one that encoded {self.folder}, {self.vae} with "
                             f"scale {self.scale} and latents {self.latent_shape}, got "
-                            f"{space.name} with {space.scale} and "
-                            f"{space.latent_shape(image_size)}; give --vae {self.vae}")
+                            f"{codec.name} with {codec.scale} and "
+                            f"{codec.latent_shape(image_size)}; give --vae {self.vae}")
         if flip and not self.flip:
             raise UserError(f"--flip must come with latents of mirror images, got {self.folder} "
                             f"without; leave it out or encode with --flip")

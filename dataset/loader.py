@@ -29,8 +29,8 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from engine.distributed import counted_generator
+from engine.errors import UserError
 from engine.faults import ignore_signals
-from engine.options import UserError
 
 PIECE = 4  # images at most that a process reads and sends at once
 

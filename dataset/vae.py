@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from engine.checkpoint import fingerprint
-from engine.options import UserError
+from engine.errors import UserError
 
 # Two fine-tuned decoders of one autoencoder: their encoders, and so their latents, are the same
 HUB = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -133,12 +133,11 @@ def to_uint8(x):
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def load_vae(name, device="cpu", *, precision="fp32", chunk=32, optional=True):
+def load_codec(name, device="cpu", *, precision="fp32", chunk=32):
     """The space of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
 
-    precision: fp32, tf32 or bf16; chunk: as in VAE; optional: whether --vae none is a way out
-    where there is no VAE. ema and mse are downloaded once, into Hugging Face's cache. Weights are
-    read as safetensors, which cannot hold code. Raises UserError.
+    precision: fp32, tf32 or bf16; chunk: as in VAE. ema and mse are downloaded once, into Hugging
+    Face's cache. Weights are read as safetensors, which cannot hold code. Raises UserError.
     """
     if name == "none":
         return Pixels()
@@ -148,10 +147,10 @@ def load_vae(name, device="cpu", *, precision="fp32", chunk=32, optional=True):
     try:
         from diffusers import AutoencoderKL  # takes seconds to import, and pixels do without
     except ImportError as error:
-        remedy = "install it or give --vae none" if optional else "install it"
-        raise UserError(f"--vae {name} needs the diffusers package ({error}); {remedy}") from error
+        raise UserError(f"--vae {name} needs the diffusers package ({error}); install it"
+                        ) from error
     with _quiet():
-        model = (_download(AutoencoderKL, name, optional) if name in HUB
+        model = (_download(AutoencoderKL, name) if name in HUB
                  else _open(AutoencoderKL, name))
     if model.config.get("shift_factor") or model.config.get("latents_mean"):
         raise UserError(f"--vae must have latents that one factor scales, got {name}, which also "
@@ -176,27 +175,20 @@ def _open(cls, folder):
     return model
 
 
-def _download(cls, name, optional):
-    """ema or mse: from the cache, which needs no network, else from the hub. Raises UserError.
-
-    optional: as in load_vae.
-    """
+def _download(cls, name):
+    """ema or mse: from the cache, which needs no network, else from the hub. Raises UserError."""
     for cached in (True, False):
         try:
             return cls.from_pretrained(HUB[name], local_files_only=cached, use_safetensors=True)
         except Exception as error:  # of diffusers, the hub's client or the network
             reason = f" ({_first_line(error)})"
-    if "does not appear to have a file" in reason:  # diffusers' words for a hub out of reach
-        reason = ""
-    remedies = ("give --vae FOLDER with a local copy, or --vae none for pixels" if optional
-                else "or give --vae FOLDER with a local copy")
     raise UserError(f"cannot download {HUB[name]} for --vae {name}, which is not in Hugging Face's "
-                    f"cache{reason}: connect once, {remedies}")
+                    f"cache{reason}: connect once, or give --vae FOLDER with a local copy")
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Silences diffusers and the hub's client; load_vae reports what matters as a UserError."""
+    """Silences diffusers and the hub's client; load_codec reports what matters as a UserError."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

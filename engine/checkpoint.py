@@ -17,14 +17,17 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from engine.distributed import full_tensor, shard_like
+from engine.errors import BadValue, print_last
 from engine.files import atomic_file, find_damage
-from engine.options import UserError
-from models import build, describe
+from engine.sharding import full_tensor, shard_like
+from models import build
 
 KEYS = ("step", "model", "ema", "opt", "config")
 SAFETENSORS = ".safetensors"
+SAVE_TIMEOUT_S = 300  # for the checkpoint in progress when the process must end; torchrun may kill
+# the process sooner
 REMEDY = ("give a checkpoint that train.py wrote, or convert it first: python "
           "convert_checkpoint.py --in FILE --out CONVERTED.pt")
 
@@ -57,30 +60,40 @@ def _write_safetensors(state, path):
     from safetensors.torch import save_file
 
     tensors = {name: value.contiguous() for name, value in state["ema"].items()}
-    config, step = json.dumps(state["config"]), str(state["step"])
+    metadata = {"config": json.dumps(state["config"]), "step": str(state["step"])}
     path.touch()
     mode = path.stat().st_mode  # save_file would leave the file to its owner alone
     try:
-        save_file(tensors, path, metadata={"format": "pt", "config": config, "step": step,
-                                           "sha256": _digest(tensors, config, step)})
+        save_file(tensors, path, {"format": "pt", "sha256": _digest(tensors, metadata), **metadata})
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
-def _digest(tensors, config, step):
-    return hashlib.sha256(f"{fingerprint(tensors)} {step} {config}".encode()).hexdigest()
+def _digest(tensors, metadata):
+    text = f"{fingerprint(tensors)} {metadata['step']} {metadata['config']}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(tensors):
+    """SHA-256, in hex, of a dict of tensors by name, of any shapes, taken as float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Saver:
     """Writes a run's checkpoints in a thread, from a copy of the state, one at a time.
 
-    lock: the FolderLock of the run's folder. before: called before each write, for what must be on
-    disk earlier. Leaving ``with`` waits for the write in progress, also after an error.
+    check_folder: raises where the folder is no longer this run's. before: called before each write,
+    for what must be on disk earlier. Leaving ``with`` waits for the write in progress, also after
+    an error.
     """
 
-    def __init__(self, folder, keep_last, *, lock=None, before=lambda: None):
-        self.folder, self.keep_last, self.lock, self.before = folder, keep_last, lock, before
+    def __init__(self, folder, keep_last, *, check_folder=lambda: None, before=lambda: None):
+        self.folder, self.keep_last = Path(folder), keep_last
+        self.check_folder, self.before = check_folder, before
         self.path = None  # of the last checkpoint
         self.thread, self.job = concurrent.futures.ThreadPoolExecutor(1), None
 
@@ -88,45 +101,32 @@ class Saver:
         return self
 
     def save(self, state):
-        """Copy the state and start to write it. Raises as ``check`` does."""
+        """Copy the state, sharded tensors in full, and start to write it. Raises as ``check``."""
         self.check(wait=True)
-        self.path = Path(self.folder) / f"{state['step']:07d}.pt"
-        self.job = self.thread.submit(self._write, self.path, _copy(state))
+        self.path = self.folder / f"{state['step']:07d}.pt"
+        copy = tree_map_only(torch.Tensor,
+                             lambda t: full_tensor(t.detach()).to("cpu", copy=True), state)
+        self.job = self.thread.submit(self._write, self.path, copy)
 
     def _write(self, path, state):
         self.before()
         save_checkpoint(path, state, keep_last=self.keep_last)
 
     def check(self, *, wait=False):
-        """Raises UserError if the last checkpoint could not be written, RunError if the folder is
-        no longer this run's. wait: wait for the end of a write in progress; otherwise skip it."""
-        if self.lock:
-            self.lock.check()
+        """Raises as check_folder does, and UserError if the last checkpoint could not be written.
+        wait: wait for the end of a write in progress; otherwise skip it."""
+        self.check_folder()
         if self.job and (wait or self.job.done()):
             self.job.result()
 
-    @property
-    def writing(self):
-        return self.job is not None and not self.job.done()
-
-    def wait(self, seconds):
-        """Wait, no longer than so many seconds, for the write in progress; raises no errors."""
-        concurrent.futures.wait([self.job], timeout=seconds)
-
-    def close(self):
-        self.check(wait=True)
+    def finish_writing(self):
+        """Wait for the write in progress, before the process must end; raises no errors."""
+        if self.job and not self.job.done():
+            print_last("the checkpoint that is being written is finished first")
+            concurrent.futures.wait([self.job], timeout=SAVE_TIMEOUT_S)
 
     def __exit__(self, *_):
         self.thread.shutdown()
-
-
-def _copy(value):
-    """Dicts and lists with their tensors copied to the CPU, one by one; sharded ones in full."""
-    if isinstance(value, torch.Tensor):
-        return full_tensor(value.detach()).to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- reading -------------------------------------------------------------------------------
@@ -138,26 +138,36 @@ def list_checkpoints(folder):
     return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
-def load_checkpoint(path, *, option="--ckpt"):
+def load_checkpoint(path, *, verify=False):
     """A checkpoint's dict, on the CPU, its tensors memory-mapped from the file.
 
-    Of a .safetensors file model is ema, and opt is None. Raises UserError for a missing, torn or
-    foreign file; verify_checkpoint finds damaged bytes.
+    Of a .safetensors file model is ema, and opt is None. verify: compare every byte with the
+    checksums in the file: torch.load compares none, and a .safetensors file has one only if
+    save_checkpoint wrote it. Raises BadValue for a missing, torn, damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
         found, remedy = _explain(path)
-        raise UserError(f"{option} must be a checkpoint file, got {path} ({found}); {remedy}")
+        raise BadValue(f"must be a checkpoint file, got {path} ({found}); {remedy}")
     try:
-        state = (state_of(*open_safetensors(path)) if path.suffix == SAFETENSORS else
-                 torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        state = _read(path, verify)
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
-        raise UserError(f"{option} must be a checkpoint file, got {path} (torn, or not opened as "
-                        f"data: {type(error).__name__}); {REMEDY}") from error
+        raise BadValue(f"must be a checkpoint file, got {path} (torn, damaged or not opened as "
+                       f"data: {type(error).__name__} {error!s:.100}); {REMEDY}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
-        raise UserError(f"{option} must hold {', '.join(KEYS)}, got {path} (a foreign file); "
-                        f"{REMEDY}")
+        raise BadValue(f"must hold {', '.join(KEYS)}, got {path} (a foreign file); {REMEDY}")
     return state
+
+
+def _read(path, verify):
+    """What load_checkpoint returns, or something else where the file is foreign."""
+    if path.suffix == SAFETENSORS:
+        weights, config, step = read_safetensors(path)
+        return config and {"step": step, "model": weights, "ema": weights, "opt": None,
+                           "config": config}
+    if verify and zipfile.is_zipfile(path) and (damage := find_damage(path, mapped=True)):
+        raise ValueError(f"damaged: {damage}")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _explain(path):
@@ -171,107 +181,60 @@ def _explain(path):
     return "a folder", REMEDY
 
 
-def open_safetensors(path):
-    """(tensors by name, metadata) of a .safetensors file. Raises errors of many kinds for a torn
-    one."""
+def read_safetensors(path):
+    """(tensors by name, config, step) of a .safetensors file; config and step are None where
+    save_checkpoint did not write it. Raises ValueError for damaged bytes, and errors of many kinds
+    for a torn file."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, file.metadata() or {}
-
-
-def state_of(tensors, metadata):
-    """What load_checkpoint returns for a .safetensors file of tensors (N, ...); {} if it is
-    foreign."""
-    try:
-        config, step = json.loads(metadata["config"]), int(metadata["step"])
-    except (KeyError, ValueError, RecursionError):
-        return {}
-    return {"step": step, "model": tensors, "ema": tensors, "opt": None, "config": config}
-
-
-def safetensors_damage(tensors, metadata):
-    """What is damaged in a file of ours with tensors (N, ...), or None; None for a foreign one."""
-    wanted = metadata.get("sha256")
-    if wanted is None or not state_of(tensors, metadata):
-        return None
-    found = _digest(tensors, metadata["config"], metadata["step"])
-    return None if found == wanted else "its SHA-256 is not the one that it records"
-
-
-def verify_checkpoint(path, *, option="--ckpt"):
-    """Raises UserError as load_checkpoint does, and where the file's bytes are damaged.
-
-    torch.load compares no checksums; the archive has one for each tensor. A .safetensors file has
-    one only if save_checkpoint wrote it.
-    """
-    try:
-        damage = _find_damage(Path(path))
-    except Exception as error:  # damaged headers raise errors of many kinds
-        damage = str(error)
-    if damage:
-        raise UserError(f"{option} must be a checkpoint as it was written, got {path} (damaged: "
-                        f"{damage:.200}); give another or copy it again")
-    load_checkpoint(path, option=option)
-
-
-def _find_damage(path):
-    """What is damaged in a checkpoint, or None; also None where no checkpoint can be seen at all.
-
-    Raises errors of many kinds where headers are damaged.
-    """
-    if path.suffix != SAFETENSORS:
-        return find_damage(path, mapped=True) if zipfile.is_zipfile(path) else None
-    try:
-        return safetensors_damage(*open_safetensors(path))
-    except Exception:  # torn: load_checkpoint says so
-        return None
+        metadata = file.metadata() or {}
+    if not metadata.keys() >= {"config", "step", "sha256"}:
+        return tensors, None, None
+    if _digest(tensors, metadata) != metadata["sha256"]:
+        raise ValueError("damaged: its SHA-256 is not the one that it records")
+    return tensors, json.loads(metadata["config"]), int(metadata["step"])
 
 
 def newest_checkpoint(folder):
     """The path of a folder's newest undamaged checkpoint; None where there are no checkpoints.
 
-    Raises UserError if all are damaged: a run from the start would replace them.
+    Raises BadValue if all are damaged: a run from the start would replace them.
     """
-    found = list_checkpoints(folder)
-    for path in found:
+    paths = list_checkpoints(folder)
+    for path in paths:
         try:
-            verify_checkpoint(path, option="--run-dir")
+            load_checkpoint(path, verify=True)
             return path
-        except UserError as error:
-            print(f"passing over {path}: {error}", file=sys.stderr)
-    if found:
-        raise UserError(f"--run-dir must hold a checkpoint that can be read, got none in {folder}; "
-                        f"restore one, or choose another folder to begin anew")
+        except BadValue as error:
+            print(f"passing over a checkpoint: it {error}", file=sys.stderr)
+    if paths:
+        raise BadValue(f"must hold a checkpoint that can be read, got none in {folder}; restore "
+                       f"one, or choose another folder to begin anew")
     return None
 
 
-def load_network(path, *, option="--ckpt"):
-    """(network with the EMA weights, config) of a checkpoint file. Raises UserError."""
-    state = load_checkpoint(path, option=option)
-    with _fitting(option, path):
-        config = state["config"]
-        check_fields(config)
-        with torch.device("meta"):  # a hostile config may ask for more memory than there is
-            shapes = {name: value.shape for name, value in build(config).state_dict().items()}
-        if shapes != {name: value.shape for name, value in state["ema"].items()}:
-            raise ValueError(f"the tensors are not those of {describe(config)}")
+def network_of(state, name="the file"):
+    """The network of a checkpoint's config, with its EMA weights. name: for the BadValue that it
+    raises where config and weights do not fit."""
+    config, weights = state["config"], state["ema"]
+    with _fitting(name):
+        check_fields(config, weights)
         net = build(config)
-        net.load_state_dict(state["ema"])
-    return net.eval().requires_grad_(False), config
+        net.load_state_dict(weights)
+    return net.eval().requires_grad_(False)
 
 
-def fingerprint(tensors):
-    """SHA-256, in hex, of a dict of tensors by name, of any shapes, taken as float32."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def load_network(path):
+    """(network with the EMA weights, config) of a checkpoint file. Raises BadValue."""
+    state = load_checkpoint(path)
+    return network_of(state, path), state["config"]
 
 
-def check_fields(config):
-    """Raises ValueError for a field that sampling cannot use. load_network compares shapes, too."""
+def check_fields(config, weights):
+    """Raises ValueError, KeyError or TypeError for a field that sampling cannot use, and for sizes
+    beyond those of the weights, which a network of them cannot have."""
     kinds = {"model": str, "vae": str, "image_size": int, "num_classes": int, "latent_shape": list,
              "scale": (float, int)}
     _, height, width = config["latent_shape"]
@@ -279,36 +242,34 @@ def check_fields(config):
         fits = isinstance(config[name], kind) and not isinstance(config[name], bool)
         if not fits or height != width and name == "latent_shape":
             raise ValueError(f"{name} is {config[name]!s:.60}")
+    largest = max(len(weights), *(tensor.numel() for tensor in weights.values()))
+    numbers = {"num_classes": config["num_classes"], "latent_shape": height}
+    for name, size in (numbers | (config.get("sizes") or {})).items():
+        if not 0 <= size <= largest:
+            raise ValueError(f"{name} is {size!s:.60}")
 
 
 @contextlib.contextmanager
-def _fitting(option, path):
-    """Turns any error that a hostile or foreign checkpoint causes within into a UserError."""
+def _fitting(name):
+    """Turns any error that a hostile or foreign checkpoint causes within into a BadValue."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{option} must hold weights that fit its config, got {path} "
-                        f"({reason:.200}); give a checkpoint that train.py wrote") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadValue(f"must hold weights that fit its config, got {name} ({reason:.200}); give a "
+                       f"checkpoint that train.py wrote") from error
 
 
 # ---- continuing a run ----------------------------------------------------------------------
 
 
-def restore_checkpoint(path, net, ema, optimizer, *, config, free, defaults=()):
-    """Load a checkpoint of this run into network, EMA and optimiser; returns its step.
-
-    config, free, defaults: as in check_config. Raises UserError.
-    """
-    state = load_checkpoint(path, option="--run-dir")
-    with _fitting("--run-dir", path):
-        found = differences(state["config"], config, free, defaults)
-    if found:
-        raise UserError(f"--run-dir must hold checkpoints of the same options, got {path} "
-                        f"({found}); choose another folder or these options")
-    with _fitting("--run-dir", path):
+def restore_checkpoint(path, net, ema, optimizer):
+    """Load a checkpoint of this run into network, EMA and optimiser; returns its step. Raises
+    BadValue."""
+    state = load_checkpoint(path)
+    with _fitting(path):
         if type(state["step"]) is not int or not 0 < state["step"] < 2**63:
             raise ValueError(f"step {state['step']!s:.60}")
         _load(net, state["model"])
@@ -319,17 +280,17 @@ def restore_checkpoint(path, net, ema, optimizer, *, config, free, defaults=()):
 
 def _load(net, tensors):
     """net.load_state_dict(tensors), of which a sharded network takes this rank's parts."""
-    own = net.state_dict()
-    net.load_state_dict({name: shard_like(tensor, own.get(name))
+    ours = net.state_dict()
+    net.load_state_dict({name: shard_like(tensor, ours.get(name))
                          for name, tensor in tensors.items()})
 
 
 def _restore_moments(optimizer, moments, params):
     """AdamW's state by parameter number. Its settings stay: check_config has compared them."""
-    found = {i: {name: value.shape for name, value in state.items()}
-             for i, state in moments.items()}
-    if found != {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                 for i, p in enumerate(params)}:  # load_state_dict would take any shapes
+    shapes = {i: {name: value.shape for name, value in state.items()}
+              for i, state in moments.items()}
+    if shapes != {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                  for i, p in enumerate(params)}:  # load_state_dict would take any shapes
         raise ValueError("the optimiser's state is of another network")
     moments = {i: {name: value if name == "step" else shard_like(value, params[i])
                    for name, value in state.items()} for i, state in moments.items()}
@@ -339,39 +300,36 @@ def _restore_moments(optimizer, moments, params):
         state.update({name: value.clone() for name, value in state.items()})
 
 
-def check_config(folder, config, free, defaults=()):
-    """The path of a run directory's config.json. Raises UserError if another run's is there.
+def check_config(folder, config, *, defaults, may_change):
+    """Raise BadValue unless a run directory is new or of the run with this config.
 
-    free: names of the options that may change when a run continues. defaults: values of options
-    that an older stored config lacks. Before the first checkpoint the options may still change.
+    defaults: of the options; a stored config that lacks an option has its default. may_change:
+    names of the options that may change when a run continues. Before the first checkpoint all
+    options may.
     """
     path, begun = Path(folder) / "config.json", bool(list_checkpoints(Path(folder) / "checkpoints"))
-    if path.exists():
-        try:
-            stored = dict(defaults) | json.loads(path.read_text())
-            found, ours = differences(stored, config, free), config.keys() <= stored.keys()
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"--run-dir must hold a readable config.json, got {path} "
-                            f"({error!s:.200}); choose another folder") from error
-        if found and (begun or not ours):
-            raise UserError(f"--run-dir must be a run of the same options, got {folder} "
-                            f"({found}); give another --run-dir or the run's own options")
-    elif begun:
-        raise UserError(f"--run-dir must hold config.json beside its checkpoints, got {folder}; "
-                        f"choose another folder")
-    return path
+    if not path.exists():
+        if begun:
+            raise BadValue(f"must hold config.json beside its checkpoints, got {folder}; choose "
+                           f"another folder")
+        return
+    try:
+        stored = defaults | json.loads(path.read_text())
+        foreign = not config.keys() <= stored.keys()
+        found = differences(stored, config, may_change)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BadValue(f"must hold a readable config.json, got {path} ({error!s:.200}); choose "
+                       f"another folder") from error
+    if found and (begun or foreign):
+        raise BadValue(f"must be a run of the same options, got {folder} ({found}); give another "
+                       f"--run-dir or the run's own options")
 
 
-def differences(stored, wanted, free=(), defaults=()):
-    """Lists the settings whose values differ, as "lr 0.1, now 0.2"; "" if none differ. Of a SHA-256
-    it shows eight digits.
-
-    defaults: values that count as stored where stored, from an older version, lacks the name.
-    """
-    names, stored = sorted(stored.keys() | wanted.keys()), dict(defaults) | stored
+def differences(stored, wanted, may_change=()):
+    """Lists the settings whose values differ, as "lr 0.1, now 0.2"; "" if none differ."""
     return "; ".join(f"{name:.60} {_short(stored.get(name))}, now {_short(wanted.get(name))}"
-                     for name in names
-                     if name not in free and stored.get(name) != wanted.get(name))
+                     for name in sorted(stored.keys() | wanted.keys())
+                     if name not in may_change and stored.get(name) != wanted.get(name))
 
 
 def _short(value):

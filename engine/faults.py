@@ -12,7 +12,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from engine.options import RunError
+from engine.errors import RunError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 20  # below the 30 s that torchrun gives a process between SIGTERM and SIGKILL
@@ -86,7 +86,7 @@ class Signals:
         """Called once a step: the name of the signal upon which all stop now, or None."""
         if self.world.distributed:
             agreed = self.pending() if self.pending else 0
-            self.pending = self.world.start_maximum(
+            self.pending = self.world.maximum_later(
                 signal.Signals[self.heard].value if self.heard else 0)
             self.stopped_by = signal.Signals(agreed).name if agreed else None
         else:

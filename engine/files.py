@@ -3,18 +3,18 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import socket
-import stat
 import sys
 import zipfile
 from pathlib import Path
 
-from engine.options import RunError, UserError
+from filelock import FileLock, Timeout
 
-LOCK = ".lock"  # the file in a folder by which one process holds it
+from engine.errors import BadValue, RunError, UserError
+
+LOCK, WRITER = ".lock", ".writer"  # files in a folder that one process holds: the lock, and who
 
 # ---- files ---------------------------------------------------------------------------------
 
@@ -37,16 +37,21 @@ def atomic_file(path, *, durable=True):
         if durable:
             sync_folder(path.parent)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def write_json(path, value):
-    """Write a JSON file, whole or not at all. Raises UserError as atomic_file does."""
+def write_text(path, text):
+    """Write a text file, whole or not at all. Raises UserError as atomic_file does."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text)
+
+
+def write_json(path, value):
+    """Write a JSON file, as write_text does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def sync_file(path):
@@ -68,10 +73,15 @@ def sync_folder(folder):
             raise
 
 
-def unwritable(path, error):
+def write_error(path, error):
     """The UserError for an OSError met while writing path."""
     return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
                      f"folder you may write")
+
+
+def list_folder(folder):
+    """The files in a folder but hidden ones, such as temporary files and locks."""
+    return [path for path in Path(folder).iterdir() if path.name[0] != "."]
 
 
 def remove_temporary_files(folder):
@@ -79,14 +89,6 @@ def remove_temporary_files(folder):
     for path in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def regular_file(path):
-    """Returns path if it is a regular file: to open a FIFO would wait for a writer.
-    Raises OSError."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a regular file")
-    return path
 
 
 def find_damage(path, *, mapped=False):
@@ -110,107 +112,76 @@ def find_damage(path, *, mapped=False):
 # ---- folders -------------------------------------------------------------------------------
 
 
-def check_folder(option, path):
-    """Raise UserError unless the folder that an option names is, or could be made, writable."""
+def check_folder(path):
+    """Raise BadValue unless this folder is, or could be made, writable."""
     path = Path(path)
     place = next(place for place in (path, *path.parents) if place.exists())
     if not place.is_dir():
-        raise _no_folder(option, path, f"{place} is a file")
+        raise _folder_error(path, f"{place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise _no_folder(option, path, "no permission")
+        raise _folder_error(path, "no permission")
 
 
-def make_folder(option, path):
-    """Create the folder that an option names, with its parents. Raises UserError."""
-    check_folder(option, path)
+def make_folder(path):
+    """Create a folder with its parents. Raises BadValue."""
+    check_folder(path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _no_folder(option, path, error.strerror) from error
+        raise _folder_error(path, error.strerror) from error
 
 
-def _no_folder(option, path, reason):
-    return UserError(f"{option} must be a folder that can be written, got {path} ({reason}); "
-                     f"choose another")
-
-
-@contextlib.contextmanager
-def lock_folder(option, folder):
-    """Makes and locks the folder that an option names; yields its FolderLock.
-
-    The system releases the lock when this process ends, even by SIGKILL. Raises UserError where
-    another process holds it.
-    """
-    make_folder(option, folder)
-    lock = FolderLock(option, folder)
-    try:
-        yield lock
-    finally:
-        lock.release()
+def _folder_error(path, reason):
+    return BadValue(f"must be a folder that can be written, got {path} ({reason}); choose another")
 
 
 class FolderLock:
-    """The lock on a folder, held from construction to release(). Raises UserError as lock_folder.
+    """Within ``with``, no other process writes to this folder, which is made if it is missing.
 
-    The lock file says who holds it. Its text also guards folders on file systems without locks:
-    there the second process overwrites it, and ``check`` ends the first.
+    The system releases the lock when this process ends, even by SIGKILL. A file says who holds it,
+    for a refusal. It also guards folders on file systems without locks: there the second process
+    overwrites it, and ``check`` ends the first. Raises BadValue where another process holds the
+    lock.
     """
 
-    def __init__(self, option, folder):
-        self.option, self.path = option, Path(folder) / LOCK
+    def __init__(self, folder):
+        self.folder, self.file = folder, Path(folder) / WRITER
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        self.holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        try:
-            self.file = open(self.path, "a+")  # NFS locks only files that are open for writing
-            if not self._acquire():
-                self.file.close()
-                raise UserError(
-                    f"{option} must be of one run at a time, got {folder}, which "
-                    f"{self._text() or 'another process'} is writing; end that or choose "
-                    f"another folder")
-            self.file.truncate(0)
-            self.file.write(self.holder)
-            self.file.flush()
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-        # A forked data loader would hold the lock for as long as it survives this process
-        os.register_at_fork(after_in_child=self.file.close)
+        self.writer = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        self.lock = FileLock(Path(folder) / LOCK, blocking=False)
 
-    def _acquire(self):
-        """Whether no other process holds the lock; also where the file system has no locks."""
+    def __enter__(self):
+        make_folder(self.folder)
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous holder may have removed the file since it was opened here
-            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
-        except (BlockingIOError, FileNotFoundError):
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
-                raise
-            print(f"warning: {self.path.parent} cannot be locked here ({error}): start no second "
-                  f"run in it", file=sys.stderr)
-            return True
+            self.lock.acquire()
+        except Timeout as error:
+            raise BadValue(f"must be of one run at a time, got {self.folder}, which "
+                           f"{self._read() or 'another process'} is writing; end that or choose "
+                           f"another folder") from error
+        except (OSError, NotImplementedError) as error:
+            print(f"warning: {self.folder} cannot be locked here ({error}): start no second run in "
+                  f"it", file=sys.stderr)
+        write_text(self.file, self.writer)
+        return self
 
-    def _text(self):
-        """What the lock file says: "" if it is gone, None if it cannot be read now."""
+    def _read(self):
+        """Who writes to the folder: "" if its file is gone, this process if it cannot be read now.
+        """
         try:
-            return self.path.read_text(errors="replace")[:200]
+            return self.file.read_text(errors="replace")[:200]
         except OSError as error:
-            return "" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) else None
-
-    def held(self):
-        """Whether the folder is still the one that was locked, and not taken by another process."""
-        return self._text() in (self.holder, None)
+            return "" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) else self.writer
 
     def check(self):
         """Raises RunError if the folder was removed, replaced or taken by another process."""
-        if not self.held():
-            fault = f"taken by {self._text()}" if self._text() else "removed or replaced"
-            raise RunError(f"{self.option} {self.path.parent} was {fault} during the run; nothing "
-                           f"more is written there: repeat the command or choose another folder")
+        writer = self._read()
+        if writer != self.writer:
+            fault = f"taken by {writer}" if writer else "removed or replaced"
+            raise RunError(f"{self.folder} was {fault} during the run; nothing more is written "
+                           f"there: repeat the command or choose another folder")
 
-    def release(self):
-        if self.held():
+    def __exit__(self, *_):
+        if self._read() == self.writer:
             with contextlib.suppress(OSError):
-                self.path.unlink()
-        self.file.close()
+                self.file.unlink()
+        self.lock.release()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.files import atomic_file, sync_folder, unwritable
+from engine.files import atomic_file, sync_folder, write_error
 
 
 class Log:
@@ -49,7 +49,7 @@ class Log:
         try:
             yield
         except OSError as error:
-            raise unwritable(error.filename or self.folder, error) from error
+            raise write_error(error.filename or self.folder, error) from error
 
     def say(self, line):
         """Write one line to stderr and log.txt."""

@@ -1,24 +1,10 @@
-"""Command lines, and the errors that end a script with one line."""
+"""Command lines."""
 
 import argparse
 import contextlib
 import math
-from pathlib import Path
 
-
-class OneLine(Exception):
-    """An error that ends a script with one line, its message."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).split()))
-
-
-class UserError(OneLine, ValueError):
-    """The user's mistake: option, rule, value and remedy. The exit code is 2."""
-
-
-class RunError(OneLine, RuntimeError):
-    """A failure that is not the user's mistake: what happened, what to do. The exit code is 1."""
+from engine.errors import UserError
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -40,16 +26,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Raises UserError. argparse's own messages have no remedy, ours have."""
         raise UserError(message if "; " in message else f"{message}; --help lists the options")
-
-
-def validate(build, /, *args, **kwargs):
-    """Returns build(...). Its ValueErrors open with an argument's name, as in "label_drop must be
-    in [0, 1]"; the option of that name is refused for them. Raises UserError."""
-    try:
-        return build(*args, **kwargs)
-    except ValueError as error:
-        name, rule = str(error).split(" ", 1)
-        raise UserError(f"--{name.replace('_', '-')} {rule}") from error
 
 
 def int_range(low, high=2**63 - 1):
@@ -74,10 +50,3 @@ def _number(kind, accepts, rule, remedy):
                 return value
         raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}; give {remedy}")
     return parse
-
-
-def utf8_path(text):
-    """An argparse type: a path in UTF-8. PyTorch and TensorBoard open no others."""
-    if text.encode(errors="replace").decode() != text:
-        raise argparse.ArgumentTypeError(f"must be a name in UTF-8, got {text!r}; choose another")
-    return Path(text)

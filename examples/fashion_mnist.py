@@ -50,12 +50,14 @@ from torch import nn
 from torchvision import datasets
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dataset.images import FolderImages, ImageFolder, NpzImages, verify_npz  # noqa: E402
+from dataset.images import ImageFolder  # noqa: E402
 from dataset.loader import BatchSampler  # noqa: E402
-from engine.distributed import run_main, start_processes  # noqa: E402
+from engine.distributed import start_processes  # noqa: E402
+from engine.errors import UserError, naming, run_main  # noqa: E402
 from engine.files import atomic_file, make_folder  # noqa: E402
-from engine.options import Parser, UserError  # noqa: E402
+from engine.options import Parser  # noqa: E402
 from metrics.distances import frechet_distance  # noqa: E402
+from metrics.image_sets import FolderImages, NpzImages, verify_npz  # noqa: E402
 from metrics.statistics import Moments  # noqa: E402
 
 FILES = {split: [f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
@@ -110,7 +112,8 @@ def write(folder, source=None):
         return
     source = download(folder) if source is None else source
     splits = {split: read_split(source, *FILES[split]) for split in missing}
-    make_folder("data", folder)
+    with naming("data"):
+        make_folder(folder)
     for split, (images, labels) in splits.items():
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{split}.") as temporary:
             write_split(Path(temporary, split), images, labels)
@@ -215,10 +218,10 @@ def open_split(folder, split, size):
 def open_samples(path, world):
     """The images of an .npz file or a folder, two or more. Raises UserError."""
     if path.is_dir():
-        images = FolderImages(path, None, 0, option="samples")
+        images = FolderImages(path, None, 0)
     else:
-        images = NpzImages(path, option="samples")
-        verify_npz("samples", path, world)
+        images = NpzImages(path)
+        verify_npz(path, world)
     if len(images) < 2:
         raise UserError(f"samples must be 2 images or more, got {len(images)} in {path}; sample "
                         f"more")

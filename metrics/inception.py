@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.options import UserError
+from engine.errors import UserError
 
 PROTOCOLS = ("pytorch-fid", "adm", "pixels")
 POOL = 2048  # values of Inception's last pooling, "pool_3" in the TensorFlow graph
@@ -33,16 +33,15 @@ class Features(NamedTuple):
     logits: torch.Tensor | None = None  # (B, CLASSES) float64, without the bias
 
 
-def dimension(protocol, image_size, *, can_crop=False):
+def dimension(protocol, image_size):
     """D, the length of a pool feature of images of size (H, W). Raises UserError for too large
-    ones; can_crop: whether --image-size would make them smaller."""
+    ones."""
     if protocol != "pixels":
         return POOL
     height, width = image_size
     if 3 * height * width > TINY:
-        remedy = "give --image-size 32, or use" if can_crop else "use"
         raise UserError(f"--protocol pixels takes images of at most 32 x 32, got {height} x "
-                        f"{width}; {remedy} --protocol pytorch-fid or adm")
+                        f"{width}; use --protocol pytorch-fid or adm, or crop image files")
     return 3 * height * width
 
 

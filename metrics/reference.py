@@ -1,7 +1,7 @@
 """Reference statistics, and the comparison of samples with them.
 
     extractor = Extractor(protocol, world)
-    reference = Reference.load(path, protocol, image_size, option="--ref")
+    reference = Reference.load(path, protocol, image_size)
     statistics = Statistics(extractor, count, image_size, **reference.wants)
     statistics.add(images, first)                      # for every batch of this rank
     result = evaluate(statistics, reference)           # a dict on rank 0, None elsewhere
@@ -17,10 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataset.images import NpzImages, reading_npz, verify_npz
-from engine.files import regular_file
-from engine.options import UserError
+from engine.errors import BadValue, naming
 from metrics.distances import NEIGHBOURS, frechet_distance, inception_score, precision, recall
+from metrics.image_sets import NpzImages, reading_npz, verify_npz
 from metrics.inception import SPATIAL, Extractor, dimension
 from metrics.statistics import Statistics
 
@@ -67,23 +66,23 @@ class Reference:
     made_with: str | None = None  # protocol behind them, if known
 
     @classmethod
-    def load(cls, path, protocol, image_size, *, option):
+    def load(cls, path, protocol, image_size):
         """Open an .npz with mu and sigma; for adm also mu_s, sigma_s and arr_0, if present.
 
-        It is cheap: no network runs. Raises UserError naming option.
+        It is cheap: no network runs. Raises BadValue.
         """
-        with reading_npz(option, path), np.load(regular_file(path), allow_pickle=False) as file:
+        with reading_npz(path), np.load(path, allow_pickle=False) as file:
             keys = {"mu", "sigma", "mu_s", "sigma_s", "num_images", "protocol"}
             stored = {key: file[key] for key in keys.intersection(file.files)}
             if not {"mu", "sigma"} <= stored.keys():
-                raise UserError(f"{option} must have the keys mu and sigma, got {path} with "
-                                f"{', '.join(file.files)}; make one by evaluate_fid.py --make-ref")
+                raise BadValue(f"must have the keys mu and sigma, got {path} with "
+                               f"{', '.join(file.files)}; make one by evaluate_fid.py --make-ref")
             adm, dim = protocol == "adm", dimension(protocol, image_size)
-            reference = cls(str(path), _pair(stored, "mu", "sigma", dim, option, path), scores=adm)
+            reference = cls(str(path), _pair(stored, "mu", "sigma", dim, path), scores=adm)
             if adm and {"mu_s", "sigma_s"} <= stored.keys():
-                reference.spatial = _pair(stored, "mu_s", "sigma_s", SPATIAL, option, path)
+                reference.spatial = _pair(stored, "mu_s", "sigma_s", SPATIAL, path)
             if adm and "arr_0" in file.files:
-                reference.images = NpzImages(path, option=option)
+                reference.images = NpzImages(path)
             if "num_images" in stored:
                 reference.count = int(stored["num_images"])
             if "protocol" in stored:
@@ -116,14 +115,14 @@ class Reference:
             self.points = everything.points
 
 
-def _pair(stored, mean, covariance, dim, option, path):
+def _pair(stored, mean, covariance, dim, path):
     """The float64 arrays mean (D,) and covariance (D, D), checked."""
     pair = stored[mean].astype(np.float64), stored[covariance].astype(np.float64)
     shapes = [array.shape for array in pair]
     if shapes != [(dim,), (dim, dim)] or not all(np.isfinite(array).all() for array in pair):
-        raise UserError(f"{option} must have {mean} ({dim},) and {covariance} ({dim}, {dim}), "
-                        f"finite, for this protocol and image size, got {shapes[0]} and "
-                        f"{shapes[1]} in {path}; name a reference made for them")
+        raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "
+                       f"this protocol and image size, got {shapes[0]} and {shapes[1]} in {path}; "
+                       f"name a reference made for them")
     return pair
 
 
@@ -174,10 +173,11 @@ class Evaluation:
     It checks the reference before it loads Inception's weights. Raises UserError.
     """
 
-    def __init__(self, path, protocol, config, world, *, option="--fid-ref"):
+    def __init__(self, path, protocol, config, world):
         self.image_size = (config["image_size"], config["image_size"])
-        self.reference = Reference.load(path, protocol, self.image_size, option=option)
-        verify_npz(option, path, world)
+        with naming("--fid-ref"):
+            self.reference = Reference.load(path, protocol, self.image_size)
+            verify_npz(path, world)
         self.extractor = Extractor(protocol, world)
 
     def statistics(self, count):

@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.options import UserError
+from engine.errors import UserError
 from metrics.distances import NEIGHBOURS
 from metrics.inception import CLASSES, POOL, SPATIAL, dimension
 

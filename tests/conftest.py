@@ -20,8 +20,8 @@ from soak import THREADS, Child, ranks
 from torch import nn
 
 from engine.checkpoint import load_checkpoint
-from engine.distributed import SHARDING_SINCE, run_main
-from engine.options import UserError
+from engine.errors import UserError, run_main
+from engine.sharding import SHARDING_SINCE
 from improved_meanflow import ImprovedDraws, ImprovedMeanFlow
 from meanflow import Draws, MeanFlow
 from metrics.inception import build_inception

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import torch  # noqa: E402
 
 from engine.checkpoint import list_checkpoints, load_checkpoint  # noqa: E402
-from engine.distributed import run_main  # noqa: E402
+from engine.errors import run_main  # noqa: E402
 
 # Of this process and of those it starts: more would compete for the cores
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))

@@ -15,7 +15,7 @@ from conftest import call, snapshot, tiny
 from PIL import Image
 
 from engine.checkpoint import newest_checkpoint
-from engine.distributed import run_main
+from engine.errors import run_main
 from metrics.reference import Reference
 
 

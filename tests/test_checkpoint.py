@@ -22,10 +22,9 @@ from engine.checkpoint import (
     newest_checkpoint,
     restore_checkpoint,
     save_checkpoint,
-    verify_checkpoint,
 )
-from engine.files import lock_folder, write_json
-from engine.options import RunError, UserError
+from engine.errors import RunError, UserError
+from engine.files import FolderLock, write_json
 from models import build
 
 CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "image_size": 8,
@@ -124,7 +123,7 @@ def test_what_is_written_is_the_state_of_its_step(tmp_path, slow_disk):
     with Saver(tmp_path, keep_last=0) as saver:
         saver.save({**state(1), "opt": {"state": {0: [weight]}}})
         weight.zero_()  # training goes on
-        saver.close()
+        saver.check(wait=True)
     assert torch.equal(load_checkpoint(tmp_path / "0000001.pt")["opt"]["state"][0][0],
                        torch.ones(3))
 
@@ -199,7 +198,7 @@ def test_nothing_that_was_read_keeps_its_file(tmp_path):
 
 
 def test_nothing_is_saved_into_a_folder_that_is_no_longer_the_runs(tmp_path):
-    with (lock_folder("--run-dir", tmp_path / "run") as lock,
+    with (FolderLock(tmp_path / "run") as lock,
           Saver(tmp_path / "run", 0, lock=lock) as saver):
         saver.save(state(1))
         saver.check(wait=True)
@@ -208,7 +207,7 @@ def test_nothing_is_saved_into_a_folder_that_is_no_longer_the_runs(tmp_path):
         with pytest.raises(RunError, match="--run-dir .*removed"):
             saver.save(state(2))
         with pytest.raises(RunError, match="--run-dir .*removed"):
-            saver.close()
+            saver.check(wait=True)
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -248,13 +247,13 @@ def test_a_run_directory_is_refused_with_its_newest_checkpoint(tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     with refused("--init must be a checkpoint file", checkpoints, "(a folder); give a checkpoint"):
-        load_checkpoint(checkpoints, option="--init")
+        load_checkpoint(checkpoints)
     for name in ("0000002.pt", "0000010.pt", "last.pt"):
         (checkpoints / name).touch()
     for path, kind in ((tmp_path / "run", "a run directory"),
                        (checkpoints, "a folder of checkpoints")):
         with refused(f"got {path} ({kind}); did you mean {checkpoints / '0000010.pt'}?"):
-            verify_checkpoint(path)
+            load_checkpoint(path, verify=True)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(folder):
@@ -306,7 +305,7 @@ def test_a_safetensors_file_returns_every_bit(safetensors):
         assert all(torch.equal(found[kind][key], value) for key, value in saved["ema"].items())
     net, config = load_network(path)
     assert config == CONFIG and torch.equal(net.pos_embed, saved["ema"]["pos_embed"])
-    verify_checkpoint(path)
+    load_checkpoint(path, verify=True)
 
 
 def test_tensors_of_a_mapped_file_and_transposed_ones_are_written(tmp_path):
@@ -327,7 +326,7 @@ def test_damaged_bytes_of_a_safetensors_file_are_found(place, safetensors):
     flip(path, path.read_bytes().index(wanted) + 2)
     load_checkpoint(path)  # nothing to see so far
     with refused("--ckpt", path.name, "damaged", "SHA-256"):
-        verify_checkpoint(path)
+        load_checkpoint(path, verify=True)
 
 
 @pytest.mark.parametrize("case", ["torn", "empty", "text", "foreign", "config", "step"])
@@ -340,7 +339,7 @@ def test_a_safetensors_file_that_is_no_checkpoint_is_refused(case, safetensors):
     else:
         path.write_bytes({"torn": path.read_bytes()[:-9], "empty": b"", "text": b"text" * 9}[case])
     with refused("--ckpt", path.name, "convert_checkpoint.py"):
-        verify_checkpoint(path)
+        load_checkpoint(path, verify=True)
 
 
 def test_a_safetensors_file_appears_whole_or_not_at_all(safetensors, monkeypatch):

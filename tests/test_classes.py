@@ -4,7 +4,7 @@ import pytest
 from conftest import refused
 
 from dataset.classes import find_classes
-from engine.options import UserError
+from engine.errors import UserError
 
 IMAGENET = {"num_classes": 1000}
 FLOWERS = {"num_classes": 3, "classes": ["rose", "Blue Tulip", "1"]}

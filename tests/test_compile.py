@@ -14,8 +14,8 @@ from conftest import assert_same_training, call, load_state, load_weights, run_r
 from torch._dynamo.backends.common import aot_autograd
 
 import train
-from engine.distributed import data_parallel
-from engine.options import RunError, UserError
+from engine.errors import RunError, UserError
+from engine.sharding import data_parallel
 from meanflow import MeanFlow
 from models import DiT, DiT_models, build
 

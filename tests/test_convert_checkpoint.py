@@ -10,8 +10,8 @@ from conftest import call, golden_improved_network, save_small_vae, tiny
 from safetensors.torch import load_file
 
 from engine.checkpoint import load_checkpoint, load_network
-from engine.interop import export
 from models import DiT_models
+from weights.convert import export
 
 
 @pytest.fixture(scope="module")

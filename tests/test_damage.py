@@ -10,11 +10,11 @@ import torch
 from conftest import call, tiny
 
 import sample
-from dataset.images import NpzImages, verify_npz
 from dataset.latents import LatentShards, ShardFiles
-from engine.checkpoint import load_checkpoint, verify_checkpoint
+from engine.checkpoint import load_checkpoint
 from engine.distributed import World
-from engine.options import UserError
+from engine.errors import UserError
+from metrics.image_sets import NpzImages, verify_npz
 from metrics.reference import Reference
 
 WORLD = World(0, 1, torch.device("cpu"), "fp32")
@@ -42,7 +42,7 @@ def reference(tmp_path_factory):
 
 def read_checkpoint(path):
     """What sampling and training read of a checkpoint."""
-    verify_checkpoint(path)
+    load_checkpoint(path, verify=True)
     return plain(load_checkpoint(path))
 
 
@@ -57,9 +57,9 @@ def read_shards(folder):
 
 def read_reference(path):
     """What evaluation reads of a reference and the images in it."""
-    found = Reference.load(path, "pixels", (8, 8), option="--ref")
-    verify_npz("--ref", path, WORLD)
-    images = NpzImages(path, option="--samples")
+    found = Reference.load(path, "pixels", (8, 8))
+    verify_npz(path, WORLD)
+    images = NpzImages(path)
     batches = [batch for _, batch in images.numbered_batches(7, WORLD)]
     return plain([*found.pool, *batches]), found.count
 
@@ -128,7 +128,7 @@ def test_an_array_that_a_flipped_bit_hides_is_missed(reference):
     content = reference.read_bytes()
     last_but_one = content.rindex(b"PK\1\2", 0, content.rindex(b"PK\1\2"))
     with flipped(reference, last_but_one + 33, 0), pytest.raises(UserError, match="the list"):
-        verify_npz("--ref", reference, WORLD)
+        verify_npz(reference, WORLD)
 
 
 def test_no_flipped_bit_of_a_sampled_image_is_used(tmp_path):

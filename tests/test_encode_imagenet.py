@@ -16,8 +16,8 @@ from conftest import PHOTO, flip_bit, refused, run_ranks, save_odd_files, save_s
 import encode_imagenet
 from dataset.images import ImageFolder
 from dataset.latents import LatentShards, ShardFiles, checksum
-from dataset.vae import Pixels, load_vae, posterior_sample
-from engine.files import lock_folder, write_json
+from dataset.vae import Pixels, load_codec, posterior_sample
+from engine.files import FolderLock, write_json
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def raw_and_stored(world, folder, mirror):
     (pixels, labels), = images.batches([batch], 0)
     stored, stored_labels = shards.read(batch)
     assert torch.equal(labels, stored_labels)
-    return load_vae(str(world / "vae")).encode(pixels), stored
+    return load_codec(str(world / "vae")).encode(pixels), stored
 
 
 def all_of(folder):
@@ -279,7 +279,7 @@ def test_a_set_of_an_earlier_version_gets_checksums_from_a_repeated_command(worl
 
 
 def test_one_command_encodes_into_a_folder_at_a_time(world, whole, tmp_path):
-    with lock_folder("--out-path", tmp_path / "out"), refused("--out-path", "process", "since"):
+    with FolderLock(tmp_path / "out"), refused("--out-path", "process", "since"):
         encode(world, tmp_path / "out", "--flip")
     (tmp_path / "out" / ".lock").write_text("process 1")  # as SIGKILL leaves it
     assert encode(world, tmp_path / "out", "--flip") == read(whole)

@@ -15,7 +15,8 @@ from pytorch_fid.inception import InceptionV3
 from tqdm import tqdm
 
 import evaluate_fid
-from engine.distributed import World, run_main
+from engine.distributed import World
+from engine.errors import run_main
 from metrics.distances import frechet_distance
 
 

@@ -21,10 +21,10 @@ from soak import Child, differences, options, ranks, wait_for_step
 from dataset.images import ImageFolder
 from dataset.loader import BatchSampler, load_batches
 from engine.checkpoint import list_checkpoints, newest_checkpoint
-from engine.distributed import World, run_main
+from engine.distributed import World
+from engine.errors import RunError, UserError, run_main
 from engine.faults import STOP_SIGNALS, Guard, Signals, propagate_nonfinite
-from engine.files import lock_folder
-from engine.options import RunError, UserError
+from engine.files import FolderLock
 
 WORLD = World(0, 1, torch.device("cpu"), "fp32")
 
@@ -121,7 +121,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(digits, tmp_path, uninterrupted
 GATED = """
 import itertools, sys, time, train
 from pathlib import Path
-from engine import checkpoint, distributed
+from engine import checkpoint, errors
 work, calls = {0}, itertools.count()
 
 def wait_and_work(*words, **more):
@@ -130,7 +130,7 @@ def wait_and_work(*words, **more):
             time.sleep(0.01)
     return work(*words, **more)
 {0} = wait_and_work
-distributed.run_main(train.main, train.parse_args)
+errors.run_main(train.main, train.parse_args)
 """
 
 
@@ -206,7 +206,7 @@ def test_a_signal_after_the_last_step_ends_no_process_that_waits_for_the_save(di
 
 CLOSED = """
 import os, sys, train
-from engine.distributed import run_main
+from engine.errors import run_main
 os.setsid()
 terminal = os.open(sys.argv.pop(1), os.O_RDWR)  # of this new session
 os.dup2(terminal, 1), os.dup2(terminal, 2)
@@ -350,7 +350,7 @@ def test_a_killed_rank_ends_the_job(extra, digits, tmp_path):
 
 def test_a_run_directory_is_of_one_run_at_a_time(digits, tmp_path):
     """A second run is refused before it writes anything, and starts once the first has ended."""
-    with lock_folder("--run-dir", tmp_path / "run"):
+    with FolderLock(tmp_path / "run"):
         code, said = begin(digits, tmp_path / "run", 2)[0].wait()
         assert code == 2 and "--run-dir" in said and f"process {os.getpid()} on" in said
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
@@ -364,7 +364,7 @@ def test_a_run_whose_directory_was_made_again_ends(digits, tmp_path):
     child, = begin(digits, run, 10**6)
     wait_for_step(run, 4, lambda: child.alive)
     run.rename(tmp_path / "moved")
-    with lock_folder("--run-dir", run):  # the newer
+    with FolderLock(run):  # the newer
         (run / "checkpoints").mkdir()
         code, said = child.wait()
     last = said.strip().splitlines()[-1]
@@ -376,13 +376,13 @@ def test_a_run_whose_directory_was_made_again_ends(digits, tmp_path):
 def test_the_options_are_compared_again_once_the_directory_is_held(digits, tmp_path, uninterrupted,
                                                                    monkeypatch):
     """A run of another rate that waited for the first to end went on from its checkpoint."""
-    run, alone = tmp_path / "run", lock_folder
+    run, alone = tmp_path / "run", FolderLock
 
     def wait_for_another_run(option, folder):
         shutil.copytree(uninterrupted[1], run)
         return alone(option, folder)
 
-    monkeypatch.setattr("train.lock_folder", wait_for_another_run)
+    monkeypatch.setattr("train.FolderLock", wait_for_another_run)
     with pytest.raises(UserError, match="--run-dir .*lr 0.001, now 0.01"):
         call("train", *options(digits, run, 30, "--lr", 0.01))
     before = uninterrupted[1] / "config.json"

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from engine.files import FolderLock, atomic_file, lock_folder, make_folder
-from engine.options import RunError, UserError
+from engine.errors import RunError, UserError
+from engine.files import FolderLock, atomic_file, make_folder
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -51,23 +51,23 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         temporary.write_text("x")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="--run-dir"):
-        make_folder("--run-dir", tmp_path / "file" / "run")
+        make_folder(tmp_path / "file" / "run")
 
 
 def test_a_folder_is_locked_by_a_file_that_says_who_holds_it(tmp_path):
     """Its text is quoted in the refusal; a killed process leaves the file, which is no lock."""
     (tmp_path / ".lock").write_text("process 1 on a machine of long ago")
-    with lock_folder("--run-dir", tmp_path):
+    with FolderLock(tmp_path):
         who = f"process {os.getpid()} on {socket.gethostname()} since 20"
         with (pytest.raises(UserError, match=f"--run-dir.*{who}"),
-              lock_folder("--run-dir", tmp_path)):
+              FolderLock(tmp_path)):
             pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_forked_process_does_not_keep_the_lock_of_one_that_died(tmp_path):
     """A killed run's data loaders, which outlive it by seconds, kept its folder."""
-    lock = FolderLock("--run-dir", tmp_path)
+    lock = FolderLock(tmp_path)
     child = os.fork()
     if not child:
         time.sleep(3600)
@@ -75,7 +75,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_one_that_died(tmp_path):
     try:
         time.sleep(0.2)
         lock.file.close()  # as the system does for a process that dies
-        with lock_folder("--run-dir", tmp_path):
+        with FolderLock(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -90,7 +90,7 @@ def test_the_lock_file_is_open_for_writing(tmp_path, monkeypatch):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lock_folder("--run-dir", tmp_path):
+    with FolderLock(tmp_path):
         pass
 
 
@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capfd):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lock_folder("--run-dir", tmp_path) as lock:
+    with FolderLock(tmp_path) as lock:
         lock.check()
         err = capfd.readouterr().err
         assert len(err.splitlines()) == 1 and "warning" in err
@@ -112,7 +112,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capfd):
 
 def test_a_folder_that_was_made_again_is_no_longer_the_one_that_was_locked(tmp_path):
     folder = tmp_path / "run"
-    with lock_folder("--run-dir", folder) as lock:
+    with FolderLock(folder) as lock:
         lock.check()
         shutil.rmtree(folder)
         with pytest.raises(RunError, match="--run-dir .*removed"):

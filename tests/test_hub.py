@@ -7,8 +7,8 @@ import pytest
 from conftest import call, refused, run_ranks, snapshot
 from huggingface_hub import constants
 
-from engine.hub import file_or_address, local_file
-from engine.options import UserError
+from engine.errors import UserError
+from weights.hub import file_or_address, local_file
 
 ADDRESS = "hf://ann/digits/runs/a.pt"
 
@@ -23,28 +23,28 @@ def served(hub):
 
 
 def test_a_file_is_downloaded_once(served):
-    path = local_file(ADDRESS, "--ckpt")
+    path = local_file(ADDRESS)
     assert path.name == "a.pt" and path.read_bytes() == b"weights"
     count = len(served.asked)
-    assert count > 0 and local_file(ADDRESS, "--ckpt") == path and len(served.asked) == count
+    assert count > 0 and local_file(ADDRESS) == path and len(served.asked) == count
 
 
 def test_a_cached_file_needs_no_network(served, monkeypatch):
-    path = local_file(ADDRESS, "--ckpt")
+    path = local_file(ADDRESS)
     served.shutdown()
     served.server_close()
-    assert local_file(ADDRESS, "--ckpt") == path
+    assert local_file(ADDRESS) == path
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert local_file(ADDRESS, "--ckpt") == path
+    assert local_file(ADDRESS) == path
 
 
 def test_a_revision_is_asked_for(served):
-    assert local_file(f"{ADDRESS}@v1", "--in").read_bytes() == b"weights"
+    assert local_file(f"{ADDRESS}@v1").read_bytes() == b"weights"
     assert any("/resolve/v1/runs/a.pt" in line for line in served.asked)
 
 
 def test_a_path_is_itself(hub, tmp_path):
-    assert local_file(tmp_path / "a.pt", "--ckpt") == tmp_path / "a.pt"
+    assert local_file(tmp_path / "a.pt") == tmp_path / "a.pt"
     assert file_or_address("a/b.pt") == Path("a/b.pt") and not hub.asked
     assert file_or_address(ADDRESS) == ADDRESS  # a Path would lose a slash
 
@@ -55,7 +55,7 @@ def test_a_path_is_itself(hub, tmp_path):
     "hf://ann/digits/a.pt@v1@v2", "hf://ann/digits/../../x"])
 def test_a_malformed_address_is_refused(address, served):
     with refused("--init", "hf://OWNER/REPO/FILE", address):
-        local_file(address, "--init")
+        local_file(address)
     assert not served.asked
 
 
@@ -66,7 +66,7 @@ def test_what_the_hub_refuses_is_refused_in_one_line(address, words, served):
     (served.folder / "ann" / "secret").mkdir()
     (served.folder / "ann" / "secret" / "gated").touch()
     with refused("--ckpt", f"got {address}; ", words):  # without the class of the error
-        local_file(address, "--ckpt")
+        local_file(address)
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -78,7 +78,7 @@ def test_a_file_that_is_not_cached_needs_the_network(offline, served, monkeypatc
         served.shutdown()
         served.server_close()
     with pytest.raises(UserError) as error:
-        local_file(ADDRESS, "--ckpt")
+        local_file(ADDRESS)
     found, remedy = {
         True: ("HF_HUB_OFFLINE forbids a download", "unset HF_HUB_OFFLINE"),
         False: ("could not be downloaded", "connect this machine")}[offline]
@@ -93,7 +93,7 @@ def test_a_full_disk_is_refused_in_one_line(served, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     with refused("--ckpt", ADDRESS, "(No space left on device); free space"):
-        local_file(ADDRESS, "--ckpt")
+        local_file(ADDRESS)
 
 
 def test_samples_of_an_address_are_those_of_its_file(served, trained, tmp_path):
@@ -110,7 +110,7 @@ for name, value in {}.items():  # read from the environment when huggingface_hub
     setattr(constants, name, value)
 
 import sample
-from engine.distributed import run_main
+from engine.errors import run_main
 
 run_main(sample.main, sample.parse_args)
 """

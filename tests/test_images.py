@@ -13,20 +13,12 @@ from PIL import Image, ImageFont
 from torchvision.datasets.folder import pil_loader
 
 import sample
-from dataset.images import (
-    FolderImages,
-    ImageFolder,
-    NpzImages,
-    break_lines,
-    center_crop,
-    drawable,
-    read_image,
-    save_grid,
-    write_captions,
-)
+from dataset.images import ImageFolder, center_crop, read_image
+from dataset.pictures import break_lines, drawable, save_grid, write_captions
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
-from engine.options import UserError
+from engine.errors import UserError
+from metrics.image_sets import FolderImages, NpzImages
 from metrics.reference import Reference
 
 ALONE = World(0, 1, torch.device("cpu"), "fp32")
@@ -161,7 +153,7 @@ def test_folders_that_hold_no_images_are_refused(tmp_path):
 def test_npz_images_are_dealt_in_whole_batches(save, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (11, 4, 5, 3), dtype=np.uint8)
     save(tmp_path / "x.npz", arr_0=images, labels=np.zeros(11))
-    stored = NpzImages(tmp_path / "x.npz", option="--samples")
+    stored = NpzImages(tmp_path / "x.npz")
     assert len(stored) == 11 and stored.image_size == (4, 5)
     seen = torch.zeros(11, dtype=torch.int64)
     for rank in range(3):
@@ -178,7 +170,7 @@ def test_npz_images_are_dealt_in_whole_batches(save, tmp_path):
 def test_images_that_are_not_uint8_rgb_are_refused(array, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=array)
     with pytest.raises(UserError, match="--samples must hold arr_0 of shape"):
-        NpzImages(tmp_path / "x.npz", option="--samples")
+        NpzImages(tmp_path / "x.npz")
 
 
 @pytest.fixture
@@ -196,9 +188,9 @@ def fifo(tmp_path):
 
 
 @pytest.mark.parametrize("read", [
-    lambda path: Reference.load(path, "pixels", (2, 2), option="--ref"),
-    lambda path: NpzImages(path, option="--samples"), lambda path: read_image(path, 8),
-    lambda path: FolderImages(path.parent, None, 0, option="--samples"),
+    lambda path: Reference.load(path, "pixels", (2, 2)),
+    lambda path: NpzImages(path), lambda path: read_image(path, 8),
+    lambda path: FolderImages(path.parent, None, 0),
     sample.read_image, lambda path: load_checkpoint(path)])
 def test_a_fifo_is_refused_and_not_waited_for(read, fifo):
     with pytest.raises(UserError, match="fifo.png .*(not a regular|no such) file"):
@@ -211,9 +203,9 @@ def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
     np.savez(path, mu=np.zeros(12), sigma=np.eye(12))
     path.write_bytes(path.read_bytes()[:-40] if content == "torn" else content)
     with refused("--ref", path):
-        Reference.load(path, "pixels", (2, 2), option="--ref")
+        Reference.load(path, "pixels", (2, 2))
     with refused("--samples", path):
-        NpzImages(path, option="--samples")
+        NpzImages(path)
 
 
 # ---- captions ------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from conftest import (
 )
 from torch import nn
 
-from engine.containers import read_source
-from engine.interop import FORMATS, convert, export, reverse_time
-from engine.options import UserError
+from engine.errors import UserError
 from models import DiT, FinalLayer, TimestepEmbedder, build
+from weights.convert import FORMATS, convert, export, reverse_time
+from weights.foreign_files import read_source
 
 SIZES = {**GOLDEN_SIZES, "hidden_size": 96, "num_heads": 3}  # a width of the table
 B = 4

@@ -16,7 +16,7 @@ from soak import HANG_S
 
 from dataset.images import ImageFolder
 from dataset.loader import BatchSampler, load_batches, map_ahead, prefetch, read_images
-from engine.options import UserError
+from engine.errors import UserError
 
 ALONE = SimpleNamespace(rank=0, size=1)
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 from soak import Child
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.errors import UserError
 from engine.log import Log
-from engine.options import UserError
 
 
 def records(folder):

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from engine.options import Parser, UserError, float_range, int_range, validate
+from engine.errors import UserError
+from engine.options import Parser, float_range, int_range
 
 
 @pytest.mark.parametrize(("kind", "text"), [
@@ -53,11 +54,3 @@ def test_options_have_no_abbreviations_and_take_their_type(parser):
     assert args.label_drop == 1.0
     with pytest.raises(UserError, match="--label-drop"):
         parser.parse_args(["--label", "1"])
-
-
-def test_a_rule_of_the_method_names_the_option():
-    def build(label_drop):
-        raise ValueError(f"label_drop must be in [0, 1], got {label_drop}; choose another value")
-
-    with pytest.raises(UserError, match="^--label-drop must be in .*, got 2"):
-        validate(build, label_drop=2)

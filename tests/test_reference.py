@@ -8,7 +8,7 @@ import torch
 from conftest import pictures
 
 from engine.distributed import World
-from engine.options import UserError
+from engine.errors import UserError
 from metrics import reference as module
 from metrics.distances import frechet_distance
 from metrics.inception import POOL, Extractor
@@ -26,14 +26,14 @@ ALONE = World(0, 1, torch.device("cpu"), "fp32")
 def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "ref.npz", **arrays)
     with pytest.raises(UserError, match=f"--fid-ref must .*{message}"):
-        Reference.load(tmp_path / "ref.npz", "pixels", (2, 2), option="--fid-ref")
+        Reference.load(tmp_path / "ref.npz", "pixels", (2, 2))
 
 
 def test_notes_name_what_is_left_out_and_what_weakens_the_result(tmp_path):
     inception = {"mu": np.zeros(POOL), "sigma": np.eye(POOL)}
     np.savez(tmp_path / "ref.npz", **inception, num_images=np.array(900),
              protocol=np.array("pytorch-fid"))
-    reference = Reference.load(tmp_path / "ref.npz", "adm", (8, 8), option="--ref")
+    reference = Reference.load(tmp_path / "ref.npz", "adm", (8, 8))
     assert reference.wants == {"spatial": False, "scores": True, "points": False}
     sfid, shares, protocol, few = notes(reference, "adm", 899)
     assert "left out: sfid;" in sfid and "mu_s" in sfid

@@ -22,8 +22,8 @@ import sample
 from dataset.vae import Pixels
 from engine.checkpoint import load_checkpoint, load_network, save_checkpoint
 from engine.distributed import World
-from engine.files import lock_folder
-from engine.options import UserError
+from engine.errors import UserError
+from engine.files import FolderLock
 from metrics.inception import PROTOCOLS
 from metrics.reference import METRICS, Reference
 from sample import noise_and_labels
@@ -219,7 +219,7 @@ def test_a_folder_of_other_weights_is_refused_with_short_hashes(trained, tmp_pat
 
 def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path):
     """Two commands mixed their images, and both exited with 0."""
-    with lock_folder("--sample-dir", tmp_path / "new"):
+    with FolderLock(tmp_path / "new"):
         with pytest.raises(UserError, match="--sample-dir .*process"):
             call("sample", *options(trained, tmp_path / "new"))
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
@@ -230,13 +230,13 @@ def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path)
 
 def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path, monkeypatch):
     """A command that waited for the end of another took over its folder."""
-    lock = lock_folder
+    lock = FolderLock
 
     def wait_for_another_command(option, folder):
         shutil.copytree(sampled, folder)
         return lock(option, folder)
 
-    monkeypatch.setattr("sample.lock_folder", wait_for_another_command)
+    monkeypatch.setattr("sample.FolderLock", wait_for_another_command)
     with pytest.raises(UserError, match="--sample-dir .*seed 0, now 1"):
         call("sample", *options(trained, tmp_path / "new"), "--seed", 1)
     assert files(tmp_path / "new") == files(sampled)

@@ -19,8 +19,9 @@ from conftest import (
 from soak import Child, differences, ranks, wait_for_step
 
 from engine.checkpoint import list_checkpoints, load_checkpoint
-from engine.distributed import World, check_sharding
-from engine.options import UserError
+from engine.distributed import World
+from engine.errors import UserError
+from engine.sharding import check_sharding
 from train import check_batch, parse_args
 
 STEPS = 20
@@ -142,15 +143,16 @@ COUNTING = """
 import json
 import torch
 import train
-from engine.distributed import local_shard, run_main
+from engine.errors import run_main
+from engine.sharding import local_shard
 
 def held(tensors):  # the gradients of a block share their memory
     storages = [local_shard(tensor.detach()).untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-def make(ema, net, decay):
+def average(ema, net, decay):
     networks.append(ema)
-    return original_make(ema, net, decay)
+    original_average(ema, net, decay)
 
 def step(self):
     original_step(self)
@@ -167,7 +169,7 @@ def propagate(loss):
     return original_propagate(loss * float("nan") if bad else loss)
 
 networks, losses = [], []
-original_make, train.make_ema_update = train.make_ema_update, make
+original_average, train.update_average = train.update_average, average
 original_step, torch.optim.AdamW.step = torch.optim.AdamW.step, step
 original_propagate, train.propagate_nonfinite = train.propagate_nonfinite, propagate
 run_main(train.main, train.parse_args)
@@ -202,8 +204,9 @@ def test_each_rank_holds_its_share_and_all_skip_a_step_of_which_one_is_not_finit
 GRADIENTS = """
 import copy
 import torch
-from engine.distributed import (
-    full_tensor, list_blocks, parallelise, run_main, start_processes)
+from engine.distributed import start_processes
+from engine.errors import run_main
+from engine.sharding import full_tensor, list_blocks, parallelise
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
 from models import DiT_models

@@ -10,7 +10,7 @@ from conftest import assert_same_training, call, load_state, load_weights, run_r
 from engine.checkpoint import load_checkpoint, load_network, save_checkpoint
 from engine.distributed import start_processes
 from models import build
-from train import Run, TrainingState, parse_args
+from train import Run, TrainingState, parse_args, resolve
 
 
 def fresh(digits, folder, source, *more):
@@ -23,12 +23,13 @@ def fresh(digits, folder, source, *more):
 def first(options):
     """(network, average, config, log) of a run before its first step."""
     args = parse_args([str(option) for option in options])
-    with start_processes() as world, Run(args, world) as run:
-        state = TrainingState(run)
-        run.resume(state)
-        run.saver.close()
-        assert state.step == 0 and not state.optimizer.state
-        return state.net, state.ema, run.config, (run.folder / "log.txt").read_text()
+    with start_processes() as world:
+        start = resolve(args, world)
+        with Run(args, world, start) as run:
+            state = TrainingState(args, run.config, run.codec, world, start)
+            run.resume(state)
+            assert state.step == 0 and not state.optimizer.state
+            return state.net, state.ema, run.config, (run.folder / "log.txt").read_text()
 
 
 def equal(ours, theirs):

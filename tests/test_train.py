@@ -22,7 +22,7 @@ import meanflow
 import train
 from dataset.vae import normalisation, posterior_sample
 from engine.distributed import World
-from engine.options import UserError
+from engine.errors import UserError
 from sample import ImageSampler, noise_and_labels
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import refused, save_small_vae
 from safetensors.torch import load_file, save_file
 
-from dataset.vae import VAE, load_vae, posterior_sample, to_uint8
-from engine.options import UserError
+from dataset.vae import VAE, load_codec, posterior_sample, to_uint8
+from engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def space(folder):
-    return load_vae(str(folder), chunk=2)
+    return load_codec(str(folder), chunk=2)
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ def test_weights_with_the_names_of_the_published_files_are_read(space, copy):
         state = {name.replace(now, then): value for name, value in state.items()}
     save_file(state, path, metadata={"format": "pt"})
     assert any("query" in name for name in state)
-    assert torch.equal(load_vae(str(copy), chunk=2).encode(images(2)), space.encode(images(2)))
+    assert torch.equal(load_codec(str(copy), chunk=2).encode(images(2)), space.encode(images(2)))
 
 
 def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
-    whole = load_vae(str(folder), chunk=100)
+    whole = load_codec(str(folder), chunk=100)
     x = images(5)
     torch.testing.assert_close(space.encode(x), whole.encode(x), rtol=1e-5, atol=1e-6)
     latent = space.encode(x)[:, 0]
@@ -69,7 +69,7 @@ def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
 def test_a_pass_holds_fewer_images_where_they_are_larger(folder, size, parts, monkeypatch):
     """32 images of 512 px at once took 8 GiB for one activation of the decoder."""
     monkeypatch.setattr("dataset.vae.PIXELS", 2 * 32**2)
-    space, seen = load_vae(str(folder), chunk=4), []
+    space, seen = load_codec(str(folder), chunk=4), []
     for module in (space.model.encoder, space.model.decoder):
         module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     latent = space.encode(images(7, size))[:, 0]
@@ -107,7 +107,7 @@ def test_posterior_sample_is_mean_plus_std_times_noise_scaled():
 
 
 def test_pixels_come_back_as_they_were():
-    space, x = load_vae("none"), images(2)
+    space, x = load_codec("none"), images(2)
     moments = space.encode(x)
     sample = posterior_sample(moments, torch.randn(x.shape), space.scale)
     assert sample.min() >= -1 and sample.max() <= 1
@@ -118,7 +118,7 @@ def test_scale_channels_and_factor_come_from_the_config(tmp_path):
     folder = save_small_vae(
         tmp_path, scaling_factor=0.5, latent_channels=2, block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    space = load_vae(str(folder))
+    space = load_codec(str(folder))
     assert (space.scale, space.channels, space.factor) == (0.5, 2, 2)
     assert space.latent_shape(32) == (2, 16, 16)
     assert space.encode(images(1)).shape == (1, 2, 2, 16, 16)
@@ -133,7 +133,7 @@ def test_autocast_around_it_changes_nothing(space):
 
 
 def test_bf16_is_near_fp32_and_returns_float32(space, folder):
-    coarse = load_vae(str(folder), precision="bf16").encode(images(2))
+    coarse = load_codec(str(folder), precision="bf16").encode(images(2))
     assert coarse.dtype == torch.float32
     assert 0 < (coarse - space.encode(images(2))).abs().max() < 0.1
 
@@ -142,15 +142,15 @@ def test_the_fingerprint_is_that_of_the_encoder_alone(space, copy):
     weights = load_file(copy / "diffusion_pytorch_model.safetensors")
     weights["decoder.conv_in.weight"] += 1
     save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert load_vae(str(copy)).fingerprint() == space.fingerprint()
+    assert load_codec(str(copy)).fingerprint() == space.fingerprint()
     weights["encoder.conv_in.weight"] += 1
     save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert load_vae(str(copy)).fingerprint() != space.fingerprint()
+    assert load_codec(str(copy)).fingerprint() != space.fingerprint()
 
 
 def test_an_unknown_name_is_refused():
     with refused("--vae", "emma"):
-        load_vae("emma")
+        load_codec("emma")
 
 
 @pytest.mark.parametrize("optional, remedy", [
@@ -164,7 +164,7 @@ def test_a_vae_neither_cached_nor_downloadable_is_refused(optional, remedy, tmp_
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with refused("stabilityai/sd-vae-ft-ema for --vae ema, which is not in Hugging Face's cache: "
                  + remedy):
-        load_vae("ema", optional=optional)
+        load_codec("ema", optional=optional)
 
 
 def test_another_fault_of_a_download_is_told(monkeypatch):
@@ -173,7 +173,7 @@ def test_another_fault_of_a_download_is_told(monkeypatch):
 
     monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", fail)
     with refused("not in Hugging Face's cache (the proxy says no): connect once"):
-        load_vae("mse")
+        load_codec("mse")
 
 
 def test_pickled_weights_are_not_opened(copy):
@@ -181,7 +181,7 @@ def test_pickled_weights_are_not_opened(copy):
     torch.save(weights, copy / "diffusion_pytorch_model.bin")
     (copy / "diffusion_pytorch_model.safetensors").unlink()
     with refused("--vae", copy, "safetensors"):
-        load_vae(str(copy))
+        load_codec(str(copy))
 
 
 @pytest.mark.parametrize("how", ["empty", "a weight is missing", "torn"])
@@ -197,14 +197,14 @@ def test_a_folder_without_a_whole_vae_is_refused(copy, how):
         del weights["encoder.conv_in.weight"]
         save_file(weights, path, {"format": "pt"})
     with refused("--vae", copy):
-        load_vae(str(copy))
+        load_codec(str(copy))
 
 
 def test_a_vae_with_shifted_latents_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
     with refused("--vae", copy, "shift"):
-        load_vae(str(copy))
+        load_codec(str(copy))
 
 
 def test_a_size_that_the_vae_cannot_halve_is_refused(space):

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 import train
-from engine import distributed
+from engine import sharding
 
 parse_args, calls = train.parse_args, []  # calls of each graph in this step
 
@@ -58,5 +58,5 @@ def main(args):
 
     train.make_config, torch.optim.AdamW.step, torch.compile = (
         config_with_compiler, compared_step, counted_compile)
-    distributed.LEAST_BUCKET_MIB = 0
+    sharding.LEAST_BUCKET_MIB = 0
     train.main(args)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from engine.checkpoint import check_fields
-from engine.containers import is_unet, refuse
-from engine.options import UserError
+from engine.errors import UserError
 from models import IMPROVED_SIZES, SIZES, DiT, ImprovedDiT, build, describe, sincos_table
+from weights.foreign_files import is_unet, refuse
 
 
 class Origin(NamedTuple):
@@ -196,7 +196,7 @@ def convert(source, *, heads=None, image_size=None, named=None):
         weights, config = check_tensors(source.weights), dict(source.config)
         try:
             json.dumps(config)
-            check_fields(config)
+            check_fields(config, weights)
         except (KeyError, TypeError, ValueError) as error:
             raise refuse("hold a whole config", f"one of which {error!s:.100}") from error
         report = [f"recognised: {source.container}, {source.which} weights"]

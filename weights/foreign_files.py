@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import KEYS, open_safetensors, safetensors_damage, state_of
+from engine.checkpoint import KEYS, read_safetensors
+from engine.errors import UserError
 from engine.files import find_damage
-from engine.options import UserError
 
 INTERRUPTED = ".orbax-checkpoint-tmp"  # in the name of a folder that orbax has not finished
 ANOTHER = "give a checkpoint of MeanFlow, improved MeanFlow or SiT"
@@ -62,7 +62,7 @@ def read_source(path, *, raw=False):
     # .safetensors opens with the length of its header and {, a msgpack map with its own length, a
     # pickle with 0x80
     if start[8:] == b"{" or path.suffix == ".safetensors":
-        return read_safetensors(path, raw)
+        return read_safetensors_file(path, raw)
     if start and (0x81 <= start[0] <= 0x8f or start[0] in (0xde, 0xdf)):
         return read_msgpack(path, raw)
     return read_torch(path, raw)
@@ -124,22 +124,18 @@ def pick(state, raw, path):
                   args=args if isinstance(args, dict) else {}, keys=tuple(state))
 
 
-def read_safetensors(path, raw):
+def read_safetensors_file(path, raw):
     """The Source of a .safetensors file, ours with a config or bare."""
     try:
-        weights, metadata = open_safetensors(path)
-        damage = safetensors_damage(weights, metadata)
+        weights, config, _ = read_safetensors(path)
     except Exception as error:  # of the library
         raise refuse("be a whole .safetensors file", f"{path} ({error!s:.150})",
                      "copy it again") from error
-    if damage:
-        raise refuse("be a whole .safetensors file", f"{path} ({damage})", "copy it again")
     if raw:
         raise UserError(f"--raw must come with a training file, got {path}, which holds one set of "
                         f"weights; leave it out")
-    state = state_of(weights, metadata)
-    if state and isinstance(state["config"], dict):
-        return Source(weights, "our .safetensors file", "averaged", config=state["config"])
+    if isinstance(config, dict):
+        return Source(weights, "our .safetensors file", "averaged", config=config)
     return Source(weights, "a bare .safetensors file")
 
 

@@ -1,35 +1,23 @@
 """The weights that a run starts from: those of train.py --init, fitted to the run's network."""
 
-import json
-from pathlib import Path
-
 import torch
 
-from engine.checkpoint import (
-    differences,
-    list_checkpoints,
-    load_checkpoint,
-    load_network,
-    verify_checkpoint,
-)
-from engine.hub import shared_file
-from engine.options import UserError
+from engine.checkpoint import differences, network_of
+from engine.errors import UserError
 from models import LabelEmbedder, is_improved
+from weights.hub import open_checkpoint
 
-NORMALISATION = ("vae", "scale", "latent_mean", "latent_std")
 
-
-class Start:
-    """The checkpoint that --init names, a path or an address of the Hub, opened on every rank.
+class InitialWeights:
+    """The averaged weights of a checkpoint, a path or an address, opened on every rank.
 
     model, sizes: those of the run's network, as build takes them. notes: lines for the log, once
-    check has been called. Raises UserError for what is no checkpoint.
+    check has been called. Raises BadValue for what is no checkpoint.
     """
 
     def __init__(self, name, world):
-        path = shared_file(name, "--init", world)
-        world.on_main(lambda: verify_checkpoint(path, option="--init"))
-        net, self.config = load_network(path, option="--init")
+        state = open_checkpoint(name, world)
+        net, self.config = network_of(state, name), state["config"]
         self.weights = net.state_dict()
         self.label_tables = [f"{module_name}.embedding_table.weight"
                              for module_name, module in net.named_modules()
@@ -38,8 +26,7 @@ class Start:
         if self.sizes and is_improved(self.model):  # released files lack the v head, training not
             self.sizes = {size: value for size, value in self.sizes.items() if size != "v_head"}
         self.sizes = self.sizes or None
-        step = load_checkpoint(path, option="--init")["step"]
-        self.notes = [f"starts from the averaged weights of {name}, step {step}"]
+        self.notes = [f"starts from the averaged weights of {name}, step {state['step']}"]
 
     def check(self, config):
         """Compare the file with the config of the run. Raises UserError if it cannot start so."""
@@ -59,7 +46,7 @@ class Start:
                               f"to learn the difference")
 
     def _has_new_classes(self, config):
-        """Whether the label table must start anew; says it, and what cannot be known."""
+        """Whether the label table must start anew; notes it, and what cannot be known."""
         names, count = self.config.get("classes"), self.config["num_classes"]
         if count == config["num_classes"] and names == config["classes"]:
             return False
@@ -92,23 +79,10 @@ class Start:
 
 def _normalisation(config):
     """What a config says of the data's latents, where it says it."""
-    found = {name: config[name] for name in NORMALISATION if config.get(name) is not None}
-    if found.get("vae") == "mse":  # differs from ema in the decoder alone
-        found["vae"] = "ema"
-    if "latent_mean" in found:  # takes the place of the scale
-        found.pop("scale", None)
-    return found
-
-
-def begun_from(folder, name):
-    """The config of the run in a folder if it began from the file of this name and has checkpoints,
-    so that it continues without that file; else None."""
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if list_checkpoints(folder / "checkpoints") and config["init"] == str(name):
-            is_improved(config["model"])  # KeyError for an unknown one
-            return config if "sizes" in config else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # whatever it is, Run refuses it or begins anew
-    return None
+    names = ("vae", "scale", "latent_mean", "latent_std")
+    known = {name: config[name] for name in names if config.get(name) is not None}
+    if known.get("vae") == "mse":  # differs from ema in the decoder alone
+        known["vae"] = "ema"
+    if "latent_mean" in known:  # takes the place of the scale
+        known.pop("scale", None)
+    return known

@@ -1,0 +1,121 @@
+"""Errors that end a script with one line, and how a script ends."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+ERROR_WAIT_S = 10  # a rank that is alive so long after an error is the only one that has it
+
+
+class OneLine(Exception):
+    """An error that ends a script with one line, its message."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))
+
+
+class UserError(OneLine, ValueError):
+    """The user's mistake: option, rule, value and remedy. The exit code is 2."""
+
+
+class BadValue(UserError):
+    """A mistake in a value of which only the caller knows the option: "must be ...". See naming."""
+
+
+class RunError(OneLine, RuntimeError):
+    """A failure that is not the user's mistake: what happened, what to do. The exit code is 1."""
+
+
+class LostError(RunError):
+    """Another process or its machine is gone. Each rank prints its own line at once."""
+
+
+@contextlib.contextmanager
+def naming(option):
+    """Within ``with``, a BadValue becomes a UserError that begins with the option."""
+    try:
+        yield
+    except BadValue as error:
+        raise UserError(f"{option} {error}") from error
+
+
+def run_main(main, parse_args):
+    """Run a script. Expected errors end it with one line: exit code 1 for a RunError, else 2."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # results are paths, of any bytes
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by the script for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main(parse_args())
+    except UserError as error:
+        fail(error)
+    except RunError as error:
+        fail(error, code=1, at_once=isinstance(error, LostError))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except (OSError, RuntimeError, MemoryError) as error:
+        line = _path_line(error) if isinstance(error, OSError) else _memory_line(error)
+        if line is None:
+            raise
+        fail(line)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # The interpreter's own end races with gloo's threads, which abort it once in some 25 runs
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _path_line(error):
+    """The line for a path that may not be opened or has too long a name, else None."""
+    rule = {errno.EACCES: "open to this user",
+            errno.ENAMETOOLONG: "a name that the file system can hold"}.get(error.errno)
+    return rule and (f"{error.filename} must be {rule}, got: {error.strerror}; change that or "
+                     f"choose another path")
+
+
+def _memory_line(error):
+    """The line for an error that means too little memory, else None.
+
+    Only a GPU's error has a class of its own; on a CPU PyTorch's is known by its text.
+    """
+    remedy = "lower the batch size or, for train.py, raise --grad-accum-steps"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"Out of GPU memory: {remedy}"
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return f"Out of memory: {remedy}"
+    return None
+
+
+def fail(message, *, code=2, at_once=False):
+    """Prints one line on stderr and ends this process.
+
+    Most errors occur on all ranks. Local rank 0 prints at once, and torchrun then ends the others
+    of its machine. A rank that is alive ERROR_WAIT_S seconds later has the error alone and prints
+    it, too; at_once: without this wait. No rank asks another, which may be gone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("LOCAL_RANK", 0)) and not at_once:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # by which torchrun ends this process
+        time.sleep(ERROR_WAIT_S)
+    print_last(f"rank {rank}: {message}" if rank or at_once else message)
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(code)  # other ranks may be inside a collective; torchrun ends them
+    sys.exit(code)
+
+
+def print_last(message):
+    """Print the line with which a process ends, on stderr."""
+    for bar in list(tqdm._instances):  # or their last refresh would follow it
+        bar.close()
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}",
+              file=sys.stderr, flush=True)

@@ -1,0 +1,170 @@
+"""How processes meet and how they notice that another is gone. Nothing else needs to be read to
+train; one machine needs the process group alone."""
+
+import contextlib
+import datetime
+import fcntl
+import os
+import socket
+import struct
+import threading
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import LostError
+
+HEARTBEAT_S = 20  # between two heartbeats
+HEARTBEAT_TIMEOUT_S = 300  # until a machine that does not answer counts as gone
+
+# DistributedDataParallel holds its group and frees it, where nothing else does, without releasing
+# the GIL. If a thread of gloo waits for the GIL just then, the process stands still for ever
+_ended_groups = []
+
+
+@contextlib.contextmanager
+def process_group(world, *, timeout_hours):
+    """Within ``with``, the processes of this World are one group: gloo, and NCCL on GPUs.
+
+    timeout_hours: how long a rank waits for another that is alive. Raises LostError.
+    """
+    try:
+        _join(world, datetime.timedelta(hours=timeout_hours))
+        heartbeat = _Heartbeat(world) if _several_machines() else None
+        yield
+        world.barrier()  # gloo aborts a process that the others leave behind
+        if heartbeat:
+            heartbeat.end()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise _lost_error(error, world) from error
+    _ended_groups.append(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def _lost_error(error, world):
+    """The LostError for an error that gloo or NCCL raised; gloo's has no class of its own."""
+    reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0][:200]
+    if _several_machines() and not dist.is_initialized():
+        return LostError(
+            f"cannot reach the other processes ({reason}); if all machines are up, set "
+            f"GLOO_SOCKET_IFNAME on each to the network interface that reaches the others; here it "
+            f"is {os.environ.get('GLOO_SOCKET_IFNAME', 'not set')}")
+    return LostError(
+        f"lost the other processes at {world.position} ({reason}); the one that ended first says "
+        f"why; what is on disk is whole: repeat the command to go on, or let torchrun "
+        f"--max-restarts do so")
+
+
+def _join(world, timeout):
+    """Set up the process group: gloo, and NCCL on GPUs."""
+    cuda = world.device.type == "cuda"
+    store = _fresh_store(world)
+    if _several_machines() and "GLOO_SOCKET_IFNAME" not in os.environ:
+        _choose_interface(store, world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                            rank=world.rank, world_size=world.size, timeout=timeout,
+                            device_id=world.device if cuda else None)
+
+
+def _several_machines():
+    return os.environ.get("LOCAL_WORLD_SIZE") not in (None, os.environ.get("WORLD_SIZE"))
+
+
+def _fresh_store(world):
+    """The store by which the processes find each other, under a name that is new at each start.
+
+    Rank 0 chooses a random name. Each other rank asks for it under a random word, and rank 0
+    answers until every rank has confirmed.
+    """
+    # Needed up to torch 2.15: torchrun's store outlives the processes that --max-restarts replaces,
+    # and new ones take the old addresses in it for each other's (pytorch issue 135712). The count
+    # of restarts differs between machines, so it cannot be the name
+    store, _, _ = next(dist.rendezvous("env://"))
+    word = uuid.uuid4().hex
+    if world.rank:
+        store.set(f"asked {world.rank}", word)
+        name = store.get(f"answer {word}").decode()
+        store.set(f"taken {name} {world.rank}", "")
+        return dist.PrefixStore(name, store)
+    for other in range(1, world.size):
+        while not store.check([f"taken {word} {other}"]):
+            store.set(f"answer {store.get(f'asked {other}').decode()}", word)
+            time.sleep(0.05)
+    return dist.PrefixStore(word, store)
+
+
+def _choose_interface(store, world):
+    """Sets GLOO_SOCKET_IFNAME to the network interface by which this machine reaches the others.
+
+    The machine of MASTER_ADDR reaches it by loopback, so it takes its route to another rank. IPv4
+    only.
+    """
+    # Needed up to torch 2.15: gloo takes the address of the host name, often a loopback address
+    address = _address_towards(os.environ["MASTER_ADDR"])
+    store.set(f"address {world.rank}", address)
+    others = (store.get(f"address {rank}").decode() for rank in range(world.size))
+    while address.startswith("127.") and (other := next(others, None)):
+        address = _address_towards(other)
+    if name := _interface_of(address):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _address_towards(host):
+    """This machine's IPv4 address on the way to a host; 127.0.0.1 where there is none."""
+    with (contextlib.suppress(OSError),
+          socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe):
+        probe.connect((host, 1))  # with UDP this sends nothing
+        return probe.getsockname()[0]
+    return "127.0.0.1"
+
+
+def _interface_of(address):
+    """The name of the network interface that has this IPv4 address; None for loopback or none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                request = struct.pack("256s", name.encode())
+                reply = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
+                if socket.inet_ntoa(reply[20:24]) == address and name != "lo":
+                    return name
+    return None
+
+
+class _Heartbeat(threading.Thread):
+    """A thread that ends this process when another machine no longer answers.
+
+    A process that died is noticed by the main thread.
+    """
+    # Needed up to torch 2.15: a collective notices a silent machine only at its timeout, which must
+    # be long, as rank 0 may work alone for hours; its heartbeat answers meanwhile
+
+    def __init__(self, world):
+        super().__init__(daemon=True)
+        self.world, self.ending = world, threading.Event()
+        timeout = datetime.timedelta(seconds=HEARTBEAT_TIMEOUT_S)
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.start()
+
+    def run(self):
+        ended = False
+        while not ended:
+            beat = torch.tensor([int(self.ending.wait(HEARTBEAT_S))])
+            began = time.monotonic()
+            try:
+                dist.all_reduce(beat, dist.ReduceOp.MAX, group=self.group)
+            except RuntimeError:
+                if time.monotonic() - began >= HEARTBEAT_TIMEOUT_S - 1:
+                    self.world.exit(f"another machine did not answer for {HEARTBEAT_TIMEOUT_S} s",
+                                    code=1)
+                return
+            ended = bool(beat)
+
+    def end(self):
+        """Called once all ranks are done: all threads end after the same beat."""
+        self.ending.set()
+        self.join()
+

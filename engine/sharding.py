@@ -1,0 +1,148 @@
+"""Networks over the ranks: DistributedDataParallel, FSDP2, and what is sharded in full."""
+
+import contextlib
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.errors import UserError
+
+LEAST_BUCKET_MIB = 25  # PyTorch's default
+SHARDING_SINCE = 2, 13  # torch.func.jvp through fully_shard (pytorch pull request 182732)
+
+
+def parallelise(net, ema, world, *, shard):
+    """The module through which the forward with gradient of net goes, so that ranks average their
+    gradients: net in DistributedDataParallel, or net itself in one process.
+
+    With shard it is net itself, too, and the parameters of net and of its average ema are divided
+    among the ranks.
+    """
+    if shard:
+        shard_parameters(net, world)
+        shard_parameters(ema, world)
+        return net
+    return data_parallel(net) if world.distributed else net
+
+
+def local_gradients(forward):
+    """A context in which the gradients of a backward stay on their rank, to be averaged by a later
+    one. A sharded network averages them at once: no rank has room for all of them."""
+    return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
+
+
+def data_parallel(net):
+    """net in DistributedDataParallel, which averages gradients over the ranks."""
+    with warnings.catch_warnings():  # that an option has a new name, which torch 2.11 lacks
+        warnings.simplefilter("ignore")
+        # The buffers are constant: no broadcast each step. Gradients alias DDP's buckets, which
+        # saves a copy of them
+        return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                       bucket_cap_mb=bucket_mib(net))
+
+
+def replace_network(forward, net):
+    """forward with net, compiled or not, in place of its network: net itself, or in the same
+    DistributedDataParallel.
+
+    torch.compile cannot trace DistributedDataParallel. Around a compiled network it still tells the
+    compiler where buckets of gradients end.
+    """
+    if not isinstance(forward, DistributedDataParallel):
+        return net
+    forward.module = net
+    return forward
+
+
+def bucket_mib(net):
+    """MiB of gradients that DistributedDataParallel sends at once: two blocks', or 25 at least.
+
+    torch.compile cuts the network where a bucket is full. With PyTorch's 25 MiB that is within
+    every block: DiT-B has 18 graphs and DiT-XL 58. With two blocks a bucket they have 8 and 16.
+    DiT-XL/2 then sends a fourteenth of its gradients after the backward, and the rest during it.
+    """
+    blocks = [sum(p.numel() * p.element_size() for p in block.parameters())
+              for block in list_blocks(net)]
+    return max(LEAST_BUCKET_MIB, 2 * max(blocks, default=0) / 2**20)
+
+
+def list_blocks(net):
+    """The modules in the ModuleLists of net, outer ones first."""
+    return [block for module in net.modules() if isinstance(module, nn.ModuleList)
+            for block in module]
+
+
+def check_sharding(world):
+    """Raise UserError unless parameters can be sharded here."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < SHARDING_SINCE:
+        raise UserError(f"--shard must come with torch {'.'.join(map(str, SHARDING_SINCE))} or "
+                        f"newer, whose fully_shard has forward mode, got {torch.__version__}; "
+                        f"install that or leave --shard out")
+    if not world.distributed:
+        raise UserError("--shard must come with several processes, got 1; start more with torchrun "
+                        "or leave it out")
+
+
+def shard_parameters(net, world):
+    """Divide the parameters of net among the ranks, in place, by PyTorch's fully_shard.
+
+    A block gathers its parameters before it runs and frees them afterwards. In bf16 the weights of
+    linear layers and convolutions are gathered in bfloat16, to which autocast rounds them anyway:
+    autocast would keep rounded copies of the whole network until the backward.
+    """
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not written to
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in reversed(list_blocks(net)):
+        layers = [m for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        of_layers = {p for layer in layers for p in layer.parameters()}
+        policy = MixedPrecisionPolicy()
+        if world.precision == "bf16" and of_layers.issuperset(block.parameters()):
+            policy = rounded
+        elif world.precision == "bf16" and layers:
+            fully_shard(layers, mesh=mesh, mp_policy=rounded, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # By default the whole would keep its parameters until a backward, which ema never makes
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)
+
+
+@contextlib.contextmanager
+def gathered_parameters(net):
+    """Within ``with``, which all ranks must enter, every rank holds all parameters of net, so that
+    each may run it as often as it likes. Without sharding every rank does anyway."""
+    modules = [module for module in net.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def local_shard(tensor):
+    """This rank's rows of a sharded tensor (N, ...), in the same memory; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor):
+    """A sharded tensor (N, ...) in full, for which all ranks must call this; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor, other):
+    """The full tensor (N, ...) sharded as other is, from this rank's own copy; itself if other is
+    not."""
+    if not isinstance(other, DTensor):
+        return tensor
+    # Without the clone the shard would be a view of the full tensor and keep it
+    shard = distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    return shard.clone()

@@ -1,0 +1,65 @@
+"""Checkpoints by path, or by address on the Hugging Face Hub: hf://OWNER/REPO[@REVISION]/FILE."""
+
+import logging
+import re
+from pathlib import Path
+
+from engine.checkpoint import load_checkpoint
+from engine.errors import BadValue
+
+PREFIX = "hf://"
+ADDRESS = re.compile(r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+)(@(?P<revision>refs/\w+/\w+|[^/@\s]+))?"
+                     r"/(?P<filename>[^@\s]*[^@/\s])")
+
+
+def file_or_address(text):
+    """An argparse type: a path, or an address, which stays a str: a Path would make hf:/ of it."""
+    return text if text.startswith(PREFIX) else Path(text)
+
+
+def open_checkpoint(name, world):
+    """The checkpoint of this path or address, verified, as load_checkpoint returns it.
+
+    Every rank must call it. Rank 0 downloads and verifies; the others of its machine, or of its
+    file system, take what it found. Raises BadValue.
+    """
+    def find():
+        path = local_file(name)
+        load_checkpoint(path, verify=True)
+        return path
+
+    path = world.on_main(find)
+    return load_checkpoint(path if path.exists() else local_file(name))
+
+
+def local_file(name):
+    """The path of a file: a path as it is, an address in the cache of huggingface_hub, downloaded
+    if it is not there.
+
+    A cached file needs no network and is not looked for again; another REVISION (a branch, a tag, a
+    commit; main by default) asks for it. Raises BadValue.
+    """
+    if not str(name).startswith(PREFIX):
+        return Path(name)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import LocalEntryNotFoundError
+
+    place = ADDRESS.fullmatch(name)
+    if not place:
+        raise BadValue(f"must be a path or hf://OWNER/REPO/FILE, with @REVISION after REPO or "
+                       f"without, got {name}; write it so")
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)  # it tells each of its attempts
+        try:
+            return Path(hf_hub_download(**place.groupdict(), local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(hf_hub_download(**place.groupdict()))
+    except Exception as error:  # httpx and requests, which older versions use, have their own kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadValue(f"must be a file that is cached or that can be downloaded, got {name} "
+                       f"({reason:.200}); check the address, or copy the file here and give its "
+                       f"path") from error
+    finally:
+        log.setLevel(level)
