@@ -100,124 +100,150 @@ def parse_args(argv=None):
 
 
 def add_data_options(group):
-    group.add_argument("--data-path", type=Path, required=True,
-                       help="folder with one folder of images per class; with --encoded-data, "
-                            "the folder that encode_imagenet.py wrote")
-    group.add_argument("--encoded-data", action="store_true", help="train on encoded latents")
-    group.add_argument("--image-size", type=int_range(1),
-                       help="side of the centre crop, in pixels (default: that of the latents or "
-                            "of --init, else 256)")
-    group.add_argument("--vae",
-                       help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a "
-                            "local AutoencoderKL; none: train on pixels (default: what the latents "
-                            "or --init need, else ema)")
-    group.add_argument("--flip", action="store_true", help="mirror half of the images at random")
-    group.add_argument("--num-workers", type=int_range(0, 1024), default=4,
-                       help="readers per rank: processes for images, threads for latents; 0 = "
-                            "read in the training process")
+    add = group.add_argument
+    add("--data-path", type=Path, required=True,
+        help="folder with one folder of images per class; with --encoded-data, the folder that "
+             "encode_imagenet.py wrote")
+    add("--encoded-data", action="store_true", help="train on encoded latents")
+    add("--image-size", type=int_range(1),
+        help="side of the centre crop, in pixels (default: that of the latents or of --init, else "
+             "256)")
+    add("--vae", help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a local "
+                      "AutoencoderKL; none: train on pixels (default: what the latents or --init "
+                      "need, else ema)")
+    add("--flip", action="store_true", help="mirror half of the images at random")
+    add("--num-workers", type=int_range(0, 1024), default=4,
+        help="readers per rank: processes for images, threads for latents; 0 = read in the "
+             "training process")
 
 
 def add_method_options(group):
-    group.add_argument("--ratio", type=float_range(0, 1),
-                       help="share of rows with r < t; 0 is plain flow matching (default: 0.25, "
-                            "iMF 0.5)")
-    group.add_argument("--p-mean", type=float_range(-1e9), default=-0.4,
-                       help="mean of the logit-normal times")
-    group.add_argument("--p-std", type=float_range(0, above=True), default=1.0,
-                       help="standard deviation of the logit-normal times")
-    group.add_argument("--time-sampler", choices=("logit_normal", "uniform"),
-                       help="distribution of the times (DiT only; default: logit_normal)")
-    group.add_argument("--cfg", type=float_range(0),
-                       help="effective guidance scale omega' = omega / (1 - kappa), 1 = none (DiT "
-                            "only; default: 3)")
-    group.add_argument("--kappa", type=float_range(0),
-                       help="weight of the network's own labelled velocity, below 1 (DiT only; "
-                            "default: 0)")
-    group.add_argument("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("FROM", "TO"),
-                       help="times t in which guidance acts, both ends included (DiT only; "
-                            "default: 0 1)")
-    group.add_argument("--tangent", choices=("velocity", "network"),
-                       help="of the derivative du/dt: the guided velocity, or u(z, t, t, y), the "
-                            "boundary variant of improved MeanFlow (DiT only; default: velocity)")
-    group.add_argument("--omega-max", type=float_range(1),
-                       help="largest guidance scale that the network learns, 1 = no guidance (iMF "
-                            "only; default: 8)")
-    group.add_argument("--beta", type=float_range(0),
-                       help="guidance scales are drawn with density ~ omega^-beta (iMF only; "
-                            "default: 1)")
-    group.add_argument("--label-drop", type=float_range(0, 1), default=0.1,
-                       help="probability of the null label")
-    group.add_argument("--p", type=float_range(0), default=1.0,
-                       help="power of the adaptive weight; 0 = plain L2")
-    group.add_argument("--c", type=float_range(0, above=True), default=0.01,
-                       help="constant of the adaptive weight")
+    add = group.add_argument
+    add("--ratio", type=float_range(0, 1),
+        help="share of rows with r < t; 0 is plain flow matching (default: 0.25, iMF 0.5)")
+    add("--p-mean", type=float_range(-1e9), default=-0.4, help="mean of the logit-normal times")
+    add("--p-std", type=float_range(0, above=True), default=1.0,
+        help="standard deviation of the logit-normal times")
+    add("--time-sampler", choices=("logit_normal", "uniform"),
+        help="distribution of the times (DiT only; default: logit_normal)")
+    add("--cfg", type=float_range(0),
+        help="effective guidance scale omega' = omega / (1 - kappa), 1 = none (DiT only; default: "
+             "3)")
+    add("--kappa", type=float_range(0),
+        help="weight of the network's own labelled velocity, below 1 (DiT only; default: 0)")
+    add("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("FROM", "TO"),
+        help="times t in which guidance acts, both ends included (DiT only; default: 0 1)")
+    add("--tangent", choices=("velocity", "network"),
+        help="of the derivative du/dt: the guided velocity, or u(z, t, t, y), the boundary variant "
+             "of improved MeanFlow (DiT only; default: velocity)")
+    add("--omega-max", type=float_range(1),
+        help="largest guidance scale that the network learns, 1 = no guidance (iMF only; default: "
+             "8)")
+    add("--beta", type=float_range(0),
+        help="guidance scales are drawn with density ~ omega^-beta (iMF only; default: 1)")
+    add("--label-drop", type=float_range(0, 1), default=0.1, help="probability of the null label")
+    add("--p", type=float_range(0), default=1.0,
+        help="power of the adaptive weight; 0 = plain L2")
+    add("--c", type=float_range(0, above=True), default=0.01,
+        help="constant of the adaptive weight")
 
 
 def add_optimisation_options(group):
-    group.add_argument("--model", choices=DiT_models, metavar="NAME",
-                       help="DiT-{T,S,B,M,L,XL}/{2,4,8} for MeanFlow, or iMF-{B,M,L,XL}/2 or "
-                            "iMF-T/4 for improved MeanFlow: size and patch size (default: the "
-                            f"network of --init, without it {DEFAULT_MODEL})")
-    group.add_argument("--init", type=file_or_address, metavar="FILE",
-                       help="start from the weights of a checkpoint that train.py or "
-                            "convert_checkpoint.py wrote, .pt or .safetensors, or of "
-                            "hf://OWNER/REPO/FILE: network and average from its averaged weights, "
-                            "as sampling does; most published files hold no others")
+    add = group.add_argument
+    add("--model", choices=DiT_models, metavar="NAME",
+        help="DiT-{T,S,B,M,L,XL}/{2,4,8} for MeanFlow, or iMF-{B,M,L,XL}/2 or iMF-T/4 for improved "
+             f"MeanFlow: size and patch size (default: that of --init, else {DEFAULT_MODEL})")
+    add("--init", type=file_or_address, metavar="FILE",
+        help="start network and average from the averaged weights of a checkpoint, .pt or "
+             ".safetensors, that train.py or convert_checkpoint.py wrote, or of "
+             "hf://OWNER/REPO[@REVISION]/FILE")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int_range(1), default=80, help="passes over the data")
     length.add_argument("--max-steps", type=int_range(1),
                         help="optimiser steps, in place of --epochs")
-    group.add_argument("--global-batch-size", type=int_range(1), default=256,
-                       help="images per optimiser step, over all processes")
-    group.add_argument("--grad-accum-steps", type=int_range(1), default=1,
-                       help="micro-batches per step and rank: less memory, the same gradient")
-    group.add_argument("--checkpoint-activations", action="store_true",
-                       help="recompute activations in the backward pass: less memory, more time")
-    group.add_argument("--shard", action="store_true",
-                       help="divide weights, gradients, optimiser and averages among the ranks "
-                            "(FSDP2): less memory, more communication; needs torch 2.13")
-    group.add_argument("--lr", type=float_range(0, above=True), default=1e-4,
-                       help="rate of AdamW, constant after the warm-up")
-    group.add_argument("--warmup-steps", type=int_range(0), default=0,
-                       help="steps in which the rate rises linearly from 0; 0 = none")
-    group.add_argument("--weight-decay", type=float_range(0), default=0.0,
-                       help="decoupled weight decay of AdamW; 0 = none")
-    group.add_argument("--clip-grad", type=float_range(0), default=0.0,
-                       help="gradient norm above which gradients are scaled down to it; 0 = off")
-    group.add_argument("--ema-decay", type=float_range(0, 1), default=0.9999,
-                       help="decay per step of the averaged weights, which sampling uses")
-    group.add_argument("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
-                       help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="torch.compile the passes of a step (default: on a GPU, if it works)")
-    group.add_argument("--seed", type=int_range(0), default=0,
-                       help="fixes weights, data order and all noise")
+    add("--global-batch-size", type=int_range(1), default=256,
+        help="images per optimiser step, over all processes")
+    add("--grad-accum-steps", type=int_range(1), default=1,
+        help="micro-batches per step and rank: less memory, the same gradient")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in the backward pass: less memory, more time")
+    add("--shard", action="store_true",
+        help="divide weights, gradients, optimiser and averages among the ranks (FSDP2): less "
+             "memory, more communication; needs torch 2.13")
+    add("--lr", type=float_range(0, above=True), default=1e-4,
+        help="rate of AdamW, constant after the warm-up")
+    add("--warmup-steps", type=int_range(0), default=0,
+        help="steps in which the rate rises linearly from 0; 0 = none")
+    add("--weight-decay", type=float_range(0), default=0.0,
+        help="decoupled weight decay of AdamW; 0 = none")
+    add("--clip-grad", type=float_range(0), default=0.0,
+        help="gradient norm above which gradients are scaled down to it; 0 = off")
+    add("--ema-decay", type=float_range(0, 1), default=0.9999,
+        help="decay per step of the averaged weights, which sampling uses")
+    add("--precision", default="tf32", choices=("fp32", "tf32", "bf16"),
+        help="fp32; tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the passes of a step (default: on a GPU, if it works)")
+    add("--seed", type=int_range(0), default=0, help="fixes weights, data order and all noise")
 
 
 def add_run_options(group):
-    group.add_argument("--run-dir", type=Path,
-                       help="where everything goes (default: results/<model>-cfg<scale>, iMF "
-                            "results/<model>-omega<largest>)")
-    group.add_argument("--ckpt-every", type=int_range(1), default=5000,
-                       help="steps between checkpoints")
-    group.add_argument("--keep-last", type=int_range(0), default=3,
-                       help="checkpoints kept; 0 = all")
-    group.add_argument("--skip-nonfinite", type=int_range(0), default=0,
-                       help="steps in a row that may be skipped because their gradient is not "
-                            "finite; at the next one training stops")
-    group.add_argument("--log-every", type=int_range(1), default=100,
-                       help="steps between log lines")
-    group.add_argument("--sample-every", type=int_range(0), default=5000,
-                       help="steps between pictures of one-step samples; 0 = none")
-    group.add_argument("--eval-every", type=int_range(0), default=0,
-                       help="steps between evaluations of one-step samples; a checkpoint is "
-                            "written before each; 0 = none")
-    group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
-                       help="reference statistics for --eval-every")
-    group.add_argument("--eval-samples", type=int_range(2), default=10000,
-                       help="images per evaluation; published figures use 50000")
-    group.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
-                       help="how to evaluate; evaluate_fid.py --help says more")
+    add = group.add_argument
+    add("--run-dir", type=Path,
+        help="where everything goes (default: results/<model>-cfg<scale>, iMF "
+             "results/<model>-omega<largest>)")
+    add("--ckpt-every", type=int_range(1), default=5000, help="steps between checkpoints")
+    add("--keep-last", type=int_range(0), default=3, help="checkpoints kept; 0 = all")
+    add("--skip-nonfinite", type=int_range(0), default=0,
+        help="steps in a row that may be skipped because their gradient is not finite; at the next "
+             "one training stops")
+    add("--log-every", type=int_range(1), default=100, help="steps between log lines")
+    add("--sample-every", type=int_range(0), default=5000,
+        help="steps between pictures of one-step samples; 0 = none")
+    add("--eval-every", type=int_range(0), default=0,
+        help="steps between evaluations of one-step samples, each after a checkpoint; 0 = none")
+    add("--fid-ref", type=Path, metavar="REF.npz", help="reference statistics for --eval-every")
+    add("--eval-samples", type=int_range(2), default=10000,
+        help="images per evaluation; published figures use 50000")
+    add("--protocol", choices=PROTOCOLS, default="pytorch-fid",
+        help="how to evaluate; evaluate_fid.py --help says more")
+
+
+def main(args):
+    with start_processes(args.precision) as world:
+        start = resolve(args, world)
+        run = Run(args, world, start)
+        state = TrainingState(args, run.config, run.codec, world, start)
+        with run:
+            run.resume(state)
+            train(run, state)
+
+
+def train(run, state):
+    """The steps from that of the state to the last, and what happens between them."""
+    meter = Meter(state.world, run.args.global_batch_size)
+    for images, y in run.read(state.step):
+        if not state.warm:
+            warm_up(state, run.log, images, y)
+            meter.start(state.step)
+        meter.add(train_step(state, images, y))
+
+        stop = run.signals.stop()
+        due = run.what_is_due(state.step, stop)
+        if due.log or due.save:
+            meter.skipped += state.guard.check()  # other steps do not wait for the device
+            run.saver.check()
+        if due.log:
+            run.record(state.step, meter.read(state.step), due)
+        if due.save:
+            run.save(state)
+        if due.picture:
+            run.picture(state.step)
+        if due.evaluate:
+            run.evaluate(state.step)
+        if stop is not None:
+            break
+    run.finish(state)
 
 
 # ---- options that depend on others --------------------------------------------------------------
@@ -295,57 +321,16 @@ def resolve_method(args):
         raise UserError(f"--{error.name.replace('_', '-')} {error.rule}") from error
 
 
+def make_method(args, num_classes):
+    """The loss of these options. Raises SettingError for a setting out of its range."""
+    names = ("p_mean", "p_std", "label_drop", "p", "c", *method_options(args.model)[0])
+    method = ImprovedMeanFlow if is_improved(args.model) else MeanFlow
+    return method(num_classes=num_classes, **{name: getattr(args, name) for name in names})
+
+
 def default_options(model):
     """The value of every option that is not given, for a stored config that lacks it."""
     return vars(make_parser().parse_args(["--data-path", "."])) | method_options(model)[0]
-
-
-def make_method(args, num_classes):
-    """The loss of these options. Raises ValueError for a setting out of its range."""
-    shared = {"ratio": args.ratio, "p_mean": args.p_mean, "p_std": args.p_std,
-              "label_drop": args.label_drop, "p": args.p, "c": args.c}
-    if is_improved(args.model):
-        return ImprovedMeanFlow(num_classes=num_classes, omega_max=args.omega_max, beta=args.beta,
-                                **shared)
-    return MeanFlow(num_classes=num_classes, time_sampler=args.time_sampler, cfg=args.cfg,
-                    kappa=args.kappa, cfg_interval=args.cfg_interval, tangent=args.tangent,
-                    **shared)
-
-
-def main(args):
-    with start_processes(args.precision) as world:
-        start = resolve(args, world)
-        with Run(args, world, start) as run:
-            state = TrainingState(args, run.config, run.codec, world, start)
-            run.resume(state)
-            train(run, state)
-
-
-def train(run, state):
-    """The steps from that of the state to the last, and what happens between them."""
-    meter = Meter(state.world, run.args.global_batch_size)
-    for images, y in run.read(state.step):
-        if not state.warm:
-            warm_up(state, run.log, images, y)
-            meter.start(state.step)
-        meter.add(train_step(state, images, y))
-
-        stop = run.signals.stop()
-        due = run.what_is_due(state.step, stop)
-        if due.log or due.save:
-            meter.skipped += state.guard.check()  # other steps do not wait for the device
-            run.saver.check()
-        if due.log:
-            run.record(state.step, meter.read(state.step), due)
-        if due.save:
-            run.save(state)
-        if due.picture:
-            run.picture(state.step)
-        if due.evaluate:
-            run.evaluate(state.step)
-        if stop is not None:
-            break
-    run.finish(state)
 
 
 # ---- a training step -----------------------------------------------------------------------------
@@ -356,14 +341,22 @@ class TrainingState:
 
     net: the bare network, sharded or not. forward: what the forward with gradient goes through, net
     itself or net in DistributedDataParallel, compiled or not. method: the loss, its passes compiled
-    or not. codec: see dataset/vae.py. start: the InitialWeights, or None for random ones.
+    or not. codec: see dataset/vae.py. start: the InitialWeights, or None for random ones. Raises
+    UserError for a network that cannot be built.
     """
 
     def __init__(self, args, config, codec, world, start=None):
         self.args, self.config, self.codec, self.world = args, config, codec, world
         self.step, self.warm = 0, False
         torch.manual_seed(args.seed)  # the same initial weights on every rank
-        self.net = build(config)
+        try:
+            self.net = build(config)
+        except ValueError as error:
+            raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
+                            f"{error}") from error
+        if args.checkpoint_activations and not hasattr(self.net, "checkpoint_activations"):
+            raise UserError(f"--checkpoint-activations must come with a network that can, got "
+                            f"--model {args.model}; leave it out")
         if start:
             start.load_into(self.net)
         self.net = self.net.to(world.device)
@@ -522,8 +515,8 @@ def compile_passes(state, log, images, y):
     except Exception as error:  # every layer of the compiler raises errors of its own
         reason = describe_compiler_error(error)
     state.net.zero_grad()
-    found = enumerate(state.world.gather(reason))
-    reasons = [f"rank {rank}: {reason}" for rank, reason in found if reason]
+    reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(state.world.gather(reason))
+               if reason]
     name = type(state.net).__name__
     if not reasons:
         log.say(f"compiled the passes of {name} in {time.perf_counter() - start:.0f} s")
@@ -540,9 +533,9 @@ def describe_compiler_error(error):
     network at which it happened."""
     what = " ".join(str(error).split("\n\n")[0].split())
     frames = re.findall(r'File "(.+)", line (\d+), in', str(error).rpartition("from user code:")[2])
-    own = [f" ({Path(file).name}, line {line})" for file, line in frames
-           if "site-packages" not in file]
-    return f"{type(error).__name__}: {what:.200}{own[-1] if own else ''}"
+    places = [f" ({Path(file).name}, line {line})" for file, line in frames
+              if "site-packages" not in file]
+    return f"{type(error).__name__}: {what:.200}{places[-1] if places else ''}"
 
 
 # ---- what happens between the steps --------------------------------------------------------------
@@ -615,7 +608,6 @@ class Run:
         check_batch(args, world)
         self.dataset, self.codec = open_data(args, world)
         self.config = make_config(args, self.dataset, self.codec)
-        check_network(args, self.config)
         if start:
             start.check(self.config)
         self.order = BatchSampler(len(self.dataset), args.global_batch_size, seed=args.seed,
@@ -810,20 +802,6 @@ def make_config(args, dataset, codec):
     return config | {
         "latent_shape": list(shape), "scale": scale, "classes": list(dataset.classes),
         "num_classes": len(dataset.classes), "num_images": len(dataset)}
-
-
-def check_network(args, config):
-    """Raise UserError unless the network can be built for these images and options."""
-    try:
-        with torch.device("meta"):
-            net = build(config)
-    except (ValueError, RuntimeError) as error:  # the latter for a size beyond all numbers
-        remedy = "" if isinstance(error, ValueError) else "; choose a smaller one"
-        raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
-                        f"{error}{remedy}") from error
-    if args.checkpoint_activations and not hasattr(net, "checkpoint_activations"):
-        raise UserError(f"--checkpoint-activations must come with a network that can, got --model "
-                        f"{args.model}; leave it out")
 
 
 def introduction(run, state):

@@ -56,18 +56,11 @@ def save_checkpoint(path, state, *, keep_last=0):
 
 
 def _write_safetensors(state, path):
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: value.contiguous() for name, value in state["ema"].items()}
-    metadata = {"config": json.dumps(state["config"]), "step": str(state["step"])}
-    path.touch()
-    mode = path.stat().st_mode  # save_file would leave the file to its owner alone
-    try:
-        save_file(tensors, path, {"format": "pt", "sha256": _digest(tensors, metadata), **metadata})
-        path.chmod(mode)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    metadata = {"format": "pt", "config": json.dumps(state["config"]), "step": str(state["step"])}
+    path.write_bytes(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
 
 def _digest(tensors, metadata):

@@ -1,7 +1,6 @@
 """Errors that end a script with one line, and how a script ends."""
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -61,10 +60,10 @@ def run_main(main, parse_args):
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except (OSError, RuntimeError, MemoryError) as error:
-        line = _path_line(error) if isinstance(error, OSError) else _memory_line(error)
-        if line is None:
-            raise
-        fail(line)
+        if isinstance(error, OSError) and error.filename:
+            fail(f"cannot open {error.filename}: {error.strerror}; change that or choose another "
+                 f"path")
+        fail(_memory_line(error))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The interpreter's own end races with gloo's threads, which abort it once in some 25 runs
         sys.stdout.flush()
@@ -72,25 +71,15 @@ def run_main(main, parse_args):
         os._exit(0)
 
 
-def _path_line(error):
-    """The line for a path that may not be opened or has too long a name, else None."""
-    rule = {errno.EACCES: "open to this user",
-            errno.ENAMETOOLONG: "a name that the file system can hold"}.get(error.errno)
-    return rule and (f"{error.filename} must be {rule}, got: {error.strerror}; change that or "
-                     f"choose another path")
-
-
 def _memory_line(error):
-    """The line for an error that means too little memory, else None.
-
-    Only a GPU's error has a class of its own; on a CPU PyTorch's is known by its text.
-    """
+    """The line for an error that means too little memory; raises any other. On a CPU PyTorch's has
+    no class of its own and is known by its text."""
     remedy = "lower the batch size or, for train.py, raise --grad-accum-steps"
     if isinstance(error, torch.OutOfMemoryError):
         return f"Out of GPU memory: {remedy}"
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return f"Out of memory: {remedy}"
-    return None
+    raise error
 
 
 def fail(message, *, code=2, at_once=False):

@@ -138,9 +138,9 @@ class Guard:
 
     def __init__(self, world, tolerance):
         self.world, self.tolerance, self.reported = world, tolerance, 0
-        zero = torch.zeros((), device=world.device)
-        self.in_a_row, self.skipped = zero, zero  # steps that were not finite
-        self.stopped_at, self.own_loss_is_bad = zero, zero  # the step of the stop; this rank's loss
+        # Skipped steps in a row and in all, the step of the stop, whether this rank's loss was bad
+        self.in_a_row, self.skipped, self.stopped_at, self.bad_loss = torch.zeros(
+            4, device=world.device)
 
     def should_skip(self, step, loss, norm):
         """1.0 if this step's update must be skipped, else 0.0: a float32 scalar on the device.
@@ -154,15 +154,15 @@ class Guard:
         self.skipped = self.skipped + bad
         stops = (self.in_a_row > self.tolerance) & (self.stopped_at == 0)
         self.stopped_at = torch.where(stops, step, self.stopped_at)
-        self.own_loss_is_bad = torch.where(stops, ~torch.isfinite(loss), self.own_loss_is_bad)
+        self.bad_loss = torch.where(stops, ~torch.isfinite(loss), self.bad_loss)
         return (bad | (self.stopped_at > 0)).float()
 
     def check(self):
         """The number of steps skipped since the last check. Raises RunError once stopped."""
-        skipped, step, own = torch.stack(
-            [self.skipped, self.stopped_at, self.own_loss_is_bad]).tolist()
+        skipped, step, bad_loss = torch.stack(
+            [self.skipped, self.stopped_at, self.bad_loss]).tolist()
         if step:
-            ranks = [str(i) for i, bad in enumerate(self.world.gather(own)) if bad]
+            ranks = [str(rank) for rank, bad in enumerate(self.world.gather(bad_loss)) if bad]
             what = (f"loss on rank {', '.join(ranks)}" if ranks
                     else "gradient norm, though every rank's loss was finite")
             raise RunError(

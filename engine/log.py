@@ -1,7 +1,6 @@
 """The log of a run: log.txt, metrics.jsonl and TensorBoard events, written by rank 0."""
 
 import contextlib
-import datetime
 import json
 import os
 import socket
@@ -60,15 +59,15 @@ class Log:
                 self._write(line)
 
     def _write(self, line):
-        self.text.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def record(self, step, **values):
         """Write one object to metrics.jsonl, and each of its numbers as a TensorBoard scalar."""
         if self.active:
             with self._writing():
                 self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-                self.board.record(step, **{name: value for name, value in values.items()
-                                           if not isinstance(value, str)})
+                self.board.record(step, {name: value for name, value in values.items()
+                                         if not isinstance(value, str)})
 
     def has(self, step, name):
         """Whether a value of this name is recorded for this step."""
@@ -111,33 +110,33 @@ def read_records(path):
 class Board:
     """A TensorBoard event file whose records are written at once.
 
-    TensorBoard's own writer has a thread, which prints a traceback where the disk is full, and
-    imports TensorFlow where that is installed.
+    PyTorch's SummaryWriter imports TensorFlow where that is installed, and its thread prints a
+    traceback where the disk is full.
     """
 
     def __init__(self, folder, step):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        self.event, self.summary = event_pb2, summary_pb2.Summary
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self.file = open(folder / name, "ab")
         self.writer = RecordWriter(self.file)
         self.write(file_version="brain.Event:2")
         if step:  # readers drop what an older file says of later steps
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = self.event.SessionLog(status=self.event.SessionLog.START)
             self.write(step=step + 1, session_log=start)
 
-    def record(self, step, **values):
-        """Write one scalar for each number."""
+    def write(self, **fields):
+        event = self.event.Event(wall_time=time.time(), **fields)
+        self.writer.write(event.SerializeToString())
+        self.file.flush()
+
+    def record(self, step, values):
+        """Write a dict of numbers by name as scalars."""
         scalars = [self.summary.Value(tag=name, simple_value=value)
                    for name, value in values.items()]
         self.write(step=step, summary=self.summary(value=scalars))
-
-    def write(self, **fields):
-        event = self.event(wall_time=time.time(), **fields)
-        self.writer.write(event.SerializeToString())
-        self.file.flush()
 
 
 def describe_environment(world):
