@@ -351,9 +351,9 @@ class TrainingState:
         torch.manual_seed(args.seed)  # the same initial weights on every rank
         try:
             self.net = build(config)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the latter where memory does not suffice
             raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
-                            f"{error}") from error
+                            f"{error!s:.200}") from error
         if args.checkpoint_activations and not hasattr(self.net, "checkpoint_activations"):
             raise UserError(f"--checkpoint-activations must come with a network that can, got "
                             f"--model {args.model}; leave it out")

@@ -21,6 +21,7 @@ from torch import nn
 
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError, run_main
+from engine.files import LOCK
 from engine.sharding import SHARDING_SINCE
 from improved_meanflow import ImprovedDraws, ImprovedMeanFlow
 from meanflow import Draws, MeanFlow
@@ -118,9 +119,9 @@ def refusal(tmp_path, monkeypatch, capfd):
 
 
 def snapshot(folder):
-    """Everything below a folder: names and, for files, content. Links are not followed."""
+    """What a folder holds but links and locks: names and, for files, content."""
     return {path.relative_to(folder): path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*") if not path.is_symlink()}
+            for path in folder.rglob("*") if not path.is_symlink() and path.name != LOCK}
 
 
 # ---- data and runs -----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import signal
@@ -11,9 +10,10 @@ import stat
 import time
 
 import pytest
+from conftest import refused
 
-from engine.errors import RunError, UserError
-from engine.files import FolderLock, atomic_file, make_folder
+from engine.errors import BadValue, RunError, UserError
+from engine.files import WRITER, FolderLock, atomic_file, list_folder, make_folder
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -50,64 +50,60 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
             atomic_file(tmp_path / "missing" / "file") as temporary:
         temporary.write_text("x")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="--run-dir"):
+    with refused("is a file"):
         make_folder(tmp_path / "file" / "run")
 
 
-def test_a_folder_is_locked_by_a_file_that_says_who_holds_it(tmp_path):
-    """Its text is quoted in the refusal; a killed process leaves the file, which is no lock."""
-    (tmp_path / ".lock").write_text("process 1 on a machine of long ago")
-    with FolderLock(tmp_path):
-        who = f"process {os.getpid()} on {socket.gethostname()} since 20"
-        with (pytest.raises(UserError, match=f"--run-dir.*{who}"),
-              FolderLock(tmp_path)):
-            pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_forked_process_does_not_keep_the_lock_of_one_that_died(tmp_path):
-    """A killed run's data loaders, which outlive it by seconds, kept its folder."""
-    lock = FolderLock(tmp_path)
-    child = os.fork()
-    if not child:
-        time.sleep(3600)
-        os._exit(0)
-    try:
-        time.sleep(0.2)
-        lock.file.close()  # as the system does for a process that dies
-        with FolderLock(tmp_path):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def test_the_lock_file_is_open_for_writing(tmp_path, monkeypatch):
-    """NFS answers EBADF to a lock on what is open for reading; a folder can be open no other way,
-    so every run there was told that another one was writing."""
-    def flock(file, operation):
-        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+def test_a_folder_has_one_writer_and_the_refusal_says_who(tmp_path):
+    """What a killed process left is no lock."""
+    (tmp_path / WRITER).write_text("process 1 on a machine of long ago")
+    with (FolderLock(tmp_path),
+          refused(f"process {os.getpid()} on {socket.gethostname()} since 20"),
+          FolderLock(tmp_path)):
+        pass
+    assert not list_folder(tmp_path) and not (tmp_path / WRITER).exists()
     with FolderLock(tmp_path):
         pass
 
 
+def test_a_forked_process_does_not_keep_the_lock_of_one_that_died(tmp_path):
+    """A killed run's data loaders, which outlive it by seconds, kept its folder."""
+    end, start = os.pipe()
+    holder = os.fork()
+    if not holder:
+        FolderLock(tmp_path).__enter__()
+        if not os.fork():
+            os.read(end, 1)  # the forked process lives until this test ends
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(holder, 0)
+    deadline = time.monotonic() + 60
+    try:
+        while True:  # the fork lets go of the lock in its first moments
+            try:
+                with FolderLock(tmp_path):
+                    return
+            except BadValue:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    finally:
+        os.write(start, b"x")
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capfd):
-    """There the first of two runs finds the lock file with another's name, and ends."""
-    def flock(file, operation):
+    """There the first of two runs finds the other's name, and ends."""
+    def acquire(*_, **__):
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     with FolderLock(tmp_path) as lock:
         lock.check()
         err = capfd.readouterr().err
         assert len(err.splitlines()) == 1 and "warning" in err
-        (tmp_path / ".lock").write_text("process 1 on another machine")
-        with pytest.raises(RunError, match="--run-dir .*process 1 on another machine"):
+        (tmp_path / WRITER).write_text("process 1 on another machine")
+        with pytest.raises(RunError, match="taken by process 1 on another machine"):
             lock.check()
-    assert (tmp_path / ".lock").read_text() == "process 1 on another machine"
+    assert (tmp_path / WRITER).read_text() == "process 1 on another machine"  # not ours to remove
 
 
 def test_a_folder_that_was_made_again_is_no_longer_the_one_that_was_locked(tmp_path):
@@ -115,10 +111,9 @@ def test_a_folder_that_was_made_again_is_no_longer_the_one_that_was_locked(tmp_p
     with FolderLock(folder) as lock:
         lock.check()
         shutil.rmtree(folder)
-        with pytest.raises(RunError, match="--run-dir .*removed"):
+        with pytest.raises(RunError, match="removed"):
             lock.check()
         folder.mkdir()
-        (folder / ".lock").write_text("process 1 on another machine")
-        with pytest.raises(RunError, match="--run-dir .*process 1 on another machine"):
+        (folder / WRITER).write_text("process 1 on another machine")
+        with pytest.raises(RunError, match="taken by process 1 on another machine"):
             lock.check()
-    assert (folder / ".lock").read_text() == "process 1 on another machine"  # not ours to remove
