@@ -19,7 +19,6 @@ import signal
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
@@ -215,34 +214,37 @@ def main(args):
         run = Run(args, world, start)
         state = TrainingState(args, run.config, run.codec, world, start)
         with run:
-            run.resume(state)
+            run.open(state)
             train(run, state)
 
 
 def train(run, state):
     """The steps from that of the state to the last, and what happens between them."""
-    meter = Meter(state.world, run.args.global_batch_size)
-    for images, y in run.read(state.step):
+    args, meter = run.args, Meter(run.world, run.args.global_batch_size)
+    for data, y in run.read(state.step):
         if not state.warm:
-            warm_up(state, run.log, images, y)
+            warm_up(state, run.log, data, y)
             meter.start(state.step)
-        meter.add(train_step(state, images, y))
+        meter.add(train_step(state, data, y))
 
         stop = run.signals.stop()
-        due = run.what_is_due(state.step, stop)
-        if due.log or due.save:
+        interval_ends, draw, evaluate, save = (
+            run.is_due(every, state.step) for every in
+            (args.log_every, args.sample_every, args.eval_every, args.ckpt_every))
+        save = save or evaluate or stop  # an evaluation takes long
+        if interval_ends or save:
             meter.skipped += state.guard.check()  # other steps do not wait for the device
             run.saver.check()
-        if due.log:
-            run.record(state.step, meter.read(state.step), due)
-        if due.save:
+        if interval_ends or stop:
+            run.record(state.step, meter.read(state.step), interval_ends)
+        if save:
             run.save(state)
-        if due.picture:
+        if draw:
             run.picture(state.step)
-        if due.evaluate:
-            run.evaluate(state.step)
-        if stop is not None:
+        if stop:
             break
+        if evaluate:
+            run.evaluate(state.step)
     run.finish(state)
 
 
@@ -376,16 +378,16 @@ class TrainingState:
                 "opt": self.optimizer.state_dict(), "config": self.config}
 
 
-def train_step(state, images, y):
+def train_step(state, data, y):
     """One optimiser step on this rank's share of the global batch.
 
-    images: uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,) int64.
-    Returns (9,), on the device: what add_gradients returns, the gradient norm before clipping, and
-    a 1 that counts the step; zeros where the step was skipped.
+    data: images uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,)
+    int64. Returns (9,), on the device: what add_gradients returns, the gradient norm before
+    clipping, and a 1 that counts the step; zeros where the step was skipped.
     """
     args = state.args
     try:
-        losses = add_gradients(state, images, y)
+        losses = add_gradients(state, data, y)
     except Exception as error:
         if type(error).__name__ == "FailOnRecompileLimitHit":  # its module takes seconds to import
             raise RunError(f"step {state.step + 1}: torch.compile would need ever more graphs: "
@@ -413,7 +415,7 @@ def train_step(state, images, y):
     return torch.where(skip > 0, 0, values)
 
 
-def add_gradients(state, images, y, *, exchange=True):
+def add_gradients(state, data, y, *, exchange=True):
     """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
 
     Returns (7,): the loss, and what split_errors returns, means over the micro-batches. During the
@@ -421,20 +423,20 @@ def add_gradients(state, images, y, *, exchange=True):
     if exchange; a sharded network does so in every one.
     """
     world, count = state.world, state.args.grad_accum_steps
-    noise, draws = draw_global_batch(state)
+    posterior_noise, global_draws = draw_global_batch(state)
     losses = torch.zeros(7, device=world.device)
     for i in range(count):
         # This rank has every world.size-th row of the global batch, the micro-batch every count-th
         # of those
         part, parts = world.rank + world.size * i, world.size * count
-        x = make_data(state, images[i::count], noise[part::parts])
-        average = exchange and i == count - 1
-        rows = draws.part(part, parts)
-        with nullcontext() if average else local_gradients(state.forward):
+        x = make_data(state, data[i::count], posterior_noise[part::parts])
+        draws = global_draws.part(part, parts)
+        exchange_now = exchange and i == count - 1
+        with nullcontext() if exchange_now else local_gradients(state.forward):
             with world.autocast():
-                out = state.method.loss(state.net, x, y[i::count], rows, forward=state.forward)
+                out = state.method.loss(state.net, x, y[i::count], draws, forward=state.forward)
             (propagate_nonfinite(out.loss) / count).backward()
-        losses += torch.cat([out.loss.detach()[None], split_errors(out, rows.equal)]) / count
+        losses += torch.cat([out.loss.detach()[None], split_errors(out, draws.equal)]) / count
     return losses
 
 
@@ -464,9 +466,9 @@ def draw_global_batch(state):
 
 
 @torch.no_grad()
-def make_data(state, images, noise):
+def make_data(state, data, noise):
     """x (B, C, h, w) of images uint8 (B, 3, H, W), or of moments, and noise (B, C, h, w)."""
-    moments = images if state.args.encoded_data else state.codec.encode(images)
+    moments = data if state.args.encoded_data else state.codec.encode(data)
     return posterior_sample(moments, noise, *state.normalisation)
 
 
@@ -480,23 +482,23 @@ def update_average(ema, net, decay):
 # ---- what DistributedDataParallel and torch.compile need -----------------------------------------
 
 
-def warm_up(state, log, images, y):
+def warm_up(state, log, data, y):
     """Compile, and let DistributedDataParallel settle, on the first batch.
 
-    images, y: as in train_step, of shapes (B, ...) and (B,). Weights, gradients and random state
+    data, y: as in train_step, of shapes (B, ...) and (B,). Weights, gradients and random state
     are as before.
     """
     if state.config["compile"]:
-        compile_passes(state, log, images, y)
+        compile_passes(state, log, data, y)
     if state.world.distributed:
         # DDP rebuilds its buckets after the first backward. With three or more ranks that changes
         # the order of the sums, and a resumed run would differ in bits
-        add_gradients(state, images, y)
+        add_gradients(state, data, y)
         state.net.zero_grad()
     state.warm = True
 
 
-def compile_passes(state, log, images, y):
+def compile_passes(state, log, data, y):
     """Compile the passes, and try them, forward and backward, on a batch (B, ...), (B,).
 
     Each pass is one graph (fullgraph): of a network that breaks it torch.compile would otherwise
@@ -509,7 +511,7 @@ def compile_passes(state, log, images, y):
         state.method = copy.copy(plain)
         state.method.compile()
         # No all-reduce: if the compiler failed on one rank, the others would hang in it
-        add_gradients(state, images, y, exchange=False)
+        add_gradients(state, data, y, exchange=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every layer of the compiler raises errors of its own
@@ -539,16 +541,6 @@ def describe_compiler_error(error):
 
 
 # ---- what happens between the steps --------------------------------------------------------------
-
-
-class Due(NamedTuple):
-    """What to do after a step."""
-
-    log: bool  # a log line
-    record: bool  # a metrics record, too, as the interval is complete
-    save: bool
-    picture: bool
-    evaluate: bool
 
 
 class Meter:
@@ -595,15 +587,16 @@ class Meter:
 # ---- the run -------------------------------------------------------------------------------------
 
 
-class Run:
-    """What a command opens: options, data and VAE, all checked, and the folder it writes to.
+class Run(ExitStack):
+    """What a command opens: options, data and VAE, all checked, then the folder that it writes to.
 
-    Within ``with`` no other process can write to the folder. dataset: images or latent shards;
-    codec: the VAE or pixels, None for latents without pictures and evaluation; config: what a
-    checkpoint says of the run; start: the InitialWeights, where the run needs them.
+    Leaving ``with`` closes what ``open`` has opened. dataset: images or latent shards; codec: the
+    VAE or pixels, None for latents without pictures and evaluation; config: what a checkpoint says
+    of the run; start: the InitialWeights, where the run needs them. Raises UserError.
     """
 
     def __init__(self, args, world, start=None):
+        super().__init__()
         self.args, self.world, self.folder, self.start = args, world, args.run_dir, start
         check_batch(args, world)
         self.dataset, self.codec = open_data(args, world)
@@ -617,32 +610,12 @@ class Run:
         if args.eval_every:
             self.evaluation = Evaluation(args.fid_ref, args.protocol, self.config, world)
 
-    def __enter__(self):
-        with ExitStack() as stack:
-            self.check_folder = bool  # on other ranks than 0, which do not lock it
-            self.world.on_main(lambda: self._hold_folder(stack))
-            self.stack = stack.pop_all()
-        return self
-
-    def _hold_folder(self, stack):
-        """Lock the folder, check that it is this run's, and write config.json. Raises UserError."""
+    def open(self, state):
+        """Lock the folder, restore its newest checkpoint, and open log, signals and saver."""
+        world, enter = self.world, self.enter_context
+        self.lock = None  # on other ranks than 0
         with naming("--run-dir"):
-            self.check_folder = stack.enter_context(FolderLock(self.folder)).check
-            check_config(self.folder, self.config, may_change=MAY_CHANGE,
-                         defaults=default_options(self.args.model))
-            for name in ("checkpoints", "samples"):
-                make_folder(self.folder / name)
-                remove_temporary_files(self.folder / name)
-        write_json(self.folder / "config.json", self.config)
-
-    def __exit__(self, *error):
-        return self.stack.__exit__(*error)
-
-    def resume(self, state):
-        """Restore the newest checkpoint, if there is one, and open log, signals and saver."""
-        world, enter = self.world, self.stack.enter_context
-        with naming("--run-dir"):
-            path = world.on_main(lambda: newest_checkpoint(self.folder / "checkpoints"))
+            path = world.on_main(self._open_folder)
             if path:
                 state.step = restore_checkpoint(path, state.net, state.ema, state.optimizer)
         if not path and self.args.init and not self.start:
@@ -652,15 +625,27 @@ class Run:
         for line in introduction(self, state):
             self.log.say(line)
         self.signals = enter(Signals(world))
-        self.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last,
-                                 check_folder=self.check_folder, before=self.log.to_disk))
+        self.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last, lock=self.lock,
+                                 before_write=self.log.to_disk))
         world.before_exit = self.saver.finish_writing
-        self.stack.callback(self.signals.steps_end)  # no deadline while the saver ends
+        self.callback(self.signals.steps_end)  # no deadline while the saver ends
         self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed)
-        unfinished = (self.what_is_due(state.step).evaluate
-                      and not self.log.has(state.step, "fid"))
-        if state.step and world.broadcast(unfinished):  # the evaluation in which the last run ended
+        cut_short = (state.step > 0 and self.is_due(self.args.eval_every, state.step)
+                     and not self.log.has(state.step, "fid"))
+        if world.broadcast(cut_short):  # the evaluation in which the last run ended
             self.evaluate(state.step)
+
+    def _open_folder(self):
+        """Lock the folder, check that it is this run's, write config.json. Returns the newest
+        checkpoint, or None. Raises BadValue."""
+        self.lock = self.enter_context(FolderLock(self.folder))
+        check_config(self.folder, self.config, may_change=MAY_CHANGE,
+                     defaults=default_options(self.args.model))
+        for name in ("checkpoints", "samples"):
+            make_folder(self.folder / name)
+            remove_temporary_files(self.folder / name)
+        write_json(self.folder / "config.json", self.config)
+        return newest_checkpoint(self.folder / "checkpoints")
 
     def read(self, step):
         """Yields this rank's part of each batch after this step: images or moments, labels (B,)."""
@@ -673,23 +658,13 @@ class Run:
                 yield batch
                 bar.update()
 
-    def what_is_due(self, step, stop=None):
-        """The Due after this step. stop: the signal that ends the run here, or None.
+    def is_due(self, every, step):
+        """Whether what happens every so many steps, 0 = never, happens after this step: after the
+        last step everything does."""
+        return every > 0 and (step % every == 0 or step == self.total_steps)
 
-        Everything that is due every so many steps (0 = never) is due after the last step, too.
-        There is a checkpoint before each evaluation, which takes long.
-        """
-        def every(steps):
-            return steps > 0 and (step % steps == 0 or step == self.total_steps)
-
-        args, stopped = self.args, stop is not None
-        evaluate = every(args.eval_every)
-        return Due(log=every(args.log_every) or stopped, record=every(args.log_every),
-                   save=every(args.ckpt_every) or stopped or evaluate,
-                   picture=every(args.sample_every), evaluate=evaluate and not stopped)
-
-    def record(self, step, means, due):
-        """One log line and, of a complete interval, one metrics record.
+    def record(self, step, means, interval_ends):
+        """One log line and, if the interval is complete, one metrics record.
 
         error is the number to watch: at p = 1 the weighted loss is about 1 whatever the network
         does.
@@ -702,7 +677,7 @@ class Run:
         if means["skipped_steps"]:
             line += f"  {means['skipped_steps']} steps left out, not finite"
         self.log.say(line)
-        if due.record:
+        if interval_ends:
             self.log.record(step, **means)
 
     def save(self, state):

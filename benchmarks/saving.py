@@ -136,13 +136,12 @@ def time_records(folder, args, world, count=200):
     seconds = []
     with Log(folder, active=True) as log:
         run = SimpleNamespace(log=log, total_steps=count)
-        due = train.Due(log=True, record=True, save=False, picture=False, evaluate=False)
         meter = train.Meter(world, args.batch_size)
         meter.start(0)
         for step in range(1, count + 1):
             meter.add(torch.ones_like(meter.sums))
             begin = time.perf_counter()
-            train.Run.record(run, step, meter.read(step), due)
+            train.Run.record(run, step, meter.read(step), interval_ends=True)
             seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 

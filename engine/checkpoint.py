@@ -79,14 +79,13 @@ def fingerprint(tensors):
 class Saver:
     """Writes a run's checkpoints in a thread, from a copy of the state, one at a time.
 
-    check_folder: raises where the folder is no longer this run's. before: called before each write,
-    for what must be on disk earlier. Leaving ``with`` waits for the write in progress, also after
-    an error.
+    lock: the FolderLock of the run's folder. before_write: called before each write, for what must
+    be on disk earlier. Leaving ``with`` waits for the write in progress, also after an error.
     """
 
-    def __init__(self, folder, keep_last, *, check_folder=lambda: None, before=lambda: None):
+    def __init__(self, folder, keep_last, *, lock=None, before_write=lambda: None):
         self.folder, self.keep_last = Path(folder), keep_last
-        self.check_folder, self.before = check_folder, before
+        self.lock, self.before_write = lock, before_write
         self.path = None  # of the last checkpoint
         self.thread, self.job = concurrent.futures.ThreadPoolExecutor(1), None
 
@@ -102,13 +101,14 @@ class Saver:
         self.job = self.thread.submit(self._write, self.path, copy)
 
     def _write(self, path, state):
-        self.before()
+        self.before_write()
         save_checkpoint(path, state, keep_last=self.keep_last)
 
     def check(self, *, wait=False):
-        """Raises as check_folder does, and UserError if the last checkpoint could not be written.
-        wait: wait for the end of a write in progress; otherwise skip it."""
-        self.check_folder()
+        """Raises UserError if the last checkpoint could not be written, RunError if the folder is
+        no longer this run's. wait: wait for the end of a write in progress; otherwise skip it."""
+        if self.lock:
+            self.lock.check()
         if self.job and (wait or self.job.done()):
             self.job.result()
 

@@ -171,7 +171,7 @@ def test_nothing_that_was_read_keeps_its_file(tmp_path):
 
 def test_nothing_is_saved_into_a_folder_that_is_no_longer_the_runs(tmp_path):
     with (FolderLock(tmp_path / "run") as lock,
-          Saver(tmp_path / "run", 0, check_folder=lock.check) as saver):
+          Saver(tmp_path / "run", 0, lock=lock) as saver):
         saver.save(state(1))
         saver.check(wait=True)
         shutil.rmtree(tmp_path / "run")

@@ -27,7 +27,7 @@ def first(options):
         start = resolve(args, world)
         with Run(args, world, start) as run:
             state = TrainingState(args, run.config, run.codec, world, start)
-            run.resume(state)
+            run.open(state)
             assert state.step == 0 and not state.optimizer.state
             return state.net, state.ema, run.config, (run.folder / "log.txt").read_text()
 
