@@ -624,11 +624,10 @@ class Run(ExitStack):
         self.log = enter(Log(self.folder, active=world.main, step=state.step))
         for line in introduction(self, state):
             self.log.say(line)
-        self.signals = enter(Signals(world))
         self.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last, lock=self.lock,
                                  before_write=self.log.to_disk))
         world.before_exit = self.saver.finish_writing
-        self.callback(self.signals.steps_end)  # no deadline while the saver ends
+        self.signals = enter(Signals(world))  # left first: no deadline while the saver ends
         self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed)
         cut_short = (state.step > 0 and self.is_due(self.args.eval_every, state.step)
                      and not self.log.has(state.step, "fid"))
@@ -715,7 +714,7 @@ class Run(ExitStack):
 
     def finish(self, state):
         """Wait for the other ranks and the last checkpoint, and print its path."""
-        self.signals.close()
+        self.signals.end_steps()
         self.saver.check(wait=True)
         if self.signals.stopped_by:
             self.log.say(f"{self.signals.stopped_by}: saved step {state.step}; repeat the command "

@@ -93,15 +93,12 @@ class Signals:
             self.stopped_by = self.heard
         return self.stopped_by
 
-    def close(self):
-        """Called after the last step on every rank."""
-        self.steps_end()
+    def end_steps(self):
+        """Called after the last step on every rank. No deadline from here on: what is left is to
+        save."""
+        self.stepping = False
         if self.pending:
             self.pending()
-
-    def steps_end(self):
-        """No deadline from here on: what is left is to save."""
-        self.stepping = False
 
     def __exit__(self, *_):
         """Restore the handlers or, where the process is ending, ignore all signals: among several

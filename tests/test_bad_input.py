@@ -289,12 +289,6 @@ def test_a_run_directory_in_place_of_a_checkpoint_suggests_its_newest(trained, r
 BYTES = os.fsdecode(b"n\xff")
 
 
-@pytest.mark.parametrize(("script", "option"), [("train", "--run-dir"), ("sample", "--ckpt")])
-def test_names_that_pytorch_cannot_open_are_refused(script, option, place, trained, refusal):
-    shutil.copy(trained, place / BYTES)
-    refusal(script, [*good(script), option, BYTES], option)
-
-
 def test_results_are_printed_whatever_their_names(monkeypatch):
     """sample.py and encode_imagenet.py ended with a traceback after all the work was done."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)

@@ -183,7 +183,7 @@ def test_a_second_interrupt_lets_the_checkpoint_be_finished(digits, tmp_path, sl
     assert code == 130 and load_state(run, 3)["step"] == 3, said
     assert said.count("this step ends and is saved; once more leaves at once") == 1
     before, last = said.strip().splitlines()[-2:]
-    assert "interrupted twice" in before and "a checkpoint is being written" in before
+    assert "checkpoint that is being written is finished first" in before
     assert "interrupted twice" in last and "repeat the command" in last
 
 
