@@ -757,14 +757,9 @@ def open_data(args, world):
 
 def make_config(args, dataset, codec):
     """The config: every option, and what sampling and resuming must know of the data."""
-    def plain(value):
-        if isinstance(value, Path):
-            return str(value)
-        return list(value) if isinstance(value, tuple) else value
-
+    config = json.loads(json.dumps(vars(args), default=str))  # plain values: lists, no paths
     scale = dataset.scale if args.encoded_data else codec.scale
     shape = dataset.latent_shape if args.encoded_data else codec.latent_shape(args.image_size)
-    config = {name: plain(value) for name, value in vars(args).items()}
     if args.compile is None:
         config["compile"] = torch.cuda.is_available() and not args.shard
     if is_improved(args.model) and (dataset.vae if args.encoded_data else args.vae) != "none":
@@ -782,14 +777,12 @@ def introduction(run, state):
     """The first lines of the log."""
     args, dataset = run.args, run.dataset
     parameters = sum(p.numel() for p in state.params)
-    classes, resumed = len(dataset.classes), ""
-    if state.step:
-        resumed = f" from the checkpoint of step {state.step}"
+    resumed = f" from the checkpoint of step {state.step}" if state.step else ""
     if state.step >= run.total_steps:
         resumed += "; all steps are made: more need a larger --max-steps or --epochs"
     lines = describe_environment(run.world) + [
         f"{describe(run.config)}, {parameters:,} parameters; {len(dataset):,} images of "
-        f"{classes} class{'es' * (classes != 1)}; {args.global_batch_size} images per step",
+        f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
         f"steps {state.step} to {run.total_steps}, into {run.folder}{resumed}"]
     if not args.init and run.total_steps * (1 - args.ema_decay) < 3:
         # The random first weights keep a share of 5 % or more

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,12 +24,15 @@ class Log:
     def __init__(self, folder, *, active, step=0):
         self.active, self.folder = active, Path(folder)
         if active:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
             with self._writing():
                 self.text = open(self.folder / "log.txt", "a", buffering=1,
                                  errors="backslashreplace")
                 self._drop_records_after(step)
                 self.metrics = open(self.folder / "metrics.jsonl", "a", buffering=1)
-                self.board = Board(self.folder, step)
+                # Readers of events drop what an older file says of later steps
+                self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def _drop_records_after(self, step):
         """Also drop damaged lines: a crash damages only lines later than the last checkpoint."""
@@ -66,8 +68,10 @@ class Log:
         if self.active:
             with self._writing():
                 self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-                self.board.record(step, {name: value for name, value in values.items()
-                                         if not isinstance(value, str)})
+                for name, value in values.items():
+                    if not isinstance(value, str):
+                        self.board.add_scalar(name, value, step)
+                self.board.flush()
 
     def has(self, step, name):
         """Whether a value of this name is recorded for this step."""
@@ -75,10 +79,10 @@ class Log:
                                    read_records(self.folder / "metrics.jsonl")[0])
 
     def to_disk(self):
-        """Wait until all records would survive a power cut: before a checkpoint is written."""
+        """Wait until text and metrics would survive a power cut: before a checkpoint is written."""
         if self.active:
             with self._writing():
-                for file in (self.text, self.metrics, self.board.file):
+                for file in (self.text, self.metrics):
                     os.fsync(file.fileno())
                 sync_folder(self.folder)
 
@@ -92,7 +96,7 @@ class Log:
                 if error:
                     reason = next(iter(str(error).splitlines()), "")
                     self._write(f"ended by {kind.__name__}: {reason}")
-                for file in (self.text, self.metrics, self.board.file):
+                for file in (self.text, self.metrics, self.board):
                     file.close()
 
 
@@ -105,38 +109,6 @@ def read_records(path):
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records, len(lines) - len(records)
-
-
-class Board:
-    """A TensorBoard event file whose records are written at once.
-
-    PyTorch's SummaryWriter imports TensorFlow where that is installed, and its thread prints a
-    traceback where the disk is full.
-    """
-
-    def __init__(self, folder, step):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.event, self.summary = event_pb2, summary_pb2.Summary
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self.file = open(folder / name, "ab")
-        self.writer = RecordWriter(self.file)
-        self.write(file_version="brain.Event:2")
-        if step:  # readers drop what an older file says of later steps
-            start = self.event.SessionLog(status=self.event.SessionLog.START)
-            self.write(step=step + 1, session_log=start)
-
-    def write(self, **fields):
-        event = self.event.Event(wall_time=time.time(), **fields)
-        self.writer.write(event.SerializeToString())
-        self.file.flush()
-
-    def record(self, step, values):
-        """Write a dict of numbers by name as scalars."""
-        scalars = [self.summary.Value(tag=name, simple_value=value)
-                   for name, value in values.items()]
-        self.write(step=step, summary=self.summary(value=scalars))
 
 
 def describe_environment(world):
