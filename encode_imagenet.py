@@ -190,16 +190,16 @@ class OutputFolder:
 
     def _check(self, record):
         """Raise UserError if what the folder holds was made in another way."""
-        rule = f"--out-path must be new, empty or of the same command before, got {self.path}"
-        fault = record and differences(*({key: config[key] for key in IDENTITY}
-                                         for config in (record, self.record)))
-        if fault:
-            raise UserError(f"{rule} of another ({fault}); repeat the command that began it or "
-                            f"choose another folder")
+        if not record:
+            return
+        fault = differences(*({key: config[key] for key in IDENTITY}
+                              for config in (record, self.record)))
         if record.get("skipped") and not self.args.skip_bad_images:
-            raise UserError(f"{rule}, finished with --skip-bad-images and "
-                            f"{len(record['skipped'])} images left out; give that option again or "
-                            f"choose another folder")
+            fault = f"--skip-bad-images and {len(record['skipped'])} images left out"
+        if fault:
+            raise UserError(f"--out-path must be new, empty or of the same command before, got "
+                            f"{self.path} of another ({fault}); repeat the command that began it "
+                            f"or choose another folder")
 
     def _is_whole(self, shard, skipped, sums):
         """Whether a shard needs no encoding. skipped, sums: of read_notes."""
