@@ -5,13 +5,14 @@
     torchrun --standalone --nproc_per_node=2 benchmarks/loading.py --list-files 200000
 
 Each part prints a line for our way and for the alternatives, measured in turn in one run: shards of
-latents against one torch.load per image; three ways to read images in parallel; encode_imagenet.py
-against the bare VAE. The third command times only the opening of an image folder. Latents and
-weights are random; images are real photographs.
+latents against one torch.load per image, and with and without prefetching; three ways to read
+images in parallel; encode_imagenet.py against the bare VAE. The third command times only the
+opening of an image folder. Latents and weights are random; images are real photographs.
 """
 
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,10 +36,10 @@ from dataset.images import ImageFolder  # noqa: E402
 from dataset.latents import (  # noqa: E402
     CROP,
     FORMAT_VERSION,
-    ArrayWriter,
     LatentShards,
     ShardFiles,
-    sealed,
+    add_checksum,
+    prefetch_row,
     write_shard,
 )
 from dataset.loader import (  # noqa: E402
@@ -63,6 +65,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--latents", type=int_range(1), default=8192,
                         help="latents on disk: 32 KiB each")
+    parser.add_argument("--cold-latents", type=int_range(0), default=65536,
+                        help="latents on disk for reading with and without prefetching, 4096 or "
+                             "more; 0 = none")
     parser.add_argument("--batch-size", type=int_range(1), default=256, help="latents per batch")
     parser.add_argument("--num-workers", type=int_range(0), default=2,
                         help="processes or threads that load latents or read images")
@@ -91,6 +96,8 @@ def main(args):
             compare_listing(args, folder / "files", world)
             return
         compare_loaders(args, folder)
+        if args.cold_latents:
+            compare_prefetching(args, folder / "cold")
         if args.read_images:
             compare_readers(args, folder / "read")
         time_start_up(args, folder)
@@ -110,10 +117,13 @@ class FilePerImage:
         for row, path in enumerate(self.paths):
             torch.save({"image": torch.randn(8, 32, 32), "label": row % 1000}, path)
 
+    def __len__(self):
+        return len(self.paths)
+
     def __getitem__(self, batch):
-        found = [torch.load(self.paths[row], weights_only=True) for row in batch[0].tolist()]
-        return (torch.stack([item["image"] for item in found]),
-                torch.tensor([item["label"] for item in found]))
+        items = [torch.load(self.paths[row], weights_only=True) for row in batch[0].tolist()]
+        return (torch.stack([item["image"] for item in items]),
+                torch.tensor([item["label"] for item in items]))
 
 
 def write_shards(folder, count):
@@ -123,14 +133,14 @@ def write_shards(folder, count):
     for index, size in enumerate(counts):
         batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half(), None, []
         files = ShardFiles(folder, index)
-        write_shard(files, [batch], latent_shape=SHAPE, dtype="float16", flip=False)
-        sums |= json.loads(files.sums.read_text())
+        write_shard(files, [batch])
+        sums |= json.loads(files.note.read_text())["crc32"]
     write_description(folder, counts, sums)
 
 
 def write_description(folder, counts, sums):
     """Write dataset.json for shards of so many latents, with the checksums of their files."""
-    write_json(folder / "dataset.json", sealed({
+    write_json(folder / "dataset.json", add_checksum({
         "format_version": FORMAT_VERSION, "crop": CROP, "image_size": 256,
         "latent_shape": SHAPE, "vae": "none", "scale": 0.18215, "dtype": "float16", "flip": False,
         "classes": [str(i) for i in range(1000)], "count": sum(counts), "shards": counts,
@@ -138,9 +148,9 @@ def write_description(folder, counts, sums):
 
 
 def rate(dataset, args, workers, steps, seed):
-    """Latents per second: float32 batches in the shuffled order of training, from page cache."""
+    """Latents per second: float32 batches in the shuffled order of training."""
     world = World(0, 1, CPU, "fp32")
-    order = BatchSampler(args.latents, args.batch_size, seed=seed, start=0, stop=steps + 1,
+    order = BatchSampler(len(dataset), args.batch_size, seed=seed, start=0, stop=steps + 1,
                          flip=False, world=world)
     batches = (load_batches(dataset, order, workers=workers, device=CPU)
                if isinstance(dataset, LatentShards) else
@@ -172,6 +182,40 @@ def compare_loaders(args, folder):
               f"one torch.load each, ratio {ratio:.0f}")
 
 
+def drop_cache(folder):
+    """Remove the files of a folder from the page cache."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare_prefetching(args, folder):
+    """Print latents per second of shards with and without prefetching, from disk and from memory.
+
+    Without also means without the system's read-ahead, which reads megabytes for a row: it would
+    soon have all of a set as small as this one in memory, and of ImageNet mostly what nobody asks
+    for.
+    """
+    write_shards(folder, args.cold_latents)
+    steps = min(24, args.cold_latents // args.batch_size - 1)
+    for workers, place in itertools.product((0, args.num_workers), ("disk", "memory")):
+        rates = []
+        for repeat in range(args.repeats):
+            for prefetch in (prefetch_row, lambda array, row: None):
+                if place == "disk":
+                    drop_cache(folder)
+                shards = LatentShards(folder)
+                if prefetch != prefetch_row:
+                    [array.base.base.madvise(mmap.MADV_RANDOM) for array in shards.arrays[0]]
+                with mock.patch("dataset.latents.prefetch_row", prefetch):
+                    rates.append(rate(shards, args, workers, steps, repeat))
+                del shards  # what is mapped stays in memory
+        ours, theirs = (statistics.median(rates[first::2]) for first in (0, 1))
+        print(f"from {place}, {workers} workers: {ours:,.0f} latents/s with prefetching, "
+              f"{theirs:,.0f}/s without, ratio {ours / theirs:.2f}")
+
+
 def time_start_up(args, folder):
     """Print the time from opening a data set of ImageNet's length to a batch of a late step.
 
@@ -182,12 +226,9 @@ def time_start_up(args, folder):
     counts = [min(8192, IMAGENET - first) for first in range(0, IMAGENET, 8192)]
     for index, count in enumerate(counts):
         files = ShardFiles(folder, index)
-        for path, dtype, row in ((files.moments, "float16", (2, *SHAPE)),
-                                 (files.labels, "int64", ())):
-            array = ArrayWriter(path, row, dtype)
-            array.rows = count
-            array.close()
-            os.truncate(path, 128 + count * np.dtype(dtype).itemsize * int(np.prod(row)))
+        for path, dtype, shape in ((files.moments, "float16", (count, 2, *SHAPE)),
+                                   (files.labels, "int64", (count,))):
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
     write_description(folder, counts, {})
     start = time.perf_counter()
     shards = LatentShards(folder)
@@ -228,8 +269,8 @@ def compare_listing(args, folder, world):
 
 def read_by_pipe(images, batches, workers):
     items = [[(row, False) for row in batch] for batch in batches]
-    served = read_images(images.read, items, workers=workers)
-    count = sum(len(stack_images(found)) for _, found in served)
+    count = sum(len(stack_images(results)) for _, results in
+                read_images(images.read, items, workers=workers))
     for child in multiprocessing.active_children():
         child.join()  # their processor time counts from then on
     return count
@@ -299,15 +340,15 @@ def save_images(folder, count, size):
     return ImageFolder(folder, size)
 
 
-def bare_rate(space, images, args, device):
+def bare_rate(codec, images, args, device):
     """Images a second of the VAE on batches that wait in memory, moments back on the CPU."""
     count = min(len(images), 8 * args.encode_batch)
     batches = [Stacked(images)[range(first, min(first + args.encode_batch, count))]
                for first in range(0, count, args.encode_batch)]
-    space.encode(batches[0].to(device)).cpu()  # warm
+    codec.encode(batches[0].to(device)).cpu()  # warm
     start, done = time.perf_counter(), 0
     for batch in itertools.islice(itertools.cycle(batches), len(images) // args.encode_batch):
-        space.encode(batch.to(device)).half().cpu()
+        codec.encode(batch.to(device)).half().cpu()
         done += len(batch)
     return done / (time.perf_counter() - start)
 
@@ -318,8 +359,8 @@ def compare_encoding(args, folder, world):
     images = save_images(folder / "images", args.encode_images, args.encode_size)
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # as in encode_imagenet.py
-    space = load_codec(str(folder / "vae"), world.device, chunk=args.encode_batch)
-    bare = [bare_rate(space, images, args, world.device)]
+    codec = load_codec(str(folder / "vae"), world.device, chunk=args.encode_batch)
+    bare = [bare_rate(codec, images, args, world.device)]
     done = subprocess.run(
         [sys.executable, ROOT / "encode_imagenet.py", "--data-path", folder / "images",
          "--out-path", folder / "encoded", "--vae", folder / "vae",
@@ -327,7 +368,7 @@ def compare_encoding(args, folder, world):
          "--num-workers", str(args.num_workers)],
         check=True, capture_output=True, text=True)
     encoding = float(re.search(r"([\d.]+) images/s$", done.stderr.strip()).group(1))
-    bare.append(bare_rate(space, images, args, world.device))
+    bare.append(bare_rate(codec, images, args, world.device))
     count = json.loads((folder / "encoded" / "dataset.json").read_text())["count"]
     print(f"encoding {count} images of {args.encode_size} px: {encoding:.2f} images/s, bare VAE "
           f"{bare[0]:.2f} before and {bare[1]:.2f} after, ratio "

@@ -32,7 +32,7 @@ from engine.distributed import counted_generator
 from engine.errors import UserError
 from engine.faults import ignore_signals
 
-PIECE = 4  # images at most that a process reads and sends at once
+IMAGES_PER_TASK = 4  # at most; a process reads and sends them at once
 
 
 class BatchSampler:
@@ -54,12 +54,11 @@ class BatchSampler:
         return self.stop - self.start
 
     def __iter__(self):
-        known, permutation = None, None
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != known:
+            if step == self.start or position == 0:
                 order = counted_generator(self.seed, epoch, "order")
-                known, permutation = epoch, torch.randperm(self.count, generator=order)
+                permutation = torch.randperm(self.count, generator=order)
             rows = permutation[position * self.global_batch:][:self.global_batch]
             mirrored = torch.zeros(self.global_batch, dtype=torch.bool)
             if self.flip:
@@ -92,19 +91,19 @@ def read_images(read, batches, *, workers):
     UserError if a process is killed.
     """
     if not workers:
-        yield from ((batch, _read_all(read, batch)) for batch in batches)
+        yield from ((batch, _read_all(batch, read)) for batch in batches)
         return
     pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_reader,
                                                   initargs=(read,))
 
     def submit(batch):
-        size = max(1, min(PIECE, math.ceil(len(batch) / workers)))
-        return batch, [pool.submit(_read_piece, batch[i:i + size])
+        size = max(1, min(IMAGES_PER_TASK, math.ceil(len(batch) / workers)))
+        return batch, [pool.submit(_read_all, batch[i:i + size])
                        for i in range(0, len(batch), size)]
 
     try:
-        for batch, pieces in _ahead(map(submit, batches), depth=2):
-            yield batch, [image for piece in pieces for image in piece.result()]
+        for batch, tasks in _ahead(map(submit, batches), depth=2):
+            yield batch, [image for task in tasks for image in task.result()]
     except BrokenProcessPool as error:
         raise UserError("a process that reads images was killed, perhaps for lack of memory: "
                         "lower --num-workers and repeat the command") from error
@@ -126,19 +125,18 @@ def _start_reader(read):
     threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
 
 
-def _read_piece(items):
-    return _read_all(_reader, items)
+def _read_all(items, read=None):
+    """[read(item)] as arrays, by default with the function that _start_reader was given.
 
-
-def _read_all(read, items):
-    """[read(item)] as arrays; a UserError is returned: it concerns one image and not the batch."""
-    found = []
+    A UserError is returned: it concerns one image and not the batch.
+    """
+    images = []
     for item in items:
         try:
-            found.append(read(item).numpy())
+            images.append((read or _reader)(item).numpy())
         except UserError as error:
-            found.append(error)
-    return found
+            images.append(error)
+    return images
 
 
 def stack_images(images):
@@ -155,17 +153,15 @@ def stack_images(images):
 def prefetch(iterable):
     """Yields the items of an iterable; a thread takes them, two ahead."""
     iterator, end = iter(iterable), object()
-    turns = itertools.repeat(None)
-    yield from itertools.takewhile(lambda item: item is not end, map_ahead(
-        lambda _: next(iterator, end), turns, threads=1, depth=2))
+    items = map_ahead(lambda _: next(iterator, end), itertools.repeat(None), threads=1, depth=2)
+    yield from itertools.takewhile(lambda item: item is not end, items)
 
 
 def map_ahead(function, items, *, threads, depth):
     """Yields function(item) for each item, in order; threads work on up to depth items ahead."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:
-            jobs = (pool.submit(function, item) for item in items)
-            for job in _ahead(jobs, depth):
+            for job in _ahead((pool.submit(function, item) for item in items), depth):
                 yield job.result()
         finally:
             pool.shutdown(cancel_futures=True)  # left early: do not compute what nobody takes
@@ -173,8 +169,9 @@ def map_ahead(function, items, *, threads, depth):
 
 def _ahead(jobs, depth):
     """Yields the items of an iterator in order, with depth later items taken from it already."""
-    jobs = iter(jobs)
-    begun = collections.deque(itertools.islice(jobs, depth))
-    while begun:
-        begun.extend(itertools.islice(jobs, 1))
-        yield begun.popleft()
+    begun = collections.deque()
+    for job in jobs:
+        begun.append(job)
+        if len(begun) > depth:
+            yield begun.popleft()
+    yield from begun

@@ -1,6 +1,6 @@
-"""The space that the network works in: pixels, or latents of the Stable Diffusion VAE.
+"""What the network works on: pixels, or latents of the Stable Diffusion VAE.
 
-A space encodes uint8 images as moments, the mean and std of a Gaussian per element, and decodes x,
+A codec encodes uint8 images as moments, the mean and std of a Gaussian per element, and decodes x,
 the data of the method, to uint8 images. posterior_sample draws x from moments.
 """
 
@@ -26,7 +26,7 @@ LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
 
 class Pixels:
-    """RGB in [-1, 1], nothing encoded: ``--vae none``."""
+    """A codec that encodes images as themselves, RGB in [-1, 1], and decodes x: ``--vae none``."""
 
     name, channels, factor, scale = "none", 3, 1, 1.0
 
@@ -35,7 +35,7 @@ class Pixels:
         return self.channels, image_size, image_size
 
     def fingerprint(self):
-        """Equal for two spaces whose encode returns the same moments."""
+        """Equal for two codecs whose encode returns the same moments."""
         return "pixels"
 
     def encode(self, images):
@@ -49,7 +49,8 @@ class Pixels:
 
 
 class VAE:
-    """Latents of a diffusers AutoencoderKL; scale, from its config, gives them about unit variance.
+    """A codec that encodes images as latents of a diffusers AutoencoderKL and decodes x, which are
+    latents times scale: about unit variance. scale comes from the model's config.
 
     precision: bf16 makes the weights bfloat16 and channels_last; fp32 and tf32 leave them float32
     (engine/distributed.py sets how float32 is multiplied). chunk: at most so many images go through
@@ -81,7 +82,7 @@ class VAE:
     def encode(self, images):
         """uint8 (B, 3, H, W) -> moments (B, 2, C, h, w), float32: mean and std, unscaled.
 
-        Runs in the precision of this space, also under autocast.
+        Runs in the precision of this codec, also under autocast.
         """
         return torch.cat([self._encode(part) for part in self._parts(images, images.shape[2:])])
 
@@ -134,7 +135,7 @@ def to_uint8(x):
 
 
 def load_codec(name, device="cpu", *, precision="fp32", chunk=32):
-    """The space of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
+    """The codec of this name, on device: "none", "ema", "mse", or a folder with an AutoencoderKL.
 
     precision: fp32, tf32 or bf16; chunk: as in VAE. ema and mse are downloaded once, into Hugging
     Face's cache. Weights are read as safetensors, which cannot hold code. Raises UserError.
@@ -144,46 +145,37 @@ def load_codec(name, device="cpu", *, precision="fp32", chunk=32):
     if name not in HUB and not os.path.isdir(name):  # Path.is_dir raises if a name is too long
         raise UserError(f"--vae must be ema, mse, none or a folder with a diffusers AutoencoderKL, "
                         f"got {name} (no such folder); check the path or take one of the names")
+    remedy = ("connect once, or give --vae FOLDER with a local copy" if name in HUB else
+              "it must hold config.json and diffusion_pytorch_model.safetensors of an "
+              "AutoencoderKL: save it there with save_pretrained")
     try:
-        from diffusers import AutoencoderKL  # takes seconds to import, and pixels do without
-    except ImportError as error:
-        raise UserError(f"--vae {name} needs the diffusers package ({error}); install it"
-                        ) from error
-    with _quiet():
-        model = (_download(AutoencoderKL, name) if name in HUB
-                 else _open(AutoencoderKL, name))
+        with _quiet():
+            model = _load(name)
+    except Exception as error:  # of diffusers, safetensors, the hub's client or the network
+        raise UserError(f"--vae {name}: cannot load {HUB.get(name, 'this folder')} "
+                        f"({error!s:.200}); {remedy}") from error
     if model.config.get("shift_factor") or model.config.get("latents_mean"):
         raise UserError(f"--vae must have latents that one factor scales, got {name}, which also "
                         f"shifts them; give a VAE of Stable Diffusion 1 or 2")
     return VAE(name, model.float(), device=device, precision=precision, chunk=chunk)
 
 
-def _open(cls, folder):
-    """The model in a local folder. Raises UserError unless every weight is there and fits."""
-    try:
-        model, found = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-        if cls.load_config(folder)["_class_name"] != cls.__name__:
-            raise ValueError(f"its config.json is not of an {cls.__name__}")
-        if any(found.values()):
-            raise ValueError("its weights do not fit its config.json")
-    except Exception as error:  # three libraries read these files, each with errors of its own
-        raise UserError(
-            f"--vae must be a folder with config.json and diffusion_pytorch_model.safetensors of "
-            f"an AutoencoderKL, got {folder} ({_first_line(error)}); save it there with "
-            f"save_pretrained") from error
+def _load(name):
+    """The AutoencoderKL of load_codec's name. Raises errors of many kinds."""
+    from diffusers import AutoencoderKL  # takes seconds to import, and pixels do without
+
+    if name in HUB:
+        with contextlib.suppress(Exception):  # the cache needs no network
+            return AutoencoderKL.from_pretrained(
+                HUB[name], local_files_only=True, use_safetensors=True)
+        return AutoencoderKL.from_pretrained(HUB[name], use_safetensors=True)
+    model, mismatches = AutoencoderKL.from_pretrained(
+        name, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    if AutoencoderKL.load_config(name)["_class_name"] != "AutoencoderKL":
+        raise ValueError("its config.json is not of an AutoencoderKL")
+    if any(mismatches.values()):
+        raise ValueError("its weights do not fit its config.json")
     return model
-
-
-def _download(cls, name):
-    """ema or mse: from the cache, which needs no network, else from the hub. Raises UserError."""
-    for cached in (True, False):
-        try:
-            return cls.from_pretrained(HUB[name], local_files_only=cached, use_safetensors=True)
-        except Exception as error:  # of diffusers, the hub's client or the network
-            reason = f" ({_first_line(error)})"
-    raise UserError(f"cannot download {HUB[name]} for --vae {name}, which is not in Hugging Face's "
-                    f"cache{reason}: connect once, or give --vae FOLDER with a local copy")
 
 
 @contextlib.contextmanager
@@ -197,7 +189,3 @@ def _quiet():
             yield
     finally:
         logging.disable(previous)
-
-
-def _first_line(error):
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

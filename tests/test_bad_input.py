@@ -193,14 +193,6 @@ def test_shards_outside_their_folder_are_refused(place, refusal):
     refusal("train", options, "astray/dataset.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 10**5, "5", '"names"'])
-def test_a_list_of_skipped_images_that_is_none_is_refused(text, place, latents, refusal):
-    listed = shutil.copytree(latents, place / "out") / "shard-00000.skipped.json"
-    listed.write_text(text)
-    options = good("encode_imagenet", out_path="out", skip_bad_images=())
-    refusal("encode_imagenet", options, listed.name)
-
-
 # ---- permissions and names ---------------------------------------------------------------------
 
 

@@ -151,6 +151,8 @@ def test_training_names_damaged_labels_and_latents_it_did_not_compare(shards, tm
     monkeypatch.setattr("dataset.latents.VERIFIED", 0)
     call("train", *options)
     line = "GB of latents were not: repeat the encode_imagenet.py command"
+    with flipped(labels, labels.stat().st_size - 8, 0), pytest.raises(UserError, match=labels.name):
+        call("train", *options)
     assert capfd.readouterr().err.count(line) == 1
     assert line in (tmp_path / "run" / "log.txt").read_text()
 

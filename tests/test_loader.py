@@ -114,66 +114,58 @@ def test_readers_serve_batches_of_any_length_in_order(torn, workers):
     batches = [[(row, False) for row in rows] for rows in ([0], range(10), [9, 8, 7], [3, 1])]
     served = list(read_images(torn.read, batches, workers=workers))
     assert [batch for batch, _ in served] == batches
-    for batch, found in served:
-        for item, image in zip(batch, found, strict=True):
+    for batch, images in served:
+        for item, image in zip(batch, images, strict=True):
             if item == (3, False):
                 assert isinstance(image, UserError) and "a/3.png" in str(image)
             else:
                 assert np.array_equal(image, torn.read(item).numpy())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_names_the_unreadable_image(torn, workers):
+def test_the_loader_names_the_unreadable_image(torn):
     sampler = BatchSampler(10, 10, seed=0, start=0, stop=1, flip=False, world=ALONE)
     with refused("a/3.png"):
-        list(load_batches(torn, sampler, workers=workers, device=CPU))
+        list(load_batches(torn, sampler, workers=1, device=CPU))
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A process that reads batches of 6 MB with 1 MB of shared memory (if this user may make a
-    mount namespace), and kills itself while its two readers go on: (did it read, their ids)."""
-    folder = tmp_path_factory.mktemp("killed")
-    save_folder(folder / "images", per_class=4)
-    code = (
-        "import multiprocessing, os, sys, time\n"
-        "from dataset.images import ImageFolder\n"
-        "from dataset.loader import read_images\n"
-        "images = ImageFolder(sys.argv[1], 256)\n"
-        "served = read_images(images.read, [[(i % 8, False) for i in range(32)]] * 9, workers=2)\n"
-        "print(sum(len(next(served)[1]) for _ in range(4)))\n"
-        "time.sleep(1)  # the readers fill the pipe\n"
-        "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-        "os.kill(os.getpid(), 9)\n")
+# Reads batches of 6 MB, and kills itself while its two readers go on
+KILLED = """
+import multiprocessing, os, sys, time
+from dataset.images import ImageFolder
+from dataset.loader import read_images
+images = ImageFolder(sys.argv[1], 256)
+served = read_images(images.read, [[(i % 8, False) for i in range(32)]] * 9, workers=2)
+print(sum(len(next(served)[1]) for _ in range(4)))
+time.sleep(1)  # the readers fill the pipe
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_readers_need_no_shared_memory_and_end_with_a_process_that_is_killed(tmp_path):
+    """Docker gives 64 MB, in which eight readers had two batches of 6 MB each: the run hung. Here
+    it is 1 MB, if this user may make a mount namespace. The readers of a killed process hung on the
+    pipe that it emptied no more, and held the lock of its folder."""
+    save_folder(tmp_path / "images", per_class=4)
     small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"',
              "sh"]
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"]).returncode:
         small = []
-    with open(folder / "out", "w") as out:  # no pipe, which the readers would hold open
-        subprocess.run([*small, sys.executable, "-c", code, folder / "images"], stdout=out,
+    with open(tmp_path / "out", "w") as out:  # no pipe, which the readers would hold open
+        subprocess.run([*small, sys.executable, "-c", KILLED, tmp_path / "images"], stdout=out,
                        timeout=HANG_S, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    read, *readers = (folder / "out").read_text().split()
-    return bool(small), int(read), readers
-
-
-@pytest.mark.slow
-def test_readers_need_no_shared_memory(killed):
-    """Docker gives 64 MB, in which eight readers had two batches of 6 MB each: feeding them failed
-    with a traceback, and the run hung."""
-    small, read, _ = killed
-    if not small:
-        pytest.skip("needs a mount namespace, which this user may not make")
-    assert read == 128
-
-
-@pytest.mark.slow
-def test_readers_end_with_a_process_that_is_killed(killed):
-    """They hung on the pipe that it emptied no more, and held the lock of its folder."""
-    readers = [Path("/proc", pid) for pid in killed[2]]
+    count, *readers = (tmp_path / "out").read_text().split()
     end = time.monotonic() + HANG_S
-    while any(map(Path.exists, readers)) and time.monotonic() < end:
+    while (alive := [pid for pid in readers if Path("/proc", pid).exists()]) and (
+            time.monotonic() < end):
         time.sleep(0.1)
-    alive = [path.name for path in readers if path.exists()]
     for pid in alive:
         os.kill(int(pid), 9)
-    assert len(readers) == 2 and not alive
+    assert int(count) == 128 and len(readers) == 2 and not alive
+
+
+def test_a_killed_reader_ends_reading_in_one_line():
+    batches = read_images(lambda item: os.kill(os.getpid(), 9), [[0]], workers=1)
+    with refused("killed", "--num-workers"):
+        list(batches)

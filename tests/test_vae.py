@@ -1,4 +1,4 @@
-"""The VAE's space, with a small AutoencoderKL of random weights."""
+"""The codecs: a small AutoencoderKL of random weights, and pixels."""
 
 import json
 import shutil
@@ -9,8 +9,7 @@ import torch
 from conftest import refused, save_small_vae
 from safetensors.torch import load_file, save_file
 
-from dataset.vae import VAE, load_codec, posterior_sample, to_uint8
-from engine.errors import UserError
+from dataset.vae import load_codec, posterior_sample, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +18,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def space(folder):
+def codec(folder):
     return load_codec(str(folder), chunk=2)
 
 
@@ -33,18 +32,18 @@ def images(count, size=32):
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)).byte()
 
 
-def test_moments_are_mean_and_std_of_the_posterior_unscaled(space):
+def test_moments_are_mean_and_std_of_the_posterior_unscaled(codec):
     x = images(5)
-    moments = space.encode(x)
+    moments = codec.encode(x)
     assert moments.shape == (5, 2, 4, 4, 4) and moments.dtype == torch.float32
     assert not moments.requires_grad
-    encoder_out = space.model.quant_conv(space.model.encoder(x.float() / 127.5 - 1))
+    encoder_out = codec.model.quant_conv(codec.model.encoder(x.float() / 127.5 - 1))
     mean, logvar = encoder_out.chunk(2, dim=1)  # (B, 4, 4, 4) each
     torch.testing.assert_close(moments[:, 0], mean)
     torch.testing.assert_close(moments[:, 1], (logvar / 2).exp())
 
 
-def test_weights_with_the_names_of_the_published_files_are_read(space, copy):
+def test_weights_with_the_names_of_the_published_files_are_read(codec, copy):
     """The Stable Diffusion VAEs are older than diffusers' present names for attention's layers."""
     path = copy / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
@@ -53,15 +52,15 @@ def test_weights_with_the_names_of_the_published_files_are_read(space, copy):
         state = {name.replace(now, then): value for name, value in state.items()}
     save_file(state, path, metadata={"format": "pt"})
     assert any("query" in name for name in state)
-    assert torch.equal(load_codec(str(copy), chunk=2).encode(images(2)), space.encode(images(2)))
+    assert torch.equal(load_codec(str(copy), chunk=2).encode(images(2)), codec.encode(images(2)))
 
 
-def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
+def test_an_image_encodes_and_decodes_alike_in_any_chunk(codec, folder):
     whole = load_codec(str(folder), chunk=100)
     x = images(5)
-    torch.testing.assert_close(space.encode(x), whole.encode(x), rtol=1e-5, atol=1e-6)
-    latent = space.encode(x)[:, 0]
-    difference = space.decode(latent).int() - whole.decode(latent).int()
+    torch.testing.assert_close(codec.encode(x), whole.encode(x), rtol=1e-5, atol=1e-6)
+    latent = codec.encode(x)[:, 0]
+    difference = codec.decode(latent).int() - whole.decode(latent).int()
     assert difference.abs().max() <= 1  # at an edge of truncation
 
 
@@ -69,28 +68,21 @@ def test_an_image_encodes_and_decodes_alike_in_any_chunk(space, folder):
 def test_a_pass_holds_fewer_images_where_they_are_larger(folder, size, parts, monkeypatch):
     """32 images of 512 px at once took 8 GiB for one activation of the decoder."""
     monkeypatch.setattr("dataset.vae.PIXELS", 2 * 32**2)
-    space, seen = load_codec(str(folder), chunk=4), []
-    for module in (space.model.encoder, space.model.decoder):
-        module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    latent = space.encode(images(7, size))[:, 0]
-    assert space.decode(latent).shape == (7, 3, size, size) and seen == parts * 2
+    codec, lengths = load_codec(str(folder), chunk=4), []
+    for module in (codec.model.encoder, codec.model.decoder):
+        module.register_forward_pre_hook(lambda module, inputs: lengths.append(len(inputs[0])))
+    latent = codec.encode(images(7, size))[:, 0]
+    assert codec.decode(latent).shape == (7, 3, size, size) and lengths == parts * 2
 
 
-def test_a_pass_of_32_images_of_256_pixels_is_one_of_8_of_512(space):
-    full = VAE("", space.model, device="cpu")
-    for size, count in ((128, 32), (256, 32), (512, 8), (1024, 2), (4096, 1)):
-        batch = torch.empty(40, 0, 1, 1)
-        assert len(full._parts(batch, torch.Size([size, size]))[0]) == count
-
-
-def test_decoding_undoes_the_scale_and_truncates(space):
+def test_decoding_undoes_the_scale_and_truncates(codec):
     latent = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        picture = space.model.decode(latent).sample.numpy()
+        picture = codec.model.decode(latent).sample.numpy()
     expected = np.floor(np.clip(127.5 * picture + 128, 0, 255)).astype(int)
-    found = space.decode(latent * 0.18215)
-    assert found.dtype == torch.uint8 and found.shape == (3, 3, 32, 32)
-    difference = np.abs(found.numpy() - expected)
+    decoded = codec.decode(latent * 0.18215)
+    assert decoded.dtype == torch.uint8 and decoded.shape == (3, 3, 32, 32)
+    difference = np.abs(decoded.numpy() - expected)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # latent / scale * scale
 
 
@@ -107,73 +99,53 @@ def test_posterior_sample_is_mean_plus_std_times_noise_scaled():
 
 
 def test_pixels_come_back_as_they_were():
-    space, x = load_codec("none"), images(2)
-    moments = space.encode(x)
-    sample = posterior_sample(moments, torch.randn(x.shape), space.scale)
+    codec, x = load_codec("none"), images(2)
+    moments = codec.encode(x)
+    sample = posterior_sample(moments, torch.randn(x.shape), codec.scale)
     assert sample.min() >= -1 and sample.max() <= 1
-    assert torch.equal(space.decode(sample), x)
+    assert torch.equal(codec.decode(sample), x)
 
 
 def test_scale_channels_and_factor_come_from_the_config(tmp_path):
     folder = save_small_vae(
         tmp_path, scaling_factor=0.5, latent_channels=2, block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    space = load_codec(str(folder))
-    assert (space.scale, space.channels, space.factor) == (0.5, 2, 2)
-    assert space.latent_shape(32) == (2, 16, 16)
-    assert space.encode(images(1)).shape == (1, 2, 2, 16, 16)
+    codec = load_codec(str(folder))
+    assert (codec.scale, codec.channels, codec.factor) == (0.5, 2, 2)
+    assert codec.latent_shape(32) == (2, 16, 16)
+    assert codec.encode(images(1)).shape == (1, 2, 2, 16, 16)
 
 
-def test_autocast_around_it_changes_nothing(space):
+def test_autocast_around_it_changes_nothing(codec):
     x = images(2)
-    plain = space.encode(x)
+    plain = codec.encode(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(space.encode(x), plain)
-        assert torch.equal(space.decode(plain[:, 0]), space.decode(plain[:, 0]))
+        assert torch.equal(codec.encode(x), plain)
+        assert torch.equal(codec.decode(plain[:, 0]), codec.decode(plain[:, 0]))
 
 
-def test_bf16_is_near_fp32_and_returns_float32(space, folder):
+def test_bf16_is_near_fp32_and_returns_float32(codec, folder):
     coarse = load_codec(str(folder), precision="bf16").encode(images(2))
     assert coarse.dtype == torch.float32
-    assert 0 < (coarse - space.encode(images(2))).abs().max() < 0.1
+    assert 0 < (coarse - codec.encode(images(2))).abs().max() < 0.1
 
 
-def test_the_fingerprint_is_that_of_the_encoder_alone(space, copy):
-    weights = load_file(copy / "diffusion_pytorch_model.safetensors")
-    weights["decoder.conv_in.weight"] += 1
-    save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert load_codec(str(copy)).fingerprint() == space.fingerprint()
-    weights["encoder.conv_in.weight"] += 1
-    save_file(weights, copy / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert load_codec(str(copy)).fingerprint() != space.fingerprint()
+def test_the_fingerprint_is_that_of_the_encoder_alone(codec, copy):
+    path = copy / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for part, same in (("decoder", True), ("encoder", False)):
+        weights[f"{part}.conv_in.weight"] += 1
+        save_file(weights, path, {"format": "pt"})
+        assert (load_codec(str(copy)).fingerprint() == codec.fingerprint()) == same
 
 
-def test_an_unknown_name_is_refused():
-    with refused("--vae", "emma"):
-        load_codec("emma")
-
-
-@pytest.mark.parametrize("optional, remedy", [
-    (True, "connect once, give --vae FOLDER with a local copy, or --vae none for pixels"),
-    (False, "connect once, or give --vae FOLDER with a local copy")])
-def test_a_vae_neither_cached_nor_downloadable_is_refused(optional, remedy, tmp_path, monkeypatch):
-    """The hub's client words it as a repository without config.json."""
+def test_a_vae_neither_cached_nor_downloadable_is_refused(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with refused("stabilityai/sd-vae-ft-ema for --vae ema, which is not in Hugging Face's cache: "
-                 + remedy):
-        load_codec("ema", optional=optional)
-
-
-def test_another_fault_of_a_download_is_told(monkeypatch):
-    def fail(*_, **__):
-        raise OSError("the proxy says no\nand more")
-
-    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", fail)
-    with refused("not in Hugging Face's cache (the proxy says no): connect once"):
-        load_codec("mse")
+    with refused("--vae ema", "stabilityai/sd-vae-ft-ema", "connect once", "--vae FOLDER"):
+        load_codec("ema")
 
 
 def test_pickled_weights_are_not_opened(copy):
@@ -184,12 +156,15 @@ def test_pickled_weights_are_not_opened(copy):
         load_codec(str(copy))
 
 
-@pytest.mark.parametrize("how", ["empty", "a weight is missing", "torn"])
+@pytest.mark.parametrize("how", ["empty", "of another class", "a weight is missing", "torn"])
 def test_a_folder_without_a_whole_vae_is_refused(copy, how):
     """diffusers words it, differently in each version, or fills in random weights."""
     path = copy / "diffusion_pytorch_model.safetensors"
     if how == "empty":
         (copy / "config.json").unlink()
+    elif how == "of another class":
+        text = (copy / "config.json").read_text()
+        (copy / "config.json").write_text(text.replace("AutoencoderKL", "AsymmetricAutoencoderKL"))
     elif how == "torn":
         path.write_bytes(path.read_bytes()[:1000])
     else:
@@ -200,13 +175,12 @@ def test_a_folder_without_a_whole_vae_is_refused(copy, how):
         load_codec(str(copy))
 
 
-def test_a_vae_with_shifted_latents_is_refused(copy):
+def test_a_vae_that_does_not_suit_is_refused(codec, copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
     with refused("--vae", copy, "shift"):
         load_codec(str(copy))
-
-
-def test_a_size_that_the_vae_cannot_halve_is_refused(space):
-    with pytest.raises(UserError, match="--image-size must be a multiple of 8 .* got 36"):
-        space.latent_shape(36)
+    with refused("--vae", "emma"):
+        load_codec("emma")
+    with refused("--image-size must be a multiple of 8", "got 36"):
+        codec.latent_shape(36)
