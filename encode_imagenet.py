@@ -54,35 +54,33 @@ BAD_JSON = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 def parse_args(argv=None):
     parser = Parser("Encode a folder of images into shards of latents for training.")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-path", type=Path, required=True,
-                       help="folder with one folder of images per class, such as ImageNet's train")
-    group.add_argument("--out-path", type=Path, required=True,
-                       help="folder for the shards: new, empty, or of the same command before")
-    group.add_argument("--image-size", type=int_range(1), default=256,
-                       help="side of the centre crop in pixels")
-    group.add_argument("--flip", action="store_true",
-                       help="store the latents of the mirror images too: twice the disk and time")
-    group.add_argument("--skip-bad-images", action="store_true",
-                       help="skip unreadable images and list them in dataset.json; without it they "
-                            "are named and no dataset.json is written")
-    group = parser.add_argument_group("encoding")
-    group.add_argument("--vae", default="ema",
-                       help="ema or mse (one encoder), a folder with an AutoencoderKL, or none: "
-                            "pixels")
-    group.add_argument("--dtype", choices=list(DTYPES), default="float16",
-                       help="numbers on disk; float16 halves the disk and rounds by 2^-11")
-    group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                       help="of the VAE on a GPU; tf32 and bf16 are faster and coarser")
-    group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=int_range(1), default=32,
-                       help="images per batch of a process; above 256 px they go through the VAE "
-                            "in several passes")
-    group.add_argument("--shard-size", type=int_range(1), default=8192,
-                       help="images per shard, the most that a killed process loses; it is held "
-                            "in memory: 8192 of 256 px take 0.3 GB, twice that with --flip")
-    group.add_argument("--num-workers", type=int_range(0, 1024), default=8,
-                       help="reading processes per process; 0 = none")
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", type=Path, required=True,
+        help="folder with one folder of images per class, such as ImageNet's train")
+    add("--out-path", type=Path, required=True,
+        help="folder for the shards: new, empty, or of the same command before")
+    add("--image-size", type=int_range(1), default=256, help="side of the centre crop in pixels")
+    add("--flip", action="store_true",
+        help="store the latents of the mirror images too: twice the disk and time")
+    add("--skip-bad-images", action="store_true",
+        help="skip unreadable images and list them in dataset.json; without it they are named and "
+             "no dataset.json is written")
+    add = parser.add_argument_group("encoding").add_argument
+    add("--vae", default="ema",
+        help="ema or mse (one encoder), a folder with an AutoencoderKL, or none: pixels")
+    add("--dtype", choices=list(DTYPES), default="float16",
+        help="numbers on disk; float16 halves the disk and rounds by 2^-11")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+        help="of the VAE on a GPU; tf32 and bf16 are faster and coarser")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", type=int_range(1), default=32,
+        help="images per batch of a process; above 256 px they go through the VAE in several "
+             "passes")
+    add("--shard-size", type=int_range(1), default=8192,
+        help="images per shard, the most that a killed process loses; it is held in memory: 8192 "
+             "of 256 px take 0.3 GB, twice that with --flip")
+    add("--num-workers", type=int_range(0, 1024), default=8,
+        help="reading processes per process; 0 = none")
     args = parser.parse_args(argv)
     if args.data_path.resolve() in (args.out_path.resolve(), *args.out_path.resolve().parents):
         parser.error(f"--out-path must lie outside --data-path, where it would be taken for a "
