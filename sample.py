@@ -44,6 +44,7 @@ from engine.files import (
 from engine.options import Parser, float_range, int_range
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, notes
+from metrics.statistics import rank_batches
 from models import is_improved
 from weights.hub import file_or_address, open_checkpoint
 
@@ -184,7 +185,7 @@ def make_images(args, sampler, statistics):
     world, jobs = sampler.world, deque()
     with (world.progress(args.num_fid_samples, desc="sampling", unit="image") as bar,
           ThreadPoolExecutor(THREADS) as pool):
-        for rows in sampler.batches(args.num_fid_samples, args.per_proc_batch_size):
+        for rows in rank_batches(args.num_fid_samples, args.per_proc_batch_size, world):
             world.position = f"image {rows.start}"
             paths = png_paths(args, rows)
             stored = args.save_images and all(path.exists() for path in paths)
@@ -312,14 +313,6 @@ class ImageSampler:
                 scale, shift = normalisation(self.config, x.device)
                 x = (x / scale + shift) * self.codec.scale  # which decode takes back
             return self.codec.decode(x)
-
-    def batches(self, count, batch_size):
-        """The batches of this rank, as ranges, of the images 0 .. count - 1.
-
-        Ranks take whole batches in turn: no batch depends on the number of ranks.
-        """
-        firsts = range(0, count, batch_size)[self.world.rank::self.world.size]
-        return [range(first, min(first + batch_size, count)) for first in firsts]
 
     def picture_rows(self, count=80):
         """The numbers of the images of a picture, of so many: a column per class, ten at most, and
