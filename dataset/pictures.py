@@ -74,7 +74,7 @@ def save_grid(path, images, columns, captions=()):
     texts = [break_lines(caption, int(width / (0.6 * size)))
              for caption in captions[:columns if heading else count]]
     bar = max((text.count("\n") + 1 for text in texts), default=0) * round(1.3 * size) + GAP
-    row_height = height + GAP + (0 if heading else bar)
+    row_height = height + (GAP if heading else bar)
     corners = [(bar + i // columns * row_height, GAP + i % columns * (width + GAP))
                for i in range(count)]  # top, left
     canvas = draw_texts(texts, corners, width, size, (corners[-1][0] + height + GAP,
