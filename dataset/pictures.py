@@ -102,12 +102,12 @@ def draw_texts(texts, corners, width, size, shape):
 
     height = shape[0]
     figure = Figure(figsize=(shape[1] / DPI, height / DPI), dpi=DPI)
-    canvas = FigureCanvasAgg(figure)
+    canvas, families = FigureCanvasAgg(figure), find_fonts("".join(texts))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that no font has is drawn as a box
         for text, (top, left) in zip(texts, corners):
             drawn = figure.text(left + width / 2, height - top + GAP, text, transform=None,
-                                ha="center", va="bottom", family=find_fonts("".join(texts)),
+                                ha="center", va="bottom", family=families,
                                 fontsize=size * 72 / DPI, parse_math=False)
             space = width - 2 * GAP
             extent = drawn.get_window_extent(canvas.get_renderer())

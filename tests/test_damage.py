@@ -59,9 +59,7 @@ def read_reference(path):
     """What evaluation reads of a reference and the images in it."""
     found = Reference.load(path, "pixels", (8, 8))
     verify_npz(path, WORLD)
-    images = NpzImages(path)
-    batches = [batch for _, batch in images.numbered_batches(7, WORLD)]
-    return plain([*found.pool, *batches]), found.count
+    return plain([*found.pool, *NpzImages(path).batches([range(60)])]), found.count
 
 
 def plain(value):

@@ -108,13 +108,6 @@ def test_the_npz_holds_the_images_in_order(sampled):
     assert Image.open(sampled.with_name("one.png")).width == 10 * 66 + 2
 
 
-def test_the_folder_goes_to_stdout_and_its_picture_to_stderr(trained, tmp_path, capfd):
-    call("sample", *options(trained, tmp_path / "new"))
-    out, err = capfd.readouterr()
-    assert out == f"{tmp_path / 'new'}\n"
-    assert err.splitlines()[-1] == f"picture: {tmp_path / 'new.png'}"
-
-
 @pytest.mark.slow
 def test_two_processes_sample_the_bytes_of_one_with_two_threads(trained, sampled):
     two, threads = sampled.with_name("two"), sampled.with_name("threads")
@@ -324,15 +317,6 @@ def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
     for column in range(2):
         ours, theirs = 66 * (2 * column + 1), 66 * column
         assert np.array_equal(picture[below, ours:ours + 66], separate[below, theirs:theirs + 66])
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_one_class_has_a_picture(count, trained, tmp_path):
-    """Its header was one tile without a frame, narrower than the images: a traceback at the end."""
-    call("sample", "--ckpt", trained, "--classes", 3, "--per-class", count, "--sample-dir",
-         tmp_path / "one")
-    picture = Image.open(tmp_path / "one.png")
-    assert picture.width == 68 and picture.height // 66 == count  # and the caption
 
 
 @pytest.mark.parametrize("model", ["trained", "improved_checkpoint"])
