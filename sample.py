@@ -341,8 +341,8 @@ def save_picture(path, samplers, images):
 # ---- the sample folder ---------------------------------------------------------------------------
 
 
-def png_paths(args, rows):
-    return [args.sample_dir / f"{i:06d}.png" for i in rows]
+def png_paths(args, numbers):
+    return [args.sample_dir / f"{i:06d}.png" for i in numbers]
 
 
 def output_path(args, suffix):

@@ -88,8 +88,9 @@ def save_grid(path, images, columns, captions=()):
 def break_lines(caption, width):
     """The caption with at most three lines of so many characters for each of its own."""
     text = unicodedata.normalize("NFC", caption).encode(errors="replace").decode()  # no surrogates
-    return "\n".join(textwrap.fill(line, width, max_lines=3, placeholder="\u2026")
-                     for line in text.split("\n"))
+    lines = [textwrap.fill(line, width, max_lines=3, placeholder="\u2026")
+             for line in text.split("\n")]
+    return "\n".join(lines)
 
 
 def draw_texts(texts, corners, width, size, shape):
