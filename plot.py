@@ -1,18 +1,19 @@
-"""Plot the curves of one or several runs of train.py as one picture.
+"""Plot the curves of one or several runs of train.py as one picture, also while they go on.
 
-    python plot.py results/quickstart
     python plot.py results/DiT-B-4-cfg1.0 results/DiT-B-4-cfg3.0 --out curves-guidance.png
 
-One panel per quantity, one color per run. A run that is still going on can be plotted, too. Needs
-matplotlib, but neither TensorBoard nor a display.
+One panel per quantity, one color per run.
 """
 
-import math
+import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # without pyplot: no display, no global state
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from engine.errors import UserError, naming, run_main
 from engine.files import atomic_file, check_folder
@@ -32,14 +33,7 @@ TRAINING = {"error": "error", "error_equal": "error, rows with r = t",
             "skipped_steps": "steps left out, not finite"}
 FROM_ZERO = ("images_per_second", "gpu_memory_gb", "skipped_steps")
 LINEAR = ("inception_score", "precision", "recall")
-LOG_FROM = 3  # ratio of the largest to the smallest value from which all others have a log axis
-
-
-class Panel(NamedTuple):
-    """What a panel shows. Values of different evaluations have panels of their own."""
-
-    key: str
-    title: str
+LOG_FROM = 3  # the other panels have a log axis if the largest value is so many times the smallest
 
 
 def parse_args(argv=None):
@@ -47,11 +41,9 @@ def parse_args(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
                         help="run directory, as --run-dir of train.py")
     parser.add_argument("--out", type=Path, default=Path("curves.png"),
-                        help="PNG file to write; of the files that exist, only those that plot.py "
-                             "wrote are overwritten")
+                        help="PNG file to write, a new one or one that plot.py wrote")
     parser.add_argument("--smooth", type=int_range(1), default=1, metavar="N",
-                        help="draw means of up to N records of training, and the records faintly; "
-                             "1 = no smoothing")
+                        help="draw means of up to N records of training, and the records faintly")
     return parser.parse_args(argv)
 
 
@@ -66,131 +58,97 @@ def main(args):
 
 def check_out(path):
     """Raise UserError unless path can be written and holds nothing but an older plot."""
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out must end in .png, got {path}; choose such a name")
     with naming("--out"):
         check_folder(path.parent)
-    if path.is_symlink() or path.exists():
-        head = path.read_bytes()[:1000] if path.is_file() else b""
-        if not head.startswith(b"\x89PNG") or SOFTWARE.encode() not in head:
-            raise UserError(f"--out must be a new file or one that plot.py wrote, got {path}; "
-                            f"choose another name")
-
-
-# ---- what the runs recorded ----------------------------------------------------------------------
+    older = path.is_file() and SOFTWARE.encode() in path.read_bytes()[:1000]
+    if path.suffix != ".png" or (os.path.lexists(path) and not older):
+        raise UserError(f"--out must be a new file that ends in .png, or one that plot.py wrote, "
+                        f"got {path}; choose another name")
 
 
 def read_run(folder):
-    """The curves of a run: {Panel: array (2, N)}, steps and values. Raises UserError."""
+    """The curves of a run: {(key, title): array (2, N)}, steps and values. Raises UserError."""
     path = folder / "metrics.jsonl"
     if not (path.is_file() and (folder / "config.json").is_file()):
         raise UserError(f"RUN must be the --run-dir of a run of train.py, got {folder}; it has no "
                         f"config.json or no metrics.jsonl")
-    try:
-        records, damaged = read_records(path)
-    except OSError as error:
-        raise UserError(f"RUN must be readable, got {path}: {error.strerror}; change that or "
-                        f"choose another") from error
+    records, damaged = read_records(path)
     if damaged:  # also a last line that train.py is writing at this moment
         print(f"damaged lines of {path}, skipped: {damaged}", file=sys.stderr)
     curves = {}
     for record in records:
-        for panel, value in panels_of(record):
-            curves.setdefault(panel, []).append((record["step"], value))
+        titles, evaluation = TRAINING, ""
+        if "protocol" in record:  # values of different evaluations have panels of their own
+            titles = metric_names(record["protocol"])
+            evaluation = f" ({record['protocol']}, {record.get('num_samples', '?')} samples)"
+        for key, title in titles.items():
+            value = record.get(key)
+            if isinstance(value, int | float) and (value or key != "skipped_steps"):
+                curves.setdefault((key, title + evaluation), []).append((record["step"], value))
     if not curves:
         raise UserError(f"RUN must have metrics, got {folder} without; wait for its first log line")
     return {panel: np.array(points, dtype=float).T for panel, points in curves.items()}
 
 
-def panels_of(record):
-    """Yields (Panel, value) for every number of a record that is plotted."""
-    titles, about = TRAINING, ""
-    if "protocol" in record:
-        titles = metric_names(record["protocol"])
-        about = f" ({record['protocol']}, {record.get('num_samples', '?')} samples)"
-    for key, title in titles.items():
-        value = record.get(key)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and (key != "skipped_steps" or value > 0):
-            yield Panel(key, title + about), value
-
-
 def names_of(folders):
-    """The names of the runs: those of their folders, or where two are the same the paths."""
+    """The names of the runs: those of their folders, or if two are the same the paths."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    return [name.encode(errors="replace").decode() for name in names]  # matplotlib needs UTF-8
-
-
-# ---- the picture ---------------------------------------------------------------------------------
+    return [name.encode(errors="replace").decode() for name in names]  # Matplotlib needs UTF-8
 
 
 def draw(runs, names, smooth):
-    """A matplotlib Figure of the curves of runs, by panel; smooth: records per mean."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure  # without pyplot: no display, no global state
-    except ImportError as error:
-        raise UserError("plot.py needs matplotlib; pip install matplotlib") from error
-
+    """A Matplotlib Figure of the curves of runs, by panel; smooth: records per mean."""
     order = [*TRAINING, *METRICS]
     panels = sorted({panel for run in runs for panel in run},
-                    key=lambda panel: (order.index(panel.key), panel.title))
+                    key=lambda panel: (order.index(panel[0]), panel[1]))
     columns = min(COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows + 0.8), layout="constrained")
-    few = len(runs) <= 10
-    colors = matplotlib.colormaps["tab10" if few else "turbo"]
-    colors = [colors(i if few else i / (len(runs) - 1)) for i in range(len(runs))]
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharex="all").flat)
-    for panel, axis in zip(panels, axes):
+    colors = matplotlib.colormaps["tab10"].colors
+    if len(runs) > len(colors):
+        colors = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(runs)))
+    axis = None
+    for i, (key, title) in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, i, sharex=axis)
+        axis.set_title(title, fontsize=10)
         for run, color in zip(runs, colors):
-            if panel in run:
+            if (key, title) in run:
                 # An evaluation measures one step's network: a mean would hide that
-                draw_curve(axis, *run[panel], color, smooth if panel.key in TRAINING else 1)
-        finish_panel(axis, panel)
-    for axis in axes[len(panels):]:
-        axis.remove()
-    faint = f" (faint), lines: means of up to {smooth} records" if smooth > 1 else ""
-    figure.supxlabel(f"step; each record of training: the mean since the one before{faint}",
-                     fontsize=10)
+                draw_curve(axis, *run[key, title], color, smooth if key in TRAINING else 1)
+        scale_panel(axis, key)
+    smoothing = f" (faint), lines: means of up to {smooth} records" if smooth > 1 else ""
+    figure.supxlabel(f"step; each record of training: the mean since the one before{smoothing}")
     add_legend(figure, names, colors)
     return figure
 
 
 def draw_curve(axis, steps, values, color, smooth):
     """One curve of steps (N,) and values (N,); single points are visible as such."""
-    marker = "o" if len(steps) <= 30 else None
     if smooth > 1:
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         values = [values[max(0, i - smooth + 1):i + 1].mean() for i in range(len(values))]
-    axis.plot(steps, values, color=color, linewidth=1.3, marker=marker, markersize=3)
+    axis.plot(steps, values, color=color, linewidth=1.3, markersize=3,
+              marker="o" if len(steps) <= 30 else None)
 
 
-def finish_panel(axis, panel):
-    """Title, grid and the scale of the values."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axis.set_title(panel.title, fontsize=10)
+def scale_panel(axis, key):
+    """The scale of the values, and a grid."""
     axis.grid(alpha=0.3, which="both")
-    axis.tick_params(labelsize=8, which="both", labelbottom=True)
-    if panel.key in FROM_ZERO:
+    if key in FROM_ZERO:
         axis.set_ylim(bottom=0)
-    elif panel.key not in LINEAR and axis.dataLim.y1 > LOG_FROM * axis.dataLim.y0 > 0:
+    elif key not in LINEAR and axis.dataLim.y1 > LOG_FROM * axis.dataLim.y0 > 0:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 20, not 2 x 10^1
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
+        axis.yaxis.set_minor_formatter("")
 
 
 def add_legend(figure, names, colors):
     """The names of the runs above the panels, as they are: no mathematics, no hidden ones."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=color, linewidth=2) for color in colors]
-    legend = figure.legend(handles, [str(i) for i in range(len(names))], fontsize=9,
-                           loc="outside upper center",
+    lines = [Line2D([], [], color=color, linewidth=2) for color in colors[:len(names)]]
+    legend = figure.legend(lines, ["name"] * len(names), loc="outside upper center",
                            ncols=max(1, min(4, 100 // (max(map(len, names)) + 6))))
     for text, name in zip(legend.get_texts(), names):
         text.set_parse_math(False)

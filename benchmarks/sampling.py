@@ -24,6 +24,7 @@ from engine.distributed import start_processes  # noqa: E402
 from engine.errors import run_main  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
+from metrics.statistics import rank_batches  # noqa: E402
 from models import build  # noqa: E402
 from sample import ImageSampler  # noqa: E402
 
@@ -70,7 +71,7 @@ def main(args):
 
 def bare(sampler, count, batch_size):
     """Make the images with noise, network and decoder alone."""
-    for rows in sampler.batches(count, batch_size):
+    for rows in rank_batches(count, batch_size, sampler.world):
         sampler.images(rows)
     if sampler.world.device.type == "cuda":
         torch.cuda.synchronize()

@@ -4,7 +4,7 @@ import difflib
 
 from engine.errors import UserError
 
-LISTED = 20  # classes at most that a refusal lists
+MAX_LISTED = 20  # classes at most that a refusal lists
 
 
 def find_classes(texts, config):
@@ -20,12 +20,11 @@ def find_classes(texts, config):
 
 def class_names(config, labels):
     """What to call the classes of these labels in a picture."""
-    folders = config.get("classes") or [str(label) for label in range(config["num_classes"])]
-    names = [str(folders[label]) for label in labels]
     if config["num_classes"] == 1000:
-        known = imagenet_names()
-        names = [known[label][0] for label in labels]
-    return names
+        names = imagenet_names()
+        return [names[label][0] for label in labels]
+    folders = config.get("classes") or range(config["num_classes"])
+    return [str(folders[label]) for label in labels]
 
 
 def label_names(config):
@@ -57,7 +56,7 @@ def _find(text, names, count, folders):
         return int(text)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hints = [f"did you mean {' or '.join(near)}?"] if near else []
-    if folders and count <= LISTED:
+    if folders and count <= MAX_LISTED:
         listed = ", ".join(f"{folder} ({label})" for label, folder in enumerate(folders))
         quote = "; quote names with spaces" if " " in "".join(map(str, folders)) else ""
         hints.append(f"the classes are {listed}{quote}")

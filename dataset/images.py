@@ -16,7 +16,7 @@ from dataset.loader import read_images, stack_images
 from engine.errors import BadValue, UserError, naming
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-CACHED = 16 * 2**20  # bytes of decoded images, such as the quickstart's, that are kept in memory
+CACHE_BYTES = 16 * 2**20  # data sets up to this size, such as the quickstart's, stay in memory
 
 
 def center_crop(image, size):
@@ -73,10 +73,10 @@ class ImageFolder:
 
     def __init__(self, path, image_size, world=None):
         self.root = os.path.join(os.path.expanduser(path), "")
-        listed = world.on_main(self._list) if world else self._list()
-        self.classes, self.files, self.labels = listed
+        self.classes, self.files, self.labels = (world.on_main(self._list) if world
+                                                 else self._list())
         self.image_size, self.cache = image_size, {}
-        self.caches = len(self) * 3 * image_size**2 <= CACHED
+        self.caches = len(self) * 3 * image_size**2 <= CACHE_BYTES
 
     def _list(self):
         """Classes, files (N,) relative to root, labels (N,) int64."""
@@ -89,15 +89,15 @@ class ImageFolder:
             raise UserError(f"--data-path must be a folder with one folder of images per class, "
                             f"got {self.root.rstrip('/')} (no such folder); check the path")
         try:
-            found = datasets.ImageFolder(self.root)
+            folder = datasets.ImageFolder(self.root)
         except (OSError, ValueError) as error:
             raise UserError(f"--data-path must be a folder with one folder of images per class, "
                             f"got {self.root} ({str(error).splitlines()[0][:300]}); check the "
                             f"path, or give the folder above") from error
         # One array, not a million strings: updating their reference counts would copy the memory
         # that reading processes share
-        files = np.array([os.fsencode(file[len(self.root):]) for file, _ in found.samples])
-        return found.classes, files, torch.tensor(found.targets)
+        files = np.array([os.fsencode(file[len(self.root):]) for file, _ in folder.samples])
+        return folder.classes, files, torch.tensor(folder.targets)
 
     def __len__(self):
         return len(self.files)

@@ -1,98 +1,133 @@
-"""Pictures: images in a grid, with captions."""
+"""Files of images: PNG files, an .npz of them, and pictures with captions."""
 
+import functools
+import os
+import textwrap
 import unicodedata
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from engine.errors import BadValue
 from engine.files import atomic_file
 
+GAP = 2  # pixels of white around images
+DPI = 64  # a power of two: sizes in inches are exact
+THREADS = min(16, os.cpu_count())  # that read or write image files
 
-def save_grid(path, images, columns, captions=None):
+
+def write_pngs(paths, images):
+    """Write uint8 images (B, 3, H, W), on any device, as PNG files."""
+    for path, image in zip(paths, images.permute(0, 2, 3, 1).cpu().numpy()):
+        with atomic_file(path, durable=False) as temporary:
+            Image.fromarray(image).save(temporary, "PNG")
+
+
+def load_png(path):
+    """A PNG file as uint8 (H, W, 3). Raises BadValue if it is torn or damaged."""
+    try:
+        with Image.open(path) as image:
+            image.verify()  # compares checksums, unlike decoding; then the file must be reopened
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadValue(f"must hold whole images, got {path} ({error}); remove that file and repeat "
+                       f"the command") from error
+
+
+def load_pngs(paths):
+    """PNG files as uint8 (B, 3, H, W). Raises BadValue as load_png does."""
+    return torch.from_numpy(np.stack([load_png(path) for path in paths])).permute(0, 3, 1, 2)
+
+
+def write_npz(path, paths, world):
+    """Write the images at paths, in order, as arr_0 of an .npz file, without holding them all."""
+    shape = (len(paths), *load_png(paths[0]).shape)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (world.progress(len(paths), desc=path.name, unit="image") as bar,
+          atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as file,
+          ThreadPoolExecutor(THREADS) as pool):
+        np.lib.format.write_array_header_1_0(file, header)
+        for first in range(0, len(paths), 1000):
+            for image in pool.map(load_png, paths[first:first + 1000]):
+                file.write(image.tobytes())
+                bar.update()
+
+
+def save_grid(path, images, columns, captions=()):
     """Write uint8 images (B, 3, H, W) as one picture; tiny ones are enlarged.
 
     captions: a text for each image, above it; above the columns only where all of a column are
-    alike.
+    alike. Long ones are broken, cut and made smaller, to fit.
     """
     enlarge = max(1, 64 // images.shape[3])
-    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    images, header = images.cpu(), None
-    if captions:
-        bars = write_captions(captions, images.shape[3])  # (B, 3, h, W)
-        if captions == [captions[i % columns] for i in range(len(captions))]:
-            header = make_tiles(bars[:columns], columns)[:, :-2]
-        else:
-            images = torch.cat([bars, images], dim=2)
-    grid = make_tiles(images, columns)
-    if header is not None:
-        grid = torch.cat([header, grid], dim=1)
+    images = images.permute(0, 2, 3, 1).cpu().numpy().repeat(enlarge, 1).repeat(enlarge, 2)
+    count, height, width, _ = images.shape
+    columns = min(columns, count)
+    heading = list(captions) == [captions[i % columns] for i in range(len(captions))]
+    size = min(max(width // 8, 11), 28)  # of the letters
+    texts = [break_lines(caption, int(width / (0.6 * size)))
+             for caption in captions[:columns if heading else count]]
+    bar = max((text.count("\n") + 1 for text in texts), default=0) * round(1.3 * size) + GAP
+    row_height = height + (GAP if heading else bar)
+    corners = [(bar + i // columns * row_height, GAP + i % columns * (width + GAP))
+               for i in range(count)]  # top, left
+    canvas = draw_texts(texts, corners, width, size, (corners[-1][0] + height + GAP,
+                                                      GAP + columns * (width + GAP)))
+    for image, (top, left) in zip(images, corners):
+        canvas[top:top + height, left:left + width] = image
     with atomic_file(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        Image.fromarray(canvas).save(temporary, "PNG")
 
 
-def make_tiles(images, columns):
-    """Images (B, 3, H, W) in rows of so many, with white around each: (3, H', W')."""
-    from torchvision.utils import make_grid  # see ImageFolder._list
-
-    if len(images) == 1:  # make_grid would leave out the white
-        return F.pad(images[0], (2, 2, 2, 2), value=255)
-    return make_grid(images, nrow=columns, padding=2, pad_value=255)
-
-
-def write_captions(captions, width):
-    """Bars (B, 3, h, width), uint8, with black texts, each broken into lines that fit the width and
-    leave a gap to the neighbours'."""
-    size = min(max(width // 8, 11), 28)
-    font = ImageFont.load_default(size)
-    texts = [break_lines(drawable(caption, font), font, width - 4) for caption in captions]
-    height = (size + 3) * max(map(len, texts)) + 4
-    bars = []
-    for lines in texts:
-        bar = Image.new("RGB", (width, height), "white")
-        text = "\n".join(lines)
-        ImageDraw.Draw(bar).multiline_text((width / 2, height - 3), text, "black", font, "md",
-                                           align="center", spacing=2)
-        bars.append(torch.from_numpy(np.array(bar)).permute(2, 0, 1))
-    return torch.stack(bars)
+def break_lines(caption, width):
+    """The caption with at most three lines of so many characters for each of its own."""
+    text = unicodedata.normalize("NFC", caption).encode(errors="replace").decode()  # no surrogates
+    lines = [textwrap.fill(line, width, max_lines=3, placeholder="\u2026")
+             for line in text.split("\n")]
+    return "\n".join(lines)
 
 
-def drawable(text, font):
-    """The text in characters that the font can draw; of a letter with an accent that it lacks the
-    letter, of all others a question mark."""
-    box = bytes(font.getmask("\uffff"))  # what it draws for all that it lacks
+def draw_texts(texts, corners, width, size, shape):
+    """A white canvas (H, W, 3), uint8, of this shape (H, W), with a text above each corner.
 
-    def has(character):
-        return character.isspace() or bytes(font.getmask(character)) != box
+    corners: of each text the (top, left) of what is below it, of this width; size: of the letters.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second to import
+    from matplotlib.figure import Figure
 
-    letters = "".join(character if has(character) else unicodedata.normalize("NFKD", character)
-                      for character in unicodedata.normalize("NFC", text))
-    return "".join(character if has(character) else "?" for character in letters
-                   if unicodedata.category(character)[0] != "M")  # accents
-
-
-def break_lines(caption, font, width):
-    """The lines of a caption, broken at spaces, three at most of each paragraph; what does not fit
-    is cut."""
-    lines = []
-    for paragraph in caption.split("\n"):
-        broken = [""]
-        for word in paragraph.split():
-            wider = f"{broken[-1]} {word}".strip()
-            if broken[-1] and font.getlength(wider) > width:
-                broken.append(word)
-            else:
-                broken[-1] = wider
-        broken[2:] = [" ".join(broken[2:])] if broken[2:] else []
-        lines += [cut(line, font, width) for line in broken]
-    return lines
+    height = shape[0]
+    figure = Figure(figsize=(shape[1] / DPI, height / DPI), dpi=DPI)
+    canvas, families = FigureCanvasAgg(figure), find_fonts("".join(texts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that no font has is drawn as a box
+        for text, (top, left) in zip(texts, corners):
+            drawn = figure.text(left + width / 2, height - top + GAP, text, transform=None,
+                                ha="center", va="bottom", family=families,
+                                fontsize=size * 72 / DPI, parse_math=False)
+            space = width - 2 * GAP
+            extent = drawn.get_window_extent(canvas.get_renderer())
+            drawn.set_fontsize(drawn.get_fontsize() * space / max(space, extent.width))
+        canvas.draw()
+    return np.array(canvas.buffer_rgba())[:, :, :3]
 
 
-def cut(line, font, width):
-    """The line, shortened with an ellipsis where it is wider than width."""
-    if font.getlength(line) <= width:
-        return line
-    while line and font.getlength(line + "\u2026") > width:
-        line = line[:-1]
-    return line.rstrip() + "\u2026"
+@functools.cache
+def find_fonts(text):
+    """Families of installed fonts: Matplotlib's default, and for what it lacks the first others."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    families, missing = ["DejaVu Sans"], {ord(letter) for letter in text if not letter.isspace()}
+    for font in sorted(fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
+        if not missing:
+            break
+        if os.path.exists(font.fname) and not font.name.startswith("Last Resort"):  # only boxes
+            letters = missing & get_font(font.fname).get_charmap().keys()
+            missing -= letters
+            families += [font.name] if letters else []
+    return list(dict.fromkeys(families))

@@ -58,7 +58,7 @@ from engine.files import atomic_file, make_folder  # noqa: E402
 from engine.options import Parser  # noqa: E402
 from metrics.distances import frechet_distance  # noqa: E402
 from metrics.image_sets import FolderImages, NpzImages, verify_npz  # noqa: E402
-from metrics.statistics import Moments  # noqa: E402
+from metrics.statistics import Moments, rank_batches  # noqa: E402
 
 FILES = {split: [f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
          for split, prefix in (("train", "train"), ("test", "t10k"))}
@@ -240,8 +240,9 @@ def check_sizes(paths, sets):
 
 def labelled(images, world):
     """Yields batches of samples, (B, 3, H, W) uint8, with the labels (B,) they were made for."""
-    for first, batch in images.numbered_batches(BATCH, world):
-        yield batch, torch.arange(first, first + len(batch)) % len(CLASSES)
+    parts = rank_batches(len(images), BATCH, world)
+    for rows, batch in zip(parts, images.batches(parts)):
+        yield batch, torch.tensor(rows) % len(CLASSES)
 
 
 def batches_of(split, rows=None):

@@ -1,6 +1,7 @@
 """Image sets for evaluation: a folder of files, or an .npz file.
 
-Each has a length, image_size (H, W) and numbered_batches, of uint8 images (B, 3, H, W).
+Each has a name, a length, image_size (H, W), and batches(parts), which yields the images, uint8
+(B, 3, H, W), of each list of rows.
 """
 
 import contextlib
@@ -13,6 +14,25 @@ from dataset.images import SUFFIXES, open_image, read_image
 from dataset.loader import read_images, stack_images
 from engine.errors import BadValue, UserError
 from engine.files import find_damage
+
+
+def open_images(path, world, *, crop=None, workers=0):
+    """The images of a folder or of an .npz file, two or more. Raises BadValue.
+
+    crop, workers: of a folder, as FolderImages takes them.
+    """
+    if not path.exists():
+        raise BadValue(f"must be a folder or an .npz file, got {path} (no such file); name one "
+                       f"that exists")
+    if path.is_dir():
+        images = FolderImages(path, crop, workers)
+    else:
+        images = NpzImages(path)
+        verify_npz(path, world)
+    if len(images) < 2:
+        raise BadValue(f"must hold 2 images or more, for a covariance, got {len(images)} in "
+                       f"{path}; add some ({' '.join(sorted(SUFFIXES))})")
+    return images
 
 
 @contextlib.contextmanager
@@ -33,13 +53,12 @@ def verify_npz(path, world):
     NumPy does so only for an array that it reads whole, and arr_0 is read in parts. Raises
     BadValue.
     """
-    def read():
+    def verify():
         with reading_npz(path):
-            damage = find_damage(path)
-            if damage:
+            if damage := find_damage(path):
                 raise ValueError(f"damaged: {damage}")
 
-    world.on_main(read)
+    world.on_main(verify)
 
 
 class NpzImages:
@@ -60,36 +79,36 @@ class NpzImages:
     @contextlib.contextmanager
     def _open(self):
         """The file, at its first image, and the header: shape, Fortran order, dtype."""
+        readers = {(1, 0): np.lib.format.read_array_header_1_0,
+                   (2, 0): np.lib.format.read_array_header_2_0}
         with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
-            old = np.lib.format.read_magic(file) == (1, 0)
-            yield file, (np.lib.format.read_array_header_1_0 if old
-                         else np.lib.format.read_array_header_2_0)(file)
+            yield file, readers[np.lib.format.read_magic(file)](file)
 
-    def numbered_batches(self, size, world):
-        """Yields (number of the first image, images (B, 3, H, W)): this rank's batches of size,
-        dealt in turn.
+    def batches(self, parts):
+        """Yields images (B, 3, H, W) for each list of rows; rows that increase are read fastest.
 
-        They are read in order and never held together: 50,000 images of 256 x 256 are 9.8 GB.
+        They are never held together: 50,000 images of 256 x 256 are 9.8 GB.
         """
         height, width = self.image_size
         with reading_npz(self.name), self._open() as (file, _):
-            start = file.tell()
-            for first in range(world.rank * size, self.count, world.size * size):
-                count = min(size, self.count - first)
-                file.seek(start + first * height * width * 3)
-                data = bytearray(file.read(count * height * width * 3))
-                images = torch.frombuffer(data, dtype=torch.uint8).view(count, height, width, 3)
-                yield first, images.permute(0, 3, 1, 2)
+            start, size = file.tell(), height * width * 3
+            for rows in parts:
+                pixels = bytearray()
+                for row in rows:
+                    file.seek(start + row * size)
+                    pixels += file.read(size)
+                images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
+                yield images.permute(0, 3, 1, 2)
 
 
 class FolderImages:
     """The image files of a folder and its subfolders, in the order of their paths.
 
     With a crop they are converted to RGB and centre-cropped; without, they must be RGB and of one
-    size. Raises BadValue.
+    size. workers: processes that read them. Raises BadValue.
     """
 
-    def __init__(self, path, crop, workers):
+    def __init__(self, path, crop=None, workers=0):
         self.name, self.crop, self.workers = str(path), crop, workers
         self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         self.image_size = (crop, crop) if crop else None
@@ -100,8 +119,9 @@ class FolderImages:
     def __len__(self):
         return len(self.paths)
 
-    def read(self, path):
-        """A file as uint8 (3, H, W). Raises BadValue."""
+    def read(self, row):
+        """An image as uint8 (3, H, W). Raises BadValue."""
+        path = self.paths[row]
         if self.crop:
             return read_image(path, self.crop)
         with open_image(path) as image:
@@ -114,10 +134,7 @@ class FolderImages:
                                f"{self.image_size}; crop all with --image-size")
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def numbered_batches(self, size, world):
-        """Yields (number of the first image, images (B, 3, H, W)): this rank's batches of size,
-        dealt in turn."""
-        firsts = range(0, len(self), size)[world.rank::world.size]
-        share = [self.paths[first:first + size] for first in firsts]
-        found = read_images(self.read, share, workers=min(self.workers, len(share)))
-        yield from zip(firsts, (stack_images(images) for _, images in found))
+    def batches(self, parts):
+        """Yields images (B, 3, H, W) for each list of rows."""
+        for _, images in read_images(self.read, parts, workers=min(self.workers, len(parts))):
+            yield stack_images(images)

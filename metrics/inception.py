@@ -22,7 +22,7 @@ PROTOCOLS = ("pytorch-fid", "adm", "pixels")
 POOL = 2048  # values of Inception's last pooling, "pool_3" in the TensorFlow graph
 SPATIAL = 7 * 17 * 17  # for sFID: the first 7 channels of a 17 x 17 map
 CLASSES = 1008  # of the Inception of 2015: 1000 classes and unused ones
-TINY = 3 * 32 * 32  # values of the largest image that the protocol pixels takes
+MAX_PIXELS = 32 * 32  # of an image that the protocol pixels takes
 
 
 class Features(NamedTuple):
@@ -34,12 +34,11 @@ class Features(NamedTuple):
 
 
 def dimension(protocol, image_size):
-    """D, the length of a pool feature of images of size (H, W). Raises UserError for too large
-    ones."""
+    """D, the length of a pool feature of images of size (H, W). Raises UserError if too large."""
     if protocol != "pixels":
         return POOL
     height, width = image_size
-    if 3 * height * width > TINY:
+    if height * width > MAX_PIXELS:
         raise UserError(f"--protocol pixels takes images of at most 32 x 32, got {height} x "
                         f"{width}; use --protocol pytorch-fid or adm, or crop image files")
     return 3 * height * width
@@ -56,7 +55,7 @@ class Extractor:
     def __init__(self, protocol, world, *, inception=None):
         self.protocol, self.world = protocol, world
         if protocol != "pixels":
-            self.net = load_inception(inception or find_weights(world)).to(world.device)
+            self.net = load_inception(inception, world).to(world.device)
             self.class_weights = self.net.fc.weight.double().T  # (POOL, CLASSES)
             self.net.fc = torch.nn.Identity()
             self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_map)
@@ -99,35 +98,29 @@ def resize_like_tensorflow(images, size=299):
     return blend(blend(images, 3), 2)
 
 
-def find_weights(world):
-    """The file of pytorch-fid's weights in torch's hub cache; rank 0 downloads it if it is missing.
+def load_inception(path, world):
+    """pytorch-fid's Inception, with its pooling and 1008 classes, and the weights of a file.
 
-    Raises UserError on every rank if that fails. (pytorch-fid's own fid_inception_v3 lets every
-    process download, unpickles whatever is in the cache, and draws initial values.)
+    None takes the file in torch's hub cache, to which rank 0 downloads it if it is missing. (Every
+    process would, and would unpickle any file, by pytorch-fid's own fid_inception_v3.) Raises
+    UserError if the file is missing, torn, or of another network.
     """
     from pytorch_fid.inception import FID_WEIGHTS_URL  # takes a second to import
 
-    path = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[1])
+    cached = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[1])
 
     def download():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path))
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached))
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"cannot download the Inception weights ({error}): put {path.name} "
-                            f"from {FID_WEIGHTS_URL} into {path.parent}, or name it with "
+            raise UserError(f"cannot download the Inception weights ({error}): put {cached.name} "
+                            f"from {FID_WEIGHTS_URL} into {cached.parent}, or name it with "
                             f"--inception") from error
 
-    world.on_main(lambda: path.is_file() or download())
-    return path
-
-
-def load_inception(path):
-    """pytorch-fid's Inception, with its pooling and 1008 classes, and the weights of a file.
-
-    The network is built without values, which would cost time and random numbers. Raises UserError
-    if the file is missing, torn, or of another network.
-    """
+    if path is None:
+        world.on_main(lambda: cached.is_file() or download())
+    path = path or cached
     try:
         net = build_inception()
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
@@ -139,7 +132,7 @@ def load_inception(path):
 
 
 def build_inception():
-    """pytorch-fid's Inception on the meta device: without values."""
+    """pytorch-fid's Inception on the meta device: values would cost time and random numbers."""
     from pytorch_fid import inception
     from torchvision.models import inception_v3
 

@@ -1,17 +1,12 @@
 """Reference statistics, and the comparison of samples with them.
 
-    extractor = Extractor(protocol, world)
-    reference = Reference.load(path, protocol, image_size)
-    statistics = Statistics(extractor, count, image_size, **reference.wants)
-    statistics.add(images, first)                      # for every batch of this rank
-    result = evaluate(statistics, reference)           # a dict on rank 0, None elsewhere
-
-Images are uint8 (B, 3, H, W), numbered from 0. Results do not depend on which rank measures which
-image. A new metric is a function in metrics/distances.py and a line in METRICS.
+Results do not depend on which rank measures which image. A new metric is a function in
+metrics/distances.py and a line in METRICS.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +42,6 @@ METRICS = {  # by their keys in the result
     "recall": Metric("Recall", "points", lambda samples, reference:
                      recall(samples.points, reference.points)),
 }
-# What a reference without these statistics lacks
-LACKING = {"spatial": "mu_s and sigma_s",
-           "points": f"arr_0 of more than {NEIGHBOURS} images, or the samples are as few"}
 
 
 @dataclass
@@ -72,21 +64,19 @@ class Reference:
         It is cheap: no network runs. Raises BadValue.
         """
         with reading_npz(path), np.load(path, allow_pickle=False) as file:
-            keys = {"mu", "sigma", "mu_s", "sigma_s", "num_images", "protocol"}
-            stored = {key: file[key] for key in keys.intersection(file.files)}
-            if not {"mu", "sigma"} <= stored.keys():
+            if not {"mu", "sigma"} <= set(file.files):
                 raise BadValue(f"must have the keys mu and sigma, got {path} with "
                                f"{', '.join(file.files)}; make one by evaluate_fid.py --make-ref")
-            adm, dim = protocol == "adm", dimension(protocol, image_size)
-            reference = cls(str(path), _pair(stored, "mu", "sigma", dim, path), scores=adm)
-            if adm and {"mu_s", "sigma_s"} <= stored.keys():
-                reference.spatial = _pair(stored, "mu_s", "sigma_s", SPATIAL, path)
-            if adm and "arr_0" in file.files:
+            pool = _pair(file, "mu", "sigma", dimension(protocol, image_size), path)
+            reference = cls(str(path), pool, scores=protocol == "adm")
+            if protocol == "adm" and {"mu_s", "sigma_s"} <= set(file.files):
+                reference.spatial = _pair(file, "mu_s", "sigma_s", SPATIAL, path)
+            if protocol == "adm" and "arr_0" in file.files:
                 reference.images = NpzImages(path)
-            if "num_images" in stored:
-                reference.count = int(stored["num_images"])
-            if "protocol" in stored:
-                reference.made_with = str(stored["protocol"])
+            if "num_images" in file.files:
+                reference.count = int(file["num_images"])
+            if "protocol" in file.files:
+                reference.made_with = str(file["protocol"])
             return reference
 
     @classmethod
@@ -108,16 +98,15 @@ class Reference:
     def find_points(self, extractor, batch_size=64):
         """Extract the features of arr_0, unless that is done. Every rank must call it."""
         if self.points is None:
-            everything = Statistics(extractor, len(self.images), self.images.image_size,
+            statistics = Statistics(extractor, len(self.images), self.images.image_size,
                                     points=True)
-            everything.add_all(self.images.numbered_batches(batch_size, extractor.world),
-                               "reference").merge()
-            self.points = everything.points
+            statistics.add_all(self.images.batches, batch_size, "reference").merge()
+            self.points = statistics.points
 
 
-def _pair(stored, mean, covariance, dim, path):
+def _pair(file, mean, covariance, dim, path):
     """The float64 arrays mean (D,) and covariance (D, D), checked."""
-    pair = stored[mean].astype(np.float64), stored[covariance].astype(np.float64)
+    pair = file[mean].astype(np.float64), file[covariance].astype(np.float64)
     shapes = [array.shape for array in pair]
     if shapes != [(dim,), (dim, dim)] or not all(np.isfinite(array).all() for array in pair):
         raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "
@@ -148,16 +137,20 @@ def metric_names(protocol):
 
 
 def notes(reference, protocol, count):
-    """Lines to print beside the result: metrics that are left out, and warnings."""
+    """Lines to print beside the metrics of count images: what is left out, and warnings."""
     lines = []
-    for need, lack in LACKING.items():
-        few = need == "points" and count <= NEIGHBOURS
-        if protocol == "adm" and (few or not reference.wants[need]):
-            names = [key for key, metric in METRICS.items() if metric.needs == need]
-            lines.append(f"left out: {', '.join(names)}; {reference.name} lacks {lack}")
+    wants = reference.wants | {"pool": True}
+    missing = [key for key, metric in METRICS.items() if not wants[metric.needs]]
+    if protocol == "adm" and missing:
+        lines.append(f"left out: {', '.join(missing)}; of a reference sfid needs mu_s and sigma_s, "
+                     f"precision and recall arr_0 of more than {NEIGHBOURS} images")
     if reference.made_with not in (None, protocol):
         lines.append(f"warning: {reference.name} was made with --protocol {reference.made_with}, "
                      f"not {protocol}; the difference is part of the result")
+    if reference.made_with is None and protocol == "pytorch-fid":
+        lines.append(f"note: {reference.name} does not record its protocol; ADM's public files are "
+                     f"of TensorFlow's resize, with which published PyTorch code compares "
+                     f"pytorch-fid's, as this does; --protocol adm gives ADM's own FID")
     suggested = min(PUBLISHED, reference.count or PUBLISHED)
     if count < suggested:
         whose = "the reference" if suggested == reference.count else "published results"
@@ -188,8 +181,7 @@ class Evaluation:
         """The metrics, a dict, on rank 0; None elsewhere. Every rank must call it."""
         return evaluate(statistics, self.reference)
 
-    def measure(self, generator, count, batch_size):
-        """The metrics of a generator's first count images."""
-        batches = ((rows.start, generator.images(rows))
-                   for rows in generator.batches(count, batch_size))
-        return self.metrics(self.statistics(count).add_all(batches, "evaluating"))
+    def measure(self, sampler, count, batch_size):
+        """The metrics of an ImageSampler's first count images."""
+        return self.metrics(self.statistics(count).add_all(
+            partial(map, sampler.images), batch_size, "evaluating"))

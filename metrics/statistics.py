@@ -9,6 +9,15 @@ from metrics.inception import CLASSES, POOL, SPATIAL, dimension
 SPLIT = 5000  # images per split of the Inception Score
 
 
+def rank_batches(count, size, world):
+    """This rank's share of the rows 0 .. count - 1, a list of ranges of size.
+
+    Ranks take whole batches in turn: no batch depends on the number of ranks.
+    """
+    return [range(first, min(first + size, count))
+            for first in range(0, count, size)[world.rank::world.size]]
+
+
 class Moments:
     """Count, mean (D,) and covariance (D, D), in float64, of rows that come in batches.
 
@@ -46,9 +55,9 @@ class Moments:
 class Statistics:
     """What the metrics need of count images of image_size (H, W), gathered in one pass.
 
-    spatial, scores, points: gather for sFID, the Inception Score, precision and recall, as a
-    reference ``wants``; what is not gathered is None. Memory is constant but for points, 8 KiB an
-    image. Raises UserError for fewer than 2 images.
+    spatial, scores, points: gather for sFID, the Inception Score, precision and recall, as
+    Reference.wants says; what is not gathered is None. Points take 8 KiB an image. Raises UserError
+    for fewer than 2 images.
     """
 
     def __init__(self, extractor, count, image_size, *, spatial=False, scores=False, points=False):
@@ -79,15 +88,16 @@ class Statistics:
             numbers = torch.arange(first, first + len(images), device=p.device)
             self.scores.index_add_(0, numbers // SPLIT, sums)
 
-    def add_all(self, batches, title):
-        """Add this rank's batches, with a progress bar; returns self.
+    def add_all(self, batches, size, title):
+        """Add this rank's images, in batches of size, with a progress bar; returns self.
 
-        batches: of (number of the first image, images uint8 (B, 3, H, W)).
+        batches: a function that yields images, uint8 (B, 3, H, W), for a list of ranges.
         """
         world = self.extractor.world
+        parts = rank_batches(self.count, size, world)
         with world.progress(self.count, desc=title, unit="image") as bar:
-            for first, images in batches:
-                self.add(images, first)
+            for rows, images in zip(parts, batches(parts)):
+                self.add(images, rows.start)
                 bar.update(min(len(images) * world.size, bar.total - bar.n))
         return self
 
@@ -96,8 +106,9 @@ class Statistics:
         if self.merged:
             return
         self.merged, world = True, self.extractor.world
-        for moments in filter(None, (self.pool, self.spatial)):
-            moments.merge(world)
+        self.pool.merge(world)
+        if self.spatial is not None:
+            self.spatial.merge(world)
         for table in (self.scores, self.points):  # zero where another process has the images
             if table is not None:
                 world.total(table)

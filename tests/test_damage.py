@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import call, tiny
 
-import sample
 from dataset.latents import LatentShards, ShardFiles
+from dataset.pictures import load_png, write_pngs
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
 from engine.errors import UserError
@@ -59,9 +59,7 @@ def read_reference(path):
     """What evaluation reads of a reference and the images in it."""
     found = Reference.load(path, "pixels", (8, 8))
     verify_npz(path, WORLD)
-    images = NpzImages(path)
-    batches = [batch for _, batch in images.numbered_batches(7, WORLD)]
-    return plain([*found.pool, *batches]), found.count
+    return plain([*found.pool, *NpzImages(path).batches([range(60)])]), found.count
 
 
 def plain(value):
@@ -134,11 +132,11 @@ def test_an_array_that_a_flipped_bit_hides_is_missed(reference):
 def test_no_flipped_bit_of_a_sampled_image_is_used(tmp_path):
     """Every bit of one image. PIL decodes without comparing checksums, or raises other errors."""
     path, image = tmp_path / "000000.png", np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    sample.write_images([path], torch.from_numpy(image.transpose(2, 0, 1))[None])
+    write_pngs([path], torch.from_numpy(image.transpose(2, 0, 1))[None])
     for position in range(path.stat().st_size):
         for bit in range(8):
             with flipped(path, position, bit), contextlib.suppress(UserError):
-                assert np.array_equal(sample.read_image(path), image), f"byte {position}, bit {bit}"
+                assert np.array_equal(load_png(path), image), f"byte {position}, bit {bit}"
 
 
 def test_training_names_damaged_labels_and_latents_it_did_not_compare(shards, tmp_path, monkeypatch,

@@ -79,6 +79,5 @@ def test_precision_and_recall_are_those_of_a_search_in_any_chunks(held, monkeypa
         return (near <= far).any(1).double().mean().item()
 
     expected = share(samples, reference), share(reference, samples)
-    found = precision(samples, reference), recall(samples, reference)
-    assert found == pytest.approx(expected)
+    assert (precision(samples, reference), recall(samples, reference)) == pytest.approx(expected)
     assert 0 < expected[0] < 1

@@ -8,7 +8,7 @@ import torch
 from conftest import pictures
 
 from engine.distributed import World
-from engine.errors import UserError
+from engine.errors import BadValue
 from metrics import reference as module
 from metrics.distances import frechet_distance
 from metrics.inception import POOL, Extractor
@@ -25,27 +25,33 @@ ALONE = World(0, 1, torch.device("cpu"), "fp32")
     ({"mu": np.array([{}] * 12), "sigma": np.eye(12)}, "plain arrays")])
 def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "ref.npz", **arrays)
-    with pytest.raises(UserError, match=f"--fid-ref must .*{message}"):
+    with pytest.raises(BadValue, match=f"must .*{message}"):
         Reference.load(tmp_path / "ref.npz", "pixels", (2, 2))
 
 
 def test_notes_name_what_is_left_out_and_what_weakens_the_result(tmp_path):
-    inception = {"mu": np.zeros(POOL), "sigma": np.eye(POOL)}
-    np.savez(tmp_path / "ref.npz", **inception, num_images=np.array(900),
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(POOL), sigma=np.eye(POOL), num_images=np.array(900),
              protocol=np.array("pytorch-fid"))
     reference = Reference.load(tmp_path / "ref.npz", "adm", (8, 8))
     assert reference.wants == {"spatial": False, "scores": True, "points": False}
-    sfid, shares, protocol, few = notes(reference, "adm", 899)
-    assert "left out: sfid;" in sfid and "mu_s" in sfid
-    assert "left out: precision, recall;" in shares and "arr_0" in shares
+    missing, protocol, few = notes(reference, "adm", 899)
+    assert "left out: sfid, precision, recall;" in missing
     assert "made with --protocol pytorch-fid, not adm" in protocol
     assert "899 samples against 900 of the reference: fewer raise" in few
-    assert len(notes(reference, "adm", 900)) == 3
-    reference = Reference("ref", reference.pool, scores=False)
+    assert len(notes(reference, "adm", 900)) == 2
+    reference = Reference("ref", reference.pool, scores=False, made_with="pytorch-fid")
     for reference.count in (None, 1281167):
-        assert "49999 samples against 50000 of published results: fewer raise" in notes(
-            reference, "pytorch-fid", 49999)[0]
+        line, = notes(reference, "pytorch-fid", 49999)
+        assert "49999 samples against 50000 of published results: fewer raise" in line
     assert not notes(reference, "pytorch-fid", 50000)
+
+
+def test_a_file_without_a_protocol_is_compared_and_its_resize_is_named():
+    """ADM's public file: pytorch-fid's features against statistics of TensorFlow's resize."""
+    reference = Reference("VIRTUAL.npz", (), scores=False)
+    line, = notes(reference, "pytorch-fid", 50000)
+    assert "VIRTUAL.npz" in line and "TensorFlow" in line and "--protocol adm" in line
+    assert not notes(reference, "pixels", 50000)
 
 
 @pytest.mark.parametrize("protocol", ["pytorch-fid", "adm"])
@@ -54,20 +60,20 @@ def test_only_pytorch_fids_protocol_takes_its_rounding_errors(protocol):
     pairs = [(part.mean(0), np.cov(part.T)) for part in rows]
     samples = SimpleNamespace(pool=SimpleNamespace(numpy=lambda: pairs[0]),
                               extractor=SimpleNamespace(protocol=protocol))
-    found = METRICS["fid"].value(samples, SimpleNamespace(pool=pairs[1]))
-    assert found == frechet_distance(*pairs, by_product=protocol == "pytorch-fid")
-    assert found != frechet_distance(*pairs, by_product=protocol != "pytorch-fid")
+    fid = METRICS["fid"].value(samples, SimpleNamespace(pool=pairs[1]))
+    assert fid == frechet_distance(*pairs, by_product=protocol == "pytorch-fid")
+    assert fid != frechet_distance(*pairs, by_product=protocol != "pytorch-fid")
 
 
 def test_a_metric_is_a_function_and_its_line(monkeypatch):
     def mean_distance(samples, reference):
-        """The distance of the means alone."""
         return float(np.linalg.norm(samples.pool.numpy()[0] - reference.pool[0]))
 
     monkeypatch.setitem(module.METRICS, "mean", Metric("Distance of means", "pool", mean_distance))
     extractor = Extractor("pixels", ALONE)
-    parts = [Statistics(extractor, 6, (8, 8)).add_all([(0, pictures(6, 8, seed))], "")
-             for seed in (1, 2)]
-    result = evaluate(parts[0], Reference.of(parts[1], "reference"))
+    first, second = Statistics(extractor, 6, (8, 8)), Statistics(extractor, 6, (8, 8))
+    first.add(pictures(6, 8, seed=1), 0)
+    second.add(pictures(6, 8, seed=2), 0)
+    result = evaluate(first, Reference.of(second, "reference"))
     assert result["mean"] > 0 and result["fid"] >= result["mean"] ** 2
     assert metric_names("pixels")["mean"] == "Distance of means"

@@ -20,11 +20,10 @@ from soak import Child
 
 import sample
 from dataset.vae import Pixels
-from engine.checkpoint import load_checkpoint, load_network, save_checkpoint
+from engine.checkpoint import load_checkpoint, network_of
 from engine.distributed import World
 from engine.errors import UserError
-from engine.files import FolderLock
-from metrics.inception import PROTOCOLS
+from engine.files import FolderLock, list_folder
 from metrics.reference import METRICS, Reference
 from sample import noise_and_labels
 
@@ -33,17 +32,13 @@ from sample import noise_and_labels
 SHAPE = (4, 8, 8)
 
 
-def test_the_start_of_an_image_depends_on_seed_and_index_alone():
+def test_the_start_of_an_image_depends_on_seed_and_index_only():
     z1, y = noise_and_labels([3, 4, 5], SHAPE, seed=10, num_classes=7, labels="random")
     z2, y2 = noise_and_labels([5], SHAPE, seed=10, num_classes=7, labels="random")
     assert torch.equal(z1[2], z2[0]) and y[2] == y2[0]
+    balanced, y = noise_and_labels([3, 4, 5], SHAPE, seed=10, num_classes=4)
+    assert torch.equal(balanced, z1) and y.tolist() == [3, 0, 1]
     assert z1.shape == (3, *SHAPE) and z1.dtype == torch.float32 and y.dtype == torch.int64
-
-
-def test_labels_do_not_change_the_noise():
-    balanced, y = noise_and_labels(range(16), SHAPE, seed=10, num_classes=7)
-    random, _ = noise_and_labels(range(16), SHAPE, seed=10, num_classes=7, labels="random")
-    assert torch.equal(balanced, random) and y.tolist() == [i % 7 for i in range(16)]
 
 
 def test_the_noise_is_the_same_on_every_machine_and_in_every_version():
@@ -56,39 +51,32 @@ def test_the_noise_is_the_same_on_every_machine_and_in_every_version():
     assert z1.flatten()[:4].tolist() == pytest.approx(known, rel=1e-6) and y.tolist() == [503]
 
 
-def test_images_of_three_seeds_are_independent_standard_normals():
+def test_three_seeds_are_independent_in_noise_and_random_labels():
     """3 seeds x 1,000 images x 256 numbers. Image i of one seed was image i + 1 of the one before.
 
     False alarm: 4e-8 for the 15 moments and correlations of whole seeds, six standard errors each;
-    2e-7 for the largest of 4.5 million correlations of two images.
+    2e-7 for the largest of 4.5 million correlations of two images. Of labels 3e-6 for chi-squared
+    with 9 degrees of freedom beyond 45 in one of three, 1e-7 for two seeds' agreement, six standard
+    errors from a tenth.
     """
-    numbers = range(1000)
-    seeds = [noise_and_labels(numbers, SHAPE, seed=seed, num_classes=1000)[0].flatten(1).double()
-             for seed in range(3)]
+    starts = [noise_and_labels(range(1000), SHAPE, seed=seed, num_classes=10, labels="random")
+              for seed in range(3)]
+    seeds = [noise.flatten(1).double() for noise, _ in starts]
     images = torch.cat(seeds)
     assert len(torch.unique(images, dim=0)) == 3000
     error = 1 / math.sqrt(256_000)
-    for noise in seeds:
+    for noise, (_, y) in zip(seeds, starts):
         assert noise.mean().abs() < 6 * error
         assert (noise.var() - 1).abs() < 6 * math.sqrt(2) * error
         assert (noise[1:] * noise[:-1]).mean().abs() < 6.01 * error
+        assert ((torch.bincount(y, minlength=10) - 100) ** 2 / 100).sum() < 45
     for one, two in itertools.combinations(seeds, 2):
         assert (one * two).mean().abs() < 6 * error
         assert (one[1:] * two[:-1]).mean().abs() < 6.01 * error
-    correlations = torch.corrcoef(images).fill_diagonal_(0)
-    assert correlations.abs().max() < 0.45
-
-
-def test_random_labels_of_three_seeds_are_uniform_and_independent():
-    """False alarm: 3e-6 for chi-squared with 9 degrees of freedom beyond 45 in one of three, 1e-7
-    for two seeds' agreement, six standard errors from a tenth."""
-    seeds = [noise_and_labels(range(1000), (1, 1, 1), seed=seed, num_classes=10, labels="random")[1]
-             for seed in range(3)]
-    for y in seeds:
-        assert ((torch.bincount(y, minlength=10) - 100) ** 2 / 100).sum() < 45
-    for one, two in itertools.combinations(seeds, 2):
+    for (_, one), (_, two) in itertools.combinations(starts, 2):
         for agree in (one == two, one[1:] == two[:-1]):
             assert abs(agree.double().mean() - 0.1) < 6 * math.sqrt(0.09 / 999)
+    assert torch.corrcoef(images).fill_diagonal_(0).abs().max() < 0.45
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -100,7 +88,7 @@ def options(trained, folder):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in list_folder(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +106,6 @@ def test_the_npz_holds_the_images_in_order(sampled):
         assert np.array_equal(images[i], np.asarray(Image.open(sampled / f"{i:06d}.png")))
     assert len({image.tobytes() for image in images}) == 21
     assert Image.open(sampled.with_name("one.png")).width == 10 * 66 + 2
-
-
-def test_the_folder_alone_goes_to_stdout(trained, tmp_path, capfd):
-    """And the path of the picture to stderr."""
-    call("sample", *options(trained, tmp_path / "new"))
-    out, err = capfd.readouterr()
-    assert out == f"{tmp_path / 'new'}\n"
-    assert err.splitlines()[-1] == f"picture: {tmp_path / 'new.png'}"
 
 
 @pytest.mark.slow
@@ -170,32 +150,6 @@ def test_a_killed_command_loses_nothing(trained, sampled):
     assert files(killed) == files(sampled)
 
 
-def test_images_of_another_seed_are_others(trained, sampled):
-    """Image i of seed 1 was image i + 1 of seed 0, noise and random label alike."""
-    def images(name, *extra):
-        call("sample", *options(trained, sampled.with_name(name)), *extra)
-        return {image.tobytes() for image in np.load(sampled.with_name(f"{name}.npz"))["arr_0"]}
-
-    seeds = [images(f"{labels} {seed}", "--labels", labels, "--seed", seed)
-             for labels in ("balanced", "random") for seed in (0, 1)]
-    assert not seeds[0] & seeds[1] and not seeds[2] & seeds[3]
-
-
-def test_a_folder_of_images_from_another_rule_of_noise_is_refused(trained, tmp_path):
-    """Half of the images would come from the generator of seed + i, the first rule, and half from
-    the hash of (seed, i)."""
-    call("sample", *options(trained, tmp_path / "old"))
-    (tmp_path / "old" / "000020.png").unlink()
-    marker = tmp_path / "old" / "samples.json"
-    stored = json.loads(marker.read_text())
-    del stored["noise"]
-    marker.write_text(json.dumps(stored))
-    before = files(tmp_path / "old")
-    with pytest.raises(UserError, match="--sample-dir .*noise None, now"):
-        call("sample", *options(trained, tmp_path / "old"))
-    assert files(tmp_path / "old") == before
-
-
 def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path):
     """A command that fails for its batch size, say, leaves such a folder."""
     call("sample", *options(trained, tmp_path / "new"), "--per-proc-batch-size", 10000)
@@ -203,18 +157,21 @@ def test_a_folder_without_an_image_may_become_another_commands(trained, tmp_path
         path.unlink()
     (tmp_path / "new" / ".samples.json.1.tmp").write_text("{")
     call("sample", *options(trained, tmp_path / "new"))
-    assert len(list((tmp_path / "new").iterdir())) == 22
+    assert len(files(tmp_path / "new")) == 22
+    assert not list((tmp_path / "new").glob("*.tmp"))
 
 
 def test_a_folder_of_other_weights_is_refused_with_short_hashes(trained, tmp_path):
     """The line held 120 digits of two hashes."""
     call("sample", *options(trained, tmp_path / "new"), "--classes", 3)
-    marker = tmp_path / "new" / "samples.json"
-    stored = json.loads(marker.read_text())
-    marker.write_text(json.dumps(stored | {"weights": "0123456789abcdef" * 4}))
+    path = tmp_path / "new" / "samples.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"weights": "0123456789abcdef" * 4}))
+    before = files(tmp_path / "new")
     with refused("--sample-dir", "classes [3], now [5]; weights 01234567, now "
                  f"{stored['weights'][:8]}); choose another --sample-dir"):
         call("sample", *options(trained, tmp_path / "new"), "--classes", 5)
+    assert files(tmp_path / "new") == before
 
 
 def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path):
@@ -222,7 +179,7 @@ def test_one_command_samples_into_a_folder_at_a_time(trained, sampled, tmp_path)
     with FolderLock(tmp_path / "new"):
         with pytest.raises(UserError, match="--sample-dir .*process"):
             call("sample", *options(trained, tmp_path / "new"))
-        assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+        assert files(tmp_path / "new") == {}
     (tmp_path / "new" / ".lock").write_text("process 1")  # as a killed command leaves it
     call("sample", *options(trained, tmp_path / "new"))
     assert files(tmp_path / "new") == files(sampled)
@@ -232,9 +189,9 @@ def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path,
     """A command that waited for the end of another took over its folder."""
     lock = FolderLock
 
-    def wait_for_another_command(option, folder):
+    def wait_for_another_command(folder):
         shutil.copytree(sampled, folder)
-        return lock(option, folder)
+        return lock(folder)
 
     monkeypatch.setattr("sample.FolderLock", wait_for_another_command)
     with pytest.raises(UserError, match="--sample-dir .*seed 0, now 1"):
@@ -250,33 +207,31 @@ def test_files_beside_the_folder_are_not_replaced(trained, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new.npz"]
 
 
-def test_steps_and_random_labels_change_the_images(trained, sampled):
-    for name, extra in (("steps", ["--num-sampling-steps", 2]), ("labels", ["--labels", "random"])):
-        other = sampled.with_name(name)
-        call("sample", *options(trained, other), *extra)
-        assert files(other) != files(sampled)
-        assert json.loads((other / "samples.json").read_text())["images"] == 21
+@pytest.mark.parametrize("extra", [["--num-sampling-steps", 2], ["--labels", "random"],
+                                   ["--seed", 1]])
+def test_options_change_all_images(extra, trained, sampled, tmp_path):
+    call("sample", *options(trained, tmp_path / "new"), *extra)
+    images = [{image.tobytes() for image in np.load(f"{path}.npz")["arr_0"]}
+              for path in (sampled, tmp_path / "new")]
+    assert images[0] != images[1] and len(images[1]) == 21
+    assert extra[0] != "--seed" or not images[0] & images[1]
 
 
 # ---- metrics -------------------------------------------------------------------------------------
 
 
-def result(capfd):
-    return json.loads(capfd.readouterr().out.strip().splitlines()[-1])
-
-
 @pytest.fixture
 def measured(reference, sampled, capfd):
     """(options that evaluate, the distance of the images on disk)."""
-    options = ["--protocol", "pixels", "--num-workers", 0]
-    call("evaluate_fid", "--samples", sampled, "--ref", reference, *options)
-    return ["--fid-ref", reference, "--protocol", "pixels"], result(capfd)["fid"]
+    call("evaluate_fid", "--samples", sampled, "--ref", reference, "--protocol", "pixels",
+         "--num-workers", 0)
+    fid = json.loads(capfd.readouterr().out)["fid"]
+    return ["--fid-ref", reference, "--protocol", "pixels"], fid
 
 
 @pytest.mark.parametrize(("name", "extra"), [
     ("one", []), ("new", []), ("none", ["--no-save-images"])])
-def test_metrics_of_sampling_are_those_of_the_files(name, extra, measured, trained, sampled, digits,
-                                                    capfd):
+def test_metrics_of_sampling_are_those_of_the_files(name, extra, measured, trained, sampled, capfd):
     """Of files that are there already, of new ones, and without files."""
     evaluate, fid = measured
     call("sample", *options(trained, sampled.with_name(name)), *evaluate, *extra)
@@ -285,7 +240,7 @@ def test_metrics_of_sampling_are_those_of_the_files(name, extra, measured, train
     metrics = json.loads(out)
     assert metrics["fid"] == pytest.approx(fid, rel=1e-9)
     assert metrics["num_samples"] == 21 and metrics["protocol"] == "pixels"
-    assert metrics["num_reference"] == 200 and metrics["seed"] == 0
+    assert metrics["num_reference"] == 200 and metrics["seed"] == 0 and metrics["steps"] == 1
     for path in (sampled.with_name(name), sampled.with_name(f"{name}.npz")):
         assert path.exists() == (name != "none")
 
@@ -299,19 +254,16 @@ def test_metrics_of_two_processes_are_those_of_one(measured, trained, tmp_path):
     assert "fid" not in other
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_no_setting_replaces_a_metric(protocol, capfd, monkeypatch):
+def test_no_option_replaces_a_metric(capsys):
     """The option --precision, tf32, once stood where ADM's precision belongs."""
-    metrics = {"protocol": protocol, "num_samples": 5, "fid": 2.5} | (
-        {"sfid": 3.5, "inception_score": 4.5, "precision": 0.5, "recall": 0.25}
-        if protocol == "adm" else {})
-    assert metrics.keys() <= {"protocol", "num_samples", *METRICS}
-    args = sample.parse_args(["--ckpt", "x.pt", "--fid-ref", "ref.npz", "--protocol", protocol])
+    args = sample.parse_args(["--ckpt", "x.pt", "--fid-ref", "ref.npz", "--protocol", "adm"])
+    args.record = {"omega": 2.0} | dict.fromkeys(("vae", "labels", "seed", "steps"), 1)
     reference = Reference("ref", (), scores=False, count=5)
-    sample.report(args, {"vae": "none"}, SimpleNamespace(reference=reference), metrics)
-    said = result(capfd)
-    assert {key: said[key] for key in metrics} == metrics
-    assert len(said) == len(metrics) + 8 and said["sampling_precision"] == "tf32"
+    metrics = dict.fromkeys(METRICS, 0.5)
+    sample.print_result(args, SimpleNamespace(reference=reference), metrics)
+    printed = json.loads(capsys.readouterr().out)
+    assert {key: printed[key] for key in metrics} == metrics
+    assert printed["omega"] == 2 and printed["sampling_precision"] == "tf32"
 
 
 # ---- improved MeanFlow -----------------------------------------------------------------------
@@ -338,8 +290,8 @@ def test_classes_are_chosen_when_sampling(tmp_path):
     for classes in (None, [3, 1, 5]):
         sampler = sample.ImageSampler(net, Pixels(), config, world, classes=classes)
         sampler.images(range(4))
-        shown = sampler.images(sampler.picture_rows(20))
-        sample.save_picture(tmp_path / f"{classes}.png", [sampler], [shown])
+        images = sampler.images(sampler.picture_rows(20))
+        sample.save_picture(tmp_path / f"{classes}.png", [sampler], [images])
     assert [y for _, y in seen[::2]] == [[0, 1, 2, 3], [3, 1, 5, 3]]
     assert torch.equal(seen[0][0], seen[2][0])
     widths = [Image.open(tmp_path / f"{classes}.png").width for classes in (None, [3, 1, 5])]
@@ -348,7 +300,7 @@ def test_classes_are_chosen_when_sampling(tmp_path):
 
 
 def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
-    """Each in its own folder, with the images that it has alone."""
+    """Each in its own folder, with the images that it has without the other."""
     options = ["--ckpt", trained, "--per-class", 2, "--classes", 4, 7]
     call("sample", *options, "--num-sampling-steps", 1, 3, "--sample-dir", tmp_path / "both")
     out, err = capfd.readouterr()
@@ -357,64 +309,35 @@ def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
     call("sample", *options, "--num-sampling-steps", 3, "--sample-dir", tmp_path / "alone")
     images = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("both-3-steps", "alone")]
     assert np.array_equal(*images) and len(images[0]) == 4
+    assert [path.name for path in tmp_path.glob("both*.png")] == ["both-1-3-steps.png"]
     picture = np.asarray(Image.open(tmp_path / "both-1-3-steps.png"))
     assert picture.shape[1] == 4 * 66 + 2  # two classes, each in one step and in three
-    alone = np.asarray(Image.open(tmp_path / "alone.png"))
+    separate = np.asarray(Image.open(tmp_path / "alone.png"))
     below = slice(-2 * 66, None)  # the rows of images, without captions
     for column in range(2):
         ours, theirs = 66 * (2 * column + 1), 66 * column
-        assert np.array_equal(picture[below, ours:ours + 66], alone[below, theirs:theirs + 66])
-
-
-@pytest.mark.parametrize("steps", [[1], [1, 2]])
-@pytest.mark.parametrize("count", [1, 3])
-def test_one_class_has_a_picture(steps, count, trained, tmp_path):
-    """Its header was one tile without a frame, narrower than the images: a traceback at the end."""
-    call("sample", "--ckpt", trained, "--classes", 3, "--per-class", count, "--num-sampling-steps",
-         *steps, "--sample-dir", tmp_path / "one")
-    pictures = [Image.open(path) for path in sorted(tmp_path.glob("*.png"))]
-    assert len(pictures) == 2 * len(steps) - 1
-    widths = [picture.width for picture in pictures]
-    assert sorted(widths) == [68] * len(steps) + [134] * (len(steps) - 1)
-    assert {picture.height // 66 for picture in pictures} == {count}  # and the captions
-
-
-def test_only_a_checkpoint_of_pixels_may_do_without_a_vae(trained, tmp_path, hub, monkeypatch):
-    """Decoded as pixels, latents would be noise."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    command = ["--vae", "ema", "--sample-dir", tmp_path / "new"]
-    with refused("--vae ema", "or --vae none for pixels"):
-        call("sample", "--ckpt", trained, *command)
-    state = load_checkpoint(trained)
-    save_checkpoint(tmp_path / "latent.pt", state | {"config": state["config"] | {"vae": "mse"}})
-    with pytest.raises(UserError) as error:
-        call("sample", "--ckpt", tmp_path / "latent.pt", *command)
-    assert "--vae FOLDER" in str(error.value) and "--vae none" not in str(error.value)
-
-
-def test_counts_of_steps_must_differ(trained, tmp_path, refusal):
-    refusal("sample", ["--ckpt", trained, "--num-sampling-steps", 2, 2, "--sample-dir",
-                       tmp_path / "samples"], "--num-sampling-steps")
+        assert np.array_equal(picture[below, ours:ours + 66], separate[below, theirs:theirs + 66])
 
 
 @pytest.mark.parametrize("model", ["trained", "improved_checkpoint"])
 def test_plain_flow_matching_is_sampled_by_its_velocity(model, request):
     """It was sampled by u(z, 0, 1), which such a network was never trained for."""
-    net, config = load_network(request.getfixturevalue(model))
+    state = load_checkpoint(request.getfixturevalue(model))
+    net, config = network_of(state, model), state["config"]
     world, images = World(0, 1, torch.device("cpu"), "fp32"), {}
     for ratio in (0, 0.5):
         sampler = sample.ImageSampler(net, Pixels(), config | {"ratio": ratio}, world, steps=2)
         images[ratio] = sampler.images(range(20))
-    seen = []
+    times = []
 
     class Watched(torch.nn.Module):
-        def forward(self, z, r, t, *given, **options):
-            seen.append((r.unique().tolist(), t.unique().tolist()))
-            return net(z, r, t, *given, **options)
+        def forward(self, z, r, t, *labels, **options):
+            times.append((r.unique().tolist(), t.unique().tolist()))
+            return net(z, r, t, *labels, **options)
 
     sampler = sample.ImageSampler(Watched(), Pixels(), config | {"ratio": 0}, world, steps=2)
     assert torch.equal(sampler.images(range(20)), images[0])
-    assert seen == [([1.0], [1.0]), ([0.5], [0.5])]
+    assert times == [([1.0], [1.0]), ([0.5], [0.5])]
     assert not torch.equal(images[0], images[0.5])
 
 
