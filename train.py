@@ -565,7 +565,7 @@ class Meter:
         error_equal is the mean of error over the rows with r = t, error_unequal over those with
         r < t; they are absent where there are no such rows. So with velocity_error.
         """
-        *sums, count = self.world.mean(self.sums).tolist()
+        *sums, count = (self.world.total(self.sums) / self.world.size).tolist()
         loss, *errors, grad_norm = (value / max(count, 1) for value in sums)
         equal, unequal = errors[:3], errors[3:]
         images = (step - self.step) * self.batch

@@ -72,10 +72,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def mean(self, tensor):
-        """The mean over the ranks of a tensor of any shape, a new tensor."""
-        return self.total(tensor.clone()) / self.size
-
     def gather(self, value):
         """Every rank's value, in the order of ranks, on every rank."""
         values = [value] * self.size
@@ -167,12 +163,12 @@ def one_thread():
 
 
 def counted_generator(seed, *counters, device="cpu"):
-    """A generator that is a function of (seed, counters) alone, such as (seed, step, "noise").
+    """A generator that is a function of (seed, counters), such as (seed, step, "noise"): no random
+    state needs saving.
 
-    No random state needs saving: a resumed run draws what an uninterrupted one would. The hash
-    keeps neighbouring steps and purposes apart; of its 63 bits PyTorch's CPU generator uses 32, its
-    CUDA generator all. On a GPU more numbers than it runs threads, in one draw, are in an order of
-    its own: they are the same on GPUs of one model only (ATen's DistributionTemplates.h).
+    PyTorch's CPU generator uses 32 bits of the hash, its CUDA generator 63. On a GPU a draw of more
+    numbers than it runs threads has an order of its own: the numbers are the same on GPUs of one
+    model only (ATen's DistributionTemplates.h).
     """
     digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

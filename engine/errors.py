@@ -86,8 +86,8 @@ def fail(message, *, code=2, at_once=False):
     """Prints one line on stderr and ends this process.
 
     Most errors occur on all ranks. Local rank 0 prints at once, and torchrun then ends the others
-    of its machine. A rank that is alive ERROR_WAIT_S seconds later has the error alone and prints
-    it, too; at_once: without this wait. No rank asks another, which may be gone.
+    of its machine. A rank that lives on for ERROR_WAIT_S seconds has an error of its own and prints
+    it, too; at_once: without this wait.
     """
     rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("LOCAL_RANK", 0)) and not at_once:

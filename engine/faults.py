@@ -111,17 +111,14 @@ class Signals:
 
 
 def ignore_signals():
-    """For processes that read data: the training process decides when they end."""
+    """For reading processes: the training process decides when they end."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def propagate_nonfinite(loss):
-    """The loss (scalar) with a gradient that is NaN wherever the loss is not finite.
-
-    If the error overflows, its adaptive weight is 0, and so is its gradient. Without this only the
-    loss of this one rank would show it. A finite loss times 1 keeps its bits.
-    """
+    """The loss (scalar) with a gradient that is NaN where the loss is not finite: an error that
+    overflows has weight 0, and so gradient 0. A finite loss times 1 keeps its bits."""
     return loss * (1 + 0 * loss.detach())
 
 

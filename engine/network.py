@@ -1,5 +1,4 @@
-"""How processes meet and how they notice that another is gone. Nothing else needs to be read to
-train; one machine needs the process group alone."""
+"""How processes meet, and how they notice that another is gone."""
 
 import contextlib
 import datetime
@@ -30,8 +29,14 @@ def process_group(world, *, timeout_hours):
 
     timeout_hours: how long a rank waits for another that is alive. Raises LostError.
     """
+    cuda, timeout = world.device.type == "cuda", datetime.timedelta(hours=timeout_hours)
     try:
-        _join(world, datetime.timedelta(hours=timeout_hours))
+        store = _fresh_store(world)
+        if _several_machines() and "GLOO_SOCKET_IFNAME" not in os.environ:
+            _choose_interface(store, world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                rank=world.rank, world_size=world.size, timeout=timeout,
+                                device_id=world.device if cuda else None)
         heartbeat = _Heartbeat(world) if _several_machines() else None
         yield
         world.barrier()  # gloo aborts a process that the others leave behind
@@ -59,27 +64,13 @@ def _lost_error(error, world):
         f"--max-restarts do so")
 
 
-def _join(world, timeout):
-    """Set up the process group: gloo, and NCCL on GPUs."""
-    cuda = world.device.type == "cuda"
-    store = _fresh_store(world)
-    if _several_machines() and "GLOO_SOCKET_IFNAME" not in os.environ:
-        _choose_interface(store, world)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
-                            rank=world.rank, world_size=world.size, timeout=timeout,
-                            device_id=world.device if cuda else None)
-
-
 def _several_machines():
     return os.environ.get("LOCAL_WORLD_SIZE") not in (None, os.environ.get("WORLD_SIZE"))
 
 
 def _fresh_store(world):
-    """The store by which the processes find each other, under a name that is new at each start.
-
-    Rank 0 chooses a random name. Each other rank asks for it under a random word, and rank 0
-    answers until every rank has confirmed.
-    """
+    """The store by which processes find each other, under a name that is new at each start: rank 0
+    chooses it, and answers the others, who ask under random words, until all have confirmed."""
     # Needed up to torch 2.15: torchrun's store outlives the processes that --max-restarts replaces,
     # and new ones take the old addresses in it for each other's (pytorch issue 135712). The count
     # of restarts differs between machines, so it cannot be the name
@@ -98,10 +89,8 @@ def _fresh_store(world):
 
 
 def _choose_interface(store, world):
-    """Sets GLOO_SOCKET_IFNAME to the network interface by which this machine reaches the others.
-
-    The machine of MASTER_ADDR reaches it by loopback, so it takes its route to another rank. IPv4
-    only.
+    """Sets GLOO_SOCKET_IFNAME to the interface by which this machine reaches MASTER_ADDR; the
+    machine of that address, which does so by loopback, takes its route to another rank. IPv4 only.
     """
     # Needed up to torch 2.15: gloo takes the address of the host name, often a loopback address
     address = _address_towards(os.environ["MASTER_ADDR"])
@@ -135,10 +124,7 @@ def _interface_of(address):
 
 
 class _Heartbeat(threading.Thread):
-    """A thread that ends this process when another machine no longer answers.
-
-    A process that died is noticed by the main thread.
-    """
+    """A thread that ends this process when another machine no longer answers."""
     # Needed up to torch 2.15: a collective notices a silent machine only at its timeout, which must
     # be long, as rank 0 may work alone for hours; its heartbeat answers meanwhile
 

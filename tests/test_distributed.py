@@ -112,7 +112,7 @@ def work():
 def main(args):
     with start_processes() as world:
         maximum = world.maximum_later(world.rank + 3)
-        print(world.broadcast(world.rank + 7), world.mean(torch.tensor([world.rank + 1.0])).item(),
+        print(world.broadcast(world.rank + 7), world.total(torch.tensor([world.rank + 1])).item(),
               world.gather(world.rank), maximum(), world.on_main(lambda: world.rank), world.main)
         try:
             world.on_main(work)
@@ -127,7 +127,7 @@ def test_two_processes_agree_average_and_leave_cleanly(tmp_path):
     """That 50 pairs leave cleanly is for ``python tests/soak.py --kills 0 --pairs 50`` to see: gloo
     aborted one in ten without the barrier at the end, and one in 25 where Python cleaned up."""
     ends = [child.wait() for child in begin(tmp_path, AGREE)]
-    assert ends == [(0, f"7 1.5 [0, 1] 4 0 {main}\nof rank 0\n") for main in (True, False)]
+    assert ends == [(0, f"7 3 [0, 1] 4 0 {main}\nof rank 0\n") for main in (True, False)]
 
 
 LEAVE = """
