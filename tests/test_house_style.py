@@ -55,6 +55,16 @@ def test_every_option_has_help_and_a_reader():
                 assert name.lstrip("-").replace("-", "_") in read, f"{path} {option} is dead"
 
 
+@pytest.mark.parametrize("path", [path for path, tree in TREES.items() if "parse_args" in {
+    getattr(node, "name", "") for node in tree.body}], ids=str)
+def test_help_answers(path, monkeypatch, capsys):
+    """A percent sign in a help text breaks it."""
+    monkeypatch.syspath_prepend((ROOT / path).parent)
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(path.stem).parse_args(["--help"])
+    assert not end.value.code and "usage:" in capsys.readouterr().out
+
+
 def test_functions_are_short_and_written_once():
     bodies = {}
     for path, tree in TREES.items():
