@@ -138,14 +138,16 @@ def test_collectives_cost_what_they_cost_by_hand(program):
 
 
 def test_a_step_costs_what_it_costs_by_hand(program):
-    """Two blocks and a rest, on 8 GPUs, four rows a GPU of which one has r < t."""
-    scaling = program("scaling")
-    net = scaling.Network(forward=10.0, velocity=10.0, derivative=20.0, blocks={"blocks": [6, 6]},
-                          rest=4, velocity_lists=("blocks",), derivative_lists=("blocks",),
-                          bucket=32)
+    """Two blocks and a rest of billions of weights, so that bytes count and not latency alone; on 8
+    GPUs, four rows a GPU of which one has r < t."""
+    scaling, G = program("scaling"), 10**9
+    net = scaling.Network(forward=10.0, velocity=10.0, derivative=20.0,
+                          blocks={"blocks": [6 * G, 6 * G]}, rest=4 * G, bucket=32 * G,
+                          velocity_lists=("blocks",), derivative_lists=("blocks",))
     steps = scaling.passes(net, 4, 1)
     assert [flops for flops, _ in steps] == [40, 10, 40, 20, 80]  # 4.75 forwards
-    rest, block, gradients, last = (scaling.ring(size, 8, 1).seconds for size in (8, 12, 24, 16))
+    rest, block, gradients, last = (scaling.ring(size * G, 8, 1).seconds
+                                    for size in (8, 12, 24, 16))
     seconds, collectives = scaling.fully_sharded(net, steps, 8, 1, speed=1.0)
     total = rest + 5 * 2 * block + 2 * gradients + last
     assert len(collectives) == 1 + 5 * 2 + 2 + 1
@@ -154,10 +156,10 @@ def test_a_step_costs_what_it_costs_by_hand(program):
     assert scaling.limit(190, seconds, collectives) == "arithmetic"
     seconds, _ = scaling.fully_sharded(net, steps, 8, 1, speed=1e12)
     assert seconds == pytest.approx(total)
-    assert scaling.limit(190e-12, seconds, collectives) == "latency"
+    assert scaling.limit(190e-12, seconds, collectives) == "bandwidth"
     seconds, collectives = scaling.data_parallel(net, steps, 8, 1, speed=1.0)
     assert len(collectives) == 2  # 16 weights of 4 bytes, buckets of 32
-    assert seconds == pytest.approx(190 + scaling.all_reduce(32, 8, 1).seconds)
+    assert seconds == pytest.approx(190 + scaling.all_reduce(32 * G, 8, 1).seconds)
 
 
 @pytest.mark.parametrize(("model", "tail", "settings"), [

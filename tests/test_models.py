@@ -54,6 +54,7 @@ def test_every_size_has_its_depth_heads_and_patches():
                 net = DiT_models[f"DiT-{size}/{patch}"](input_size=16)
             assert len(net.blocks) == depth and net.blocks[0].attn.num_heads == heads
             assert net.x_embedder.proj.weight.shape == (width, 4, patch, patch)
+            assert width // heads == {"T": 32, "XL": 72}.get(size, 64)
     for size, (depth, head_depth, *_) in IMPROVED_SIZES.items():
         with torch.device("meta"):
             net = DiT_models[f"iMF-{size}"](input_size=8)
