@@ -217,11 +217,10 @@ def open_split(folder, split, size):
 
 def open_samples(path, world):
     """The images of an .npz file or a folder, two or more. Raises UserError."""
-    if path.is_dir():
-        images = FolderImages(path, None, 0)
-    else:
-        images = NpzImages(path)
-        verify_npz(path, world)
+    with naming("samples"):
+        images = FolderImages(path, None, 0) if path.is_dir() else NpzImages(path)
+        if not path.is_dir():
+            verify_npz(path, world)
     if len(images) < 2:
         raise UserError(f"samples must be 2 images or more, got {len(images)} in {path}; sample "
                         f"more")

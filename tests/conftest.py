@@ -410,6 +410,7 @@ def inception_weights(torch_home):
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_SIZES = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=3, num_heads=4,
                     num_classes=10)
+precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
 def golden_network(dtype):

@@ -1,9 +1,8 @@
-"""The benchmarks and examples start, compare like with like, and count right."""
+"""The benchmarks compare like with like and count right."""
 
 import copy
 import importlib
 import re
-import sys
 
 import pytest
 import torch
@@ -12,58 +11,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import DiT_models
 
-PROGRAMS = sorted(path for folder in ("benchmarks", "examples")
-                  for path in (ROOT / folder).glob("*.py")
-                  if path.stem != "meanflow_2d")  # the tutorial has no options
 
-
-@pytest.fixture(autouse=True)
-def folders(monkeypatch):
-    """The programs import one another from their folder, as when they are run."""
-    monkeypatch.setattr(sys, "path", [*sys.path, *{str(path.parent) for path in PROGRAMS}])
-
-
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_help_answers(path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(path.stem).parse_args(["--help"])
-    assert not stop.value.code and "usage:" in capsys.readouterr().out
-
-
-def test_flops_of_a_guided_step_are_four_and_a_half_forwards():
-    """Forward and backward 3, null pass 1, derivative on a quarter .5; the derivative of views of
-    fake tensors once failed."""
-    gpu_hours = importlib.import_module("gpu_hours")
-    with sdpa_kernel(SDPBackend.MATH):
-        forward, step = gpu_hours.flops("DiT-T/4", cfg=3.0)
-    assert step / forward == pytest.approx(4.5, abs=0.05)
-
-
-def test_updates_take_the_time_of_their_bytes():
-    """B/4's 131 million parameters at 90 % of 3.35 TB/s: 1.9 ms, whatever the batch."""
-    gpu_hours = importlib.import_module("gpu_hours")
-    assert gpu_hours.update_seconds("DiT-B/4", "H100") == pytest.approx(
-        44 * 131.2e6 / (0.9 * 3.35e12), rel=1e-3)
+@pytest.fixture
+def program(monkeypatch):
+    """A function that imports a program from its folder, as when it is run."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
 
 
 # ---- the formulations of the step --------------------------------------------------------------
 
 
 @pytest.fixture
-def train_step(monkeypatch):
+def train_step(program, monkeypatch):
     """The module, in which every method draws the same numbers."""
-    module = importlib.import_module("train_step")
-    for name in ("MeanFlow", "ImprovedMeanFlow"):
-        draw = getattr(module, name).draw
-
-        def seeded(*args, draw=draw, **options):
+    module = program("train_step")
+    for method in (module.MeanFlow, module.ImprovedMeanFlow):
+        def seeded(*args, draw=method.draw, **options):
             torch.manual_seed(0)
             return draw(*args, **options)
-        monkeypatch.setattr(getattr(module, name), "draw", seeded)
+        monkeypatch.setattr(method, "draw", seeded)
     return module
 
 
-def variants_of(train_step, model, modes):
+def variants_of(train_step, model, *modes):
     """({(name, mode): Variant} on a small random network, the network)."""
     torch.manual_seed(1)
     depth = {"depth": 2, "head_depth": 1} if model.startswith("iMF") else {"depth": 1}
@@ -84,81 +55,76 @@ def loss_and_gradient(variant, net):
     return loss.detach().double(), gradient.double()
 
 
+def assert_same_step(variant, other, net):
+    """Equal to rounding, or near if a finite difference is in it."""
+    near = 2e-2 if "difference" in variant.name else 1e-5
+    for ours, theirs in zip(loss_and_gradient(variant, net), loss_and_gradient(other, net)):
+        assert (ours - theirs).norm() <= near * theirs.norm(), variant.name
+    return near
+
+
 @pytest.mark.parametrize("model", ["DiT-T/4", "iMF-T/4"])
 def test_the_formulations_are_the_same_step(train_step, model):
-    """The cost table compares like with like: loss, gradient and du/dt of all are equal, and those
-    of finite differences are near."""
-    variants, net = variants_of(train_step, model, ("eager",))
+    """The cost table compares like with like: loss, gradient and du/dt."""
+    variants, net = variants_of(train_step, model, "eager")
     exact = copy.deepcopy(net).double()
-    loss, gradient = loss_and_gradient(variants["ours", "eager"], net)
     for name in ("ours, but a central difference for the derivative", *train_step.RIVALS):
-        variant, near = variants[name, "eager"], 2e-2 if "difference" in name else 1e-5
-        found = loss_and_gradient(variant, net)
-        assert (found[0] - loss).abs() <= near * loss, name
-        assert (found[1] - gradient).norm() <= near * gradient.norm(), name
+        variant = variants[name, "eager"]
+        near = assert_same_step(variant, variants["ours", "eager"], net)
         rows, du_dt = variant.seen
-        error = train_step.relative_error(du_dt, rows,
-                                          train_step.exact_derivative(exact, rows))
-        assert error <= near, name
-        if "difference" in name:
-            assert error > 1e-5, "nothing was measured"
-
-
-def test_difference_errors_are_those_of_the_definition(train_step):
-    """JVP is exact to rounding, a central difference in float32 has its least error in between."""
-    variants, net = variants_of(train_step, "DiT-T/4", ("eager",))
-    loss_and_gradient(variants["ours", "eager"], net)
-    rows = variants["ours", "eager"].seen[0]
-    lines = train_step.difference_errors(net, rows, torch.device("cpu"))[2:]
-    errors = {line.split(" | ")[0][2:]: [float(cell.strip(" |")) for cell in line.split(" | ")[1:]]
-              for line in lines}
-    assert errors["JVP"][0] < 1e-5 < errors["JVP"][1] < 5e-2
-    steps = [errors[f"central difference, step {step:g}"] for step in train_step.STEPS]
-    assert steps[0][0] > steps[1][0] and steps[0][1] > steps[-1][1] > errors["JVP"][1]
-
-
-@pytest.mark.slow
-def test_the_cost_table_is_markdown(train_step, capsys):
-    train_step.main(train_step.parse_args(
-        ["--model", "DiT-T/4", "--input-size", "8", "--batch-size", "4", "--no-compile",
-         "--seconds", "0"]))
-    out = capsys.readouterr().out
-    assert "CUDA graphs: left out" in out
-    for heading, count in ("| step |", 10), ("| derivative |", 5):
-        lines = out[out.index(heading):].split("\n\n")[0].strip().split("\n")
-        assert len(lines) == 2 + count
-        assert len({line.count("|") for line in lines}) == 1
-    flow = next(line for line in out.split("\n") if line.startswith("| flow matching |"))
-    assert flow.startswith("| flow matching | 1.00 |  | 1.00 | 1.00 |")
+        error = train_step.relative_error(du_dt, rows, train_step.exact_derivative(exact, rows))
+        assert error <= near and ("difference" in name) == (error > 1e-5), name
 
 
 @pytest.mark.slow
 def test_passes_for_cuda_graphs_are_the_same_step(train_step, monkeypatch):
-    """On a CPU PyTorch compiles them and leaves the graphs out. Outputs are copies: the next replay
-    overwrites them."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(train_step, "RIVALS", {})
-    variants, net = variants_of(train_step, "DiT-T/4", ("eager", "CUDA graphs"))
-    graphs = [name for name, mode in variants if mode == "CUDA graphs"]
-    assert "flow matching" not in graphs and len(graphs) in (3, 5)
-    for name in graphs[-1:]:  # of the most passes; each takes half a minute to compile
-        loss, gradient = loss_and_gradient(variants[name, "eager"], net)
-        found = loss_and_gradient(variants[name, "CUDA graphs"], net)
-        near = 1e-3 if "difference" in name else 1e-5
-        assert (found[0] - loss).abs() <= near * loss, name
-        assert (found[1] - gradient).norm() <= near * gradient.norm(), name
+    """But for the graphs, which need a GPU, and machine code, which takes minutes."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None, **options: compile(
+        function, backend="eager", **options))
+    variants, net = variants_of(train_step, "DiT-T/4", "eager", "CUDA graphs")
+    names = [name for name, mode in variants if mode == "CUDA graphs"]
+    assert len(names) == 5 and "flow matching" not in names
+    for name in names:
+        assert_same_step(variants[name, "CUDA graphs"], variants[name, "eager"], net)
 
 
-# ---- scaling on paper --------------------------------------------------------------------------
+@pytest.mark.slow
+def test_the_tables_are_markdown_with_sound_figures(program, capsys):
+    """Of the derivative: JVP is exact to rounding, a central difference in float32 has its least
+    error in between."""
+    train_step = program("train_step")
+    train_step.main(train_step.parse_args(
+        ["--model", "DiT-T/4", "--input-size", "8", "--batch-size", "4", "--no-compile",
+         "--seconds", "0"]))
+    out = capsys.readouterr().out
+    steps, derivatives = ([[cell.strip() for cell in line.split("|")[1:-1]] for line in
+                           out[out.index(heading):].split("\n\n")[0].strip().split("\n")[2:]]
+                          for heading in ("| step |", "| derivative |"))
+    assert len(steps) == 10 and {len(cells) for cells in steps} == {6}
+    assert steps[0][:5] == ["flow matching", "1.00", "", "1.00", "1.00"]
+    jvp, *errors = [[float(cell) for cell in cells[1:]] for cells in derivatives]
+    assert jvp[0] < 1e-5 < jvp[1] < 5e-2 and len(errors) == len(train_step.STEPS)
+    assert errors[0][0] > errors[1][0] and errors[0][1] > errors[-1][1] > jvp[1]
 
 
-@pytest.fixture
-def scaling():
-    return importlib.import_module("scaling")
+# ---- hours, scaling and memory on paper ---------------------------------------------------------
 
 
-def test_collectives_cost_what_they_cost_by_hand(scaling):
+def test_hours_count_the_passes_and_the_update(program):
+    """Forward and backward 3, null pass 1, derivative on a quarter .5; the derivative of views of
+    fake tensors once failed. The update: 131 million parameters at 90 % of 3.35 TB/s."""
+    gpu_hours = program("gpu_hours")
+    with sdpa_kernel(SDPBackend.MATH):
+        forward, step = gpu_hours.flops("DiT-T/4", cfg=3.0)
+    assert step / forward == pytest.approx(4.5, abs=0.05)
+    assert gpu_hours.update_seconds("DiT-B/4", "H100") == pytest.approx(
+        44 * 131.2e6 / (0.9 * 3.35e12), rel=1e-3)
+
+
+def test_collectives_cost_what_they_cost_by_hand(program):
     """One gigabyte and one kilobyte; 7 hops over NVLink, 56 over NVLink and 7 over the network."""
+    scaling = program("scaling")
     large = scaling.ring(1e9, 8, 400e9)  # protocol Simple
     assert large.latency == pytest.approx(8.4e-6 + 7 * 3.4e-6)
     assert large.transfer == pytest.approx(7 / 8 * 1e9 / 360e9)
@@ -171,69 +137,64 @@ def test_collectives_cost_what_they_cost_by_hand(scaling):
     assert scaling.all_reduce(1e10, 8, 400e9).transfer == pytest.approx(14 / 8 * 1e10 / 360e9)
 
 
-def test_a_step_costs_what_it_costs_by_hand(scaling):
-    """Two blocks and a rest, on 8 GPUs, four rows a GPU of which one has r < t."""
-    net = scaling.Network(forward=10.0, velocity=10.0, derivative=20.0, blocks={"blocks": [6, 6]},
-                          rest=4, velocity_lists=("blocks",), derivative_lists=("blocks",),
-                          bucket=32)
+def test_a_step_costs_what_it_costs_by_hand(program):
+    """Two blocks and a rest of billions of weights, so that bytes count and not latency alone; on 8
+    GPUs, four rows a GPU of which one has r < t."""
+    scaling, G = program("scaling"), 10**9
+    net = scaling.Network(forward=10.0, velocity=10.0, derivative=20.0,
+                          blocks={"blocks": [6 * G, 6 * G]}, rest=4 * G, bucket=32 * G,
+                          velocity_lists=("blocks",), derivative_lists=("blocks",))
     steps = scaling.passes(net, 4, 1)
     assert [flops for flops, _ in steps] == [40, 10, 40, 20, 80]  # 4.75 forwards
-
-    def gather(size):
-        return scaling.ring(size, 8, 1).seconds
+    rest, block, gradients, last = (scaling.ring(size * G, 8, 1).seconds
+                                    for size in (8, 12, 24, 16))
     seconds, collectives = scaling.fully_sharded(net, steps, 8, 1, speed=1.0)
-    # rest once, two blocks in five passes; gradients of two blocks and of the rest
-    assert len(collectives) == 1 + 5 * 2 + 3
-    assert sum(c.seconds for c in collectives) == pytest.approx(
-        gather(8) + 10 * gather(12) + 2 * gather(24) + gather(16))
-    assert seconds == pytest.approx(190 + 4 * gather(12) + gather(16))  # arithmetic hides the rest
+    total = rest + 5 * 2 * block + 2 * gradients + last
+    assert len(collectives) == 1 + 5 * 2 + 2 + 1
+    assert sum(c.seconds for c in collectives) == pytest.approx(total)
+    assert seconds == pytest.approx(190 + 4 * block + last)  # arithmetic hides the others
     assert scaling.limit(190, seconds, collectives) == "arithmetic"
     seconds, _ = scaling.fully_sharded(net, steps, 8, 1, speed=1e12)
-    assert seconds == pytest.approx(sum(c.seconds for c in collectives))
-    assert scaling.limit(190e-12, seconds, collectives) == "latency"
+    assert seconds == pytest.approx(total)
+    assert scaling.limit(190e-12, seconds, collectives) == "bandwidth"
     seconds, collectives = scaling.data_parallel(net, steps, 8, 1, speed=1.0)
     assert len(collectives) == 2  # 16 weights of 4 bytes, buckets of 32
-    assert seconds == pytest.approx(190 + scaling.all_reduce(32, 8, 1).seconds)
+    assert seconds == pytest.approx(190 + scaling.all_reduce(32 * G, 8, 1).seconds)
 
 
-def test_the_counted_step_is_the_one_of_the_papers_runs(scaling):
-    """XL/2 with kappa > 0: 4.76 forwards, as gpu_hours.py counts by running the step."""
-    net = scaling.describe("DiT-XL/2")
-    assert sum(flops for flops, _ in scaling.passes(net, 4, 1)) / 4 == pytest.approx(
-        1129.0e9, rel=2e-3)
-    assert net.parameters == pytest.approx(676.4e6, rel=1e-4) and len(net.blocks["blocks"]) == 28
-
-
-def test_the_counted_step_of_improved_meanflow_is_the_one_that_is_run(scaling):
-    gpu_hours = importlib.import_module("gpu_hours")
+@pytest.mark.parametrize(("model", "tail", "settings"), [
+    ("DiT-T/4", 1, {"cfg": 2.0, "kappa": 0.5}), ("iMF-T/4", 2, {"omega_max": 8.0})])
+def test_the_counted_step_is_the_one_that_is_run(model, tail, settings, program):
+    """By the passes of a step, each with the blocks it uses, and by running it."""
+    scaling = program("scaling")
     with sdpa_kernel(SDPBackend.MATH):
-        _, step = gpu_hours.flops("iMF-T/4", omega_max=8.0)
-    counted = sum(flops for flops, _ in scaling.passes(scaling.describe("iMF-T/4"), 4, 2)) / 4
-    assert step == pytest.approx(counted, rel=2e-3)
+        _, step = program("gpu_hours").flops(model, **settings)
+    net = scaling.describe(model)
+    assert sum(flops for flops, _ in scaling.passes(net, 4, tail)) / 4 == pytest.approx(
+        step, rel=4e-3)
+    assert net.parameters == sum(p.numel() for p in DiT_models[model]().parameters())
+    if model == "iMF-T/4":
+        assert set(net.velocity_lists) == {"shared_blocks", "v_heads"}
+        assert set(net.derivative_lists) == {"shared_blocks", "u_heads"}
 
 
-def test_a_pass_of_improved_meanflow_gathers_the_heads_that_it_uses(scaling):
-    net = scaling.describe("iMF-T/4")
-    assert set(net.blocks) == {"shared_blocks", "u_heads", "v_heads"}
-    assert set(net.velocity_lists) == {"shared_blocks", "v_heads"}
-    assert set(net.derivative_lists) == {"shared_blocks", "u_heads"}
-    assert net.velocity < net.forward
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-def test_memory_between_two_counts_is_at_most_that_of_their_line(recompute):
-    memory = importlib.import_module("memory")
-    options = {"precision": "bf16", "recompute": recompute, "shard": False}
-    fixed, slope = memory.fit_step("DiT-T/4", **options)
-    for batch in (16, 64):
-        whole = memory.count_step("DiT-T/4", batch, **options)
-        assert whole <= fixed + batch * slope <= 1.05 * whole
+def test_memory_grows_by_a_line_which_recomputing_makes_flatter(program):
+    memory, slopes = program("memory"), []
+    for recompute in (False, True):
+        options = {"precision": "bf16", "recompute": recompute, "shard": False}
+        fixed, slope = memory.fit_step("DiT-T/4", **options)
+        whole = memory.count_step("DiT-T/4", 64, **options)
+        assert whole <= fixed + 64 * slope <= 1.05 * whole
+        slopes.append(slope)
+    assert slopes[1] < 0.8 * slopes[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_counted_is_what_a_real_step_allocates(precision, capsys):
-    memory = importlib.import_module("memory")
-    args = memory.parse_args(["--measure", "--model", "DiT-T/4", "--precision", precision])
-    memory.main(args)
+def test_memory_counted_is_what_a_real_step_allocates(precision, program, capsys):
+    memory = program("memory")
+    memory.main(memory.parse_args(
+        ["--measure", "--model", "DiT-T/4", "--precision", precision]))
     measured, counted = re.findall(r"([\d.]+)(?= MB|$)", capsys.readouterr().out.strip())
     assert float(counted) == pytest.approx(float(measured), rel=0.02)

@@ -12,14 +12,16 @@ import torch
 from conftest import ROOT
 from soak import HANG_S
 
+PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
 
-def check(folder, *words, **environment):
-    """(exit code, stdout, findings) of the program."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--out", folder, *words],
-        capture_output=True, text=True, timeout=HANG_S, env=os.environ | environment)
-    findings = [json.loads(line) for line in (folder / "results.jsonl").open()]
-    return done.returncode, done.stdout + done.stderr, findings
+
+def check(program, folder, *options):
+    """(exit code, stdout and stderr, findings) of the program, which writes into folder / "out"."""
+    done = subprocess.run([sys.executable, program, "--out", folder / "out", *options], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=HANG_S,
+                          env=os.environ | {"PYTHONPATH": str(folder)})
+    findings = [json.loads(line) for line in (folder / "out" / "results.jsonl").open()]
+    return done.returncode, done.stdout, findings
 
 
 # Parts, and how many of their checks can be made without a GPU; those of what is missing none
@@ -34,17 +36,17 @@ def test_every_part_runs_through_without_a_gpu(parts, checks, tmp_path):
     """And where diffusers, pytorch-fid and Fashion-MNIST are missing."""
     for name in ("diffusers", "pytorch_fid"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
-    code, said, findings = check(tmp_path / "out", "--tiny", "--fashion", tmp_path, "--parts",
-                                 *parts.split(), PYTHONPATH=str(tmp_path))
+    code, said, findings = check(PROGRAM, tmp_path, "--tiny", "--fashion", tmp_path, "--parts",
+                                 *parts.split())
     assert code == 0 and sum(finding.get("ok", False) for finding in findings) == checks, said
-    left_out = {finding["what"] for finding in findings if "left out" in str(finding.values())}
-    assert left_out == ({"VAE", "Inception", "left out"} if "fashion" in parts else set())
+    missing = {finding["what"] for finding in findings if "left out" in str(finding.values())}
+    assert missing == ({"VAE", "Inception", "left out"} if "fashion" in parts else set())
     report = (tmp_path / "out" / "results.md").read_text()
     assert report.count("\ndone, ") == len(parts.split()) and "FAILED" not in report
 
 
 def test_every_part_is_tried(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(PROGRAM.parent)
     gpu_check = importlib.import_module("gpu_check")
     assert {name for parts, _ in GROUPS for name in parts.split()} == set(gpu_check.PARTS)
 
@@ -52,23 +54,20 @@ def test_every_part_is_tried(monkeypatch):
 @pytest.mark.slow
 def test_a_part_that_fails_or_hangs_costs_that_part_alone(tmp_path):
     """Its children end with it, and the exit code says so."""
-    script = tmp_path / "check.py"
-    script.write_text(f"""
-import subprocess, sys, time
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu_check
-from gpu_check import part
+    (tmp_path / "check.py").write_text(f"""
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+from gpu_check import main, parse_args, part
 
 @part(limit=60)
 def crash(args, out):
     '''a crash'''
-    import os, signal
     os.kill(os.getpid(), signal.SIGSEGV)
 
 @part(limit=0.5)
 def hang(args, out):
     '''a hang'''
-    open(args.out / "pid", "w").write(str(subprocess.Popen(["sleep", "3600"]).pid))
+    (args.out / "pid").write_text(str(subprocess.Popen(["sleep", "3600"]).pid))
     time.sleep(3600)
 
 @part(limit=60)
@@ -76,21 +75,19 @@ def wrong(args, out):
     '''a check that fails'''
     out.add("one is two", 1, ok=1 == 2)
 
-sys.exit(gpu_check.main(gpu_check.parse_args()))
+sys.exit(main(parse_args()))
 """)
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, script, "--tiny", "--out", out, "--parts", "crash", "hang", "wrong",
-         "faults"], capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "failed, see crash.log" in done.stdout and "stopped after 5 s" in done.stdout
-    assert "FAILED wrong: one is two" in done.stdout and "steps that AdamW" in done.stdout
-    left = Path("/proc", (out / "pid").read_text(), "stat")  # nobody may have read how it ended
-    assert not left.exists() or ") Z " in left.read_text()
+    code, said, _ = check(tmp_path / "check.py", tmp_path, "--tiny", "--parts", "crash", "hang",
+                          "wrong", "faults")
+    assert code == 1 and "failed, see crash.log" in said and "stopped after 5 s" in said, said
+    assert "FAILED wrong: one is two" in said and "steps that AdamW" in said
+    process = Path("/proc", (tmp_path / "out" / "pid").read_text(), "stat")
+    assert not process.exists() or ") Z " in process.read_text()  # ended, perhaps not reaped
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_checks_hold_on_this_gpu(tmp_path):
-    code, said, _ = check(tmp_path, "--parts", "golden", "golden_compiled", "faults", "same_images")
+    code, said, _ = check(PROGRAM, tmp_path, "--parts", "golden", "golden_compiled", "faults",
+                          "same_images")
     assert code == 0, said
