@@ -252,12 +252,9 @@ def train(run, state):
 
 
 def resolve(args, world):
-    """Fill in, in place, the options that are not given: model and sizes by the file of --init,
-    image size and VAE by the latents or that file, the method's options by the method.
-
-    Returns the InitialWeights of --init; None without --init, and for a run that continues from its
-    own checkpoint, which no longer needs that file. Raises UserError.
-    """
+    """Fill in, in place, the options that are not given, by the file of --init, the latents and the
+    method. Returns the InitialWeights of --init; None without, and for a run that continues from
+    its own checkpoint, which no longer needs that file. Raises UserError."""
     start, known = None, {"model": args.model or DEFAULT_MODEL}
     if args.init:
         known = world.on_main(lambda: begun_config(args))
@@ -288,8 +285,7 @@ def resolve(args, world):
 
 
 def begun_config(args):
-    """The config of the run in --run-dir, if it began from the file of --init and has checkpoints;
-    else None."""
+    """The config of the run in --run-dir if it began from --init and has checkpoints, else None."""
     try:
         config = json.loads((args.run_dir / "config.json").read_text())
         if list_checkpoints(args.run_dir / "checkpoints") and config["init"] == str(args.init):
@@ -307,8 +303,7 @@ def method_options(model):
 
 
 def resolve_method(args):
-    """Fill in the options of the model's method; refuse those of the other method and what the
-    method refuses."""
+    """Fill in the options of the model's method; refuse the other's and what the method refuses."""
     defaults, others = method_options(args.model)
     for name in others.keys() - defaults.keys():
         if getattr(args, name) is not None:
@@ -341,10 +336,9 @@ def default_options(model):
 class TrainingState:
     """What training changes: the step, the network, its average, the optimiser.
 
-    net: the bare network, sharded or not. forward: what the forward with gradient goes through, net
-    itself or net in DistributedDataParallel, compiled or not. method: the loss, its passes compiled
-    or not. codec: see dataset/vae.py. start: the InitialWeights, or None for random ones. Raises
-    UserError for a network that cannot be built.
+    net: the bare network, sharded or not. forward: net for the forward with gradient, perhaps in
+    DistributedDataParallel, perhaps compiled, as the passes of method may be. start: the
+    InitialWeights, or None. Raises UserError for a network that cannot be built.
     """
 
     def __init__(self, args, config, codec, world, start=None):
@@ -418,9 +412,9 @@ def train_step(state, data, y):
 def add_gradients(state, data, y, *, exchange=True):
     """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
 
-    Returns (7,): the loss, and what split_errors returns, means over the micro-batches. During the
-    backward of the last micro-batch DistributedDataParallel averages the gradients over the ranks,
-    if exchange; a sharded network does so in every one.
+    Returns (7,), means over the micro-batches: the loss, and what split_errors returns. In the
+    backward of the last, if exchange, DistributedDataParallel averages the gradients over the
+    ranks; a sharded network does so in every one.
     """
     world, count = state.world, state.args.grad_accum_steps
     posterior_noise, global_draws = draw_global_batch(state)
@@ -441,20 +435,16 @@ def add_gradients(state, data, y, *, exchange=True):
 
 
 def split_errors(out, equal):
-    """Error, velocity error and count of the leading rows, which have r = t, then the same of the
-    rows with r < t: (6,), sums over the rows divided by the number of all rows.
-
-    So they add up over micro-batches, ranks and steps whatever rows each of these has.
-    """
+    """(6,): sums of error, velocity error and 1 over the leading rows, which have r = t, then over
+    those with r < t, divided by the number of all rows. So they add up over micro-batches, ranks
+    and steps whatever rows each of these has."""
     rows = torch.stack([out.error, out.velocity_error, torch.ones_like(out.error)], dim=1)
     return torch.cat([rows[:equal].sum(0), rows[equal:].sum(0)]) / len(rows)
 
 
 def draw_global_batch(state):
-    """All noise of a step: the posterior's (B, C, h, w), and the Draws of the method.
-
-    It is drawn for the global batch, so a run does not depend on how the batch is divided.
-    """
+    """All noise of a step, for the global batch, so that a run does not depend on how that is
+    divided: the posterior's (B, C, h, w), and the Draws of the method."""
     args, device = state.args, state.world.device
     shape = (args.global_batch_size, *state.config["latent_shape"])
 
@@ -483,11 +473,8 @@ def update_average(ema, net, decay):
 
 
 def warm_up(state, log, data, y):
-    """Compile, and let DistributedDataParallel settle, on the first batch.
-
-    data, y: as in train_step, of shapes (B, ...) and (B,). Weights, gradients and random state
-    are as before.
-    """
+    """Compile, and let DistributedDataParallel settle, on the first batch, (B, ...) and (B,) as in
+    train_step. Weights, gradients and random state stay as they are."""
     if state.config["compile"]:
         compile_passes(state, log, data, y)
     if state.world.distributed:
@@ -501,9 +488,9 @@ def warm_up(state, log, data, y):
 def compile_passes(state, log, data, y):
     """Compile the passes, and try them, forward and backward, on a batch (B, ...), (B,).
 
-    Each pass is one graph (fullgraph): of a network that breaks it torch.compile would otherwise
-    leave any part to Python without a word. Where that fails on any rank, all train without it and
-    the log says why; if --compile was given, it is a UserError.
+    Each pass is one graph (fullgraph), or torch.compile could leave any part of it to Python
+    without a word. Where that fails on any rank, all train without it and the log says why; if
+    --compile was given, it is a UserError.
     """
     start, reason, plain = time.perf_counter(), None, state.method
     try:
@@ -531,8 +518,7 @@ def compile_passes(state, log, data, y):
 
 
 def describe_compiler_error(error):
-    """One line: the kind of an error of torch.compile, its first sentence, and the line of the
-    network at which it happened."""
+    """The kind of an error of torch.compile, its first sentence, and the network's line in one."""
     what = " ".join(str(error).split("\n\n")[0].split())
     frames = re.findall(r'File "(.+)", line (\d+), in', str(error).rpartition("from user code:")[2])
     places = [f" ({Path(file).name}, line {line})" for file, line in frames
@@ -559,11 +545,11 @@ class Meter:
         self.sums += values
 
     def read(self, step):
-        """The means over steps and ranks, by name; the next interval begins. On a GPU also the most
-        memory, 10^9 bytes, that this rank's tensors have taken at once so far.
+        """The means over steps and ranks, by name; the next interval begins.
 
-        error_equal is the mean of error over the rows with r = t, error_unequal over those with
-        r < t; they are absent where there are no such rows. So with velocity_error.
+        error_equal is that of error over the rows with r = t, error_unequal over those with r < t,
+        if there are any; so with velocity_error. gpu_memory_gb: the most, 10^9 bytes, that this
+        rank's tensors have taken at once so far.
         """
         *sums, count = (self.world.total(self.sums) / self.world.size).tolist()
         loss, *errors, grad_norm = (value / max(count, 1) for value in sums)
@@ -590,9 +576,8 @@ class Meter:
 class Run(ExitStack):
     """What a command opens: options, data and VAE, all checked, then the folder that it writes to.
 
-    Leaving ``with`` closes what ``open`` has opened. dataset: images or latent shards; codec: the
-    VAE or pixels, None for latents without pictures and evaluation; config: what a checkpoint says
-    of the run; start: the InitialWeights, where the run needs them. Raises UserError.
+    Leaving ``with`` closes what ``open`` has opened. codec: the VAE or pixels, None for latents
+    without pictures and evaluation; config: what a checkpoint says of the run. Raises UserError.
     """
 
     def __init__(self, args, world, start=None):
@@ -663,11 +648,8 @@ class Run(ExitStack):
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def record(self, step, means, interval_ends):
-        """One log line and, if the interval is complete, one metrics record.
-
-        error is the number to watch: at p = 1 the weighted loss is about 1 whatever the network
-        does.
-        """
+        """One log line and, if the interval is complete, one metrics record. error is the number to
+        watch: at p = 1 the weighted loss is about 1 whatever the network does."""
         line = (f"step {step}/{self.total_steps}  error {means['error']:.4f}  velocity error "
                 f"{means['velocity_error']:.4f}  loss {means['loss']:.4f}  gradient norm "
                 f"{means['grad_norm']:.4f}  {means['images_per_second']:.1f} images/s")

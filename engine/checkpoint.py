@@ -1,10 +1,8 @@
 """Checkpoints: written whole or not at all, opened as data, found again after any crash.
 
-A checkpoint is one file of tensors and plain values, {"step", "model", "ema", "opt", "config"},
-from which training continues and sampling starts: <run-dir>/checkpoints/0050000.pt.
-
-A .safetensors file is a checkpoint, too. Its tensors are the averaged weights, "ema". Its metadata
-hold config as JSON, step, and the SHA-256 of all of these, as the format itself has no checksum.
+A checkpoint is one file of tensors and plain values, {"step", "model", "ema", "opt", "config"}:
+<run-dir>/checkpoints/0050000.pt. A .safetensors file is one, too: its tensors are "ema", and its
+metadata hold config as JSON, step, and the SHA-256 of all, as the format has no checksum.
 """
 
 import concurrent.futures
@@ -35,11 +33,8 @@ REMEDY = ("give a checkpoint that train.py wrote, or convert it first: python "
 
 
 def save_checkpoint(path, state, *, keep_last=0):
-    """Write a checkpoint; then, if keep_last > 0, remove all but the newest so many.
-
-    The suffix .safetensors chooses that format, which keeps ema, step and config alone. Raises
-    UserError if the disk is full or the folder cannot be written.
-    """
+    """Write a checkpoint, by its suffix as .safetensors (ema, step and config) or whole; then, if
+    keep_last > 0, remove all but the newest so many. Raises UserError where that is impossible."""
     path = Path(path)
     write = _write_safetensors if path.suffix == SAFETENSORS else torch.save
     with atomic_file(path) as temporary:
@@ -79,8 +74,8 @@ def fingerprint(tensors):
 class Saver:
     """Writes a run's checkpoints in a thread, from a copy of the state, one at a time.
 
-    lock: the FolderLock of the run's folder. before_write: called before each write, for what must
-    be on disk earlier. Leaving ``with`` waits for the write in progress, also after an error.
+    lock: of the run's folder. before_write: called first, for what must be on disk earlier. Leaving
+    ``with`` waits for the write in progress, also after an error.
     """
 
     def __init__(self, folder, keep_last, *, lock=None, before_write=lambda: None):
@@ -135,8 +130,8 @@ def load_checkpoint(path, *, verify=False):
     """A checkpoint's dict, on the CPU, its tensors memory-mapped from the file.
 
     Of a .safetensors file model is ema, and opt is None. verify: compare every byte with the
-    checksums in the file: torch.load compares none, and a .safetensors file has one only if
-    save_checkpoint wrote it. Raises BadValue for a missing, torn, damaged or foreign file.
+    checksums in the file, which torch.load does not. Raises BadValue for a missing, torn, damaged
+    or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -175,9 +170,8 @@ def _explain(path):
 
 
 def read_safetensors(path):
-    """(tensors by name, config, step) of a .safetensors file; config and step are None where
-    save_checkpoint did not write it. Raises ValueError for damaged bytes, and errors of many kinds
-    for a torn file."""
+    """(tensors by name, config, step) of a .safetensors file; the latter are None in a foreign one.
+    Raises ValueError for damaged bytes, and errors of many kinds for a torn file."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -192,9 +186,7 @@ def read_safetensors(path):
 
 def newest_checkpoint(folder):
     """The path of a folder's newest undamaged checkpoint; None where there are no checkpoints.
-
-    Raises BadValue if all are damaged: a run from the start would replace them.
-    """
+    Raises BadValue if all are damaged: a run from the start would replace them."""
     paths = list_checkpoints(folder)
     for path in paths:
         try:
@@ -259,8 +251,7 @@ def _fitting(name):
 
 
 def restore_checkpoint(path, net, ema, optimizer):
-    """Load a checkpoint of this run into network, EMA and optimiser; returns its step. Raises
-    BadValue."""
+    """Load a checkpoint into network, EMA and optimiser; returns its step. Raises BadValue."""
     state = load_checkpoint(path)
     with _fitting(path):
         if type(state["step"]) is not int or not 0 < state["step"] < 2**63:
@@ -296,9 +287,8 @@ def _restore_moments(optimizer, moments, params):
 def check_config(folder, config, *, defaults, may_change):
     """Raise BadValue unless a run directory is new or of the run with this config.
 
-    defaults: of the options; a stored config that lacks an option has its default. may_change:
-    names of the options that may change when a run continues. Before the first checkpoint all
-    options may.
+    defaults: a stored config that lacks an option has its default. may_change: names of the options
+    that may change when a run continues; before the first checkpoint all may.
     """
     path, begun = Path(folder) / "config.json", bool(list_checkpoints(Path(folder) / "checkpoints"))
     if not path.exists():

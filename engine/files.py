@@ -23,9 +23,8 @@ LOCK, WRITER = ".lock", ".writer"  # files in a folder that one process holds: t
 def atomic_file(path, *, durable=True):
     """Yields a temporary path; at the end the file written there is renamed to path.
 
-    durable: the data is on disk before the rename, so that not even a power cut leaves half a file
-    under this name; it takes milliseconds. An exception within ``with`` leaves the old file.
-    Raises UserError where the disk is full or the folder cannot be written.
+    durable: the data is on disk before the rename, so that not even a power cut leaves half a file.
+    An exception within ``with`` leaves the old file. Raises UserError where it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -43,15 +42,10 @@ def atomic_file(path, *, durable=True):
             temporary.unlink()
 
 
-def write_text(path, text):
-    """Write a text file, whole or not at all. Raises UserError as atomic_file does."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text)
-
-
 def write_json(path, value):
-    """Write a JSON file, as write_text does."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write a JSON file, whole or not at all. Raises UserError as atomic_file does."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def sync_file(path):
@@ -64,8 +58,8 @@ def sync_file(path):
 
 
 def sync_folder(folder):
-    """Wait until the names in a folder would survive a power cut. CIFS, FUSE and a folder that may
-    be written but not read refuse that, which is ignored."""
+    """Wait until the names in a folder would survive a power cut, where it can be synced: not on
+    CIFS and FUSE, nor where it may not be read."""
     try:
         sync_file(folder)
     except OSError as error:
@@ -92,11 +86,9 @@ def remove_temporary_files(folder):
 
 
 def find_damage(path, *, mapped=False):
-    """The name of the first damaged part of a zip archive (a checkpoint, an .npz file), or None.
-
-    Reads every byte and compares checksums. mapped: parts will be mapped into memory, so that a
-    compressed one counts as damaged. Raises errors of many kinds where headers are damaged.
-    """
+    """The name of the first part of a zip archive (a checkpoint, an .npz) that differs from its
+    checksum, or None. mapped: parts will be mapped into memory, compressed ones count as damaged.
+    Raises errors of many kinds where headers are damaged."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         # A damaged length in the list of contents hides later entries from zipfile. The last
         # 22 bytes hold their number, or 65535 where there are too many
@@ -138,10 +130,9 @@ def _folder_error(path, reason):
 class FolderLock:
     """Within ``with``, no other process writes to this folder, which is made if it is missing.
 
-    The system releases the lock when this process ends, even by SIGKILL. A file says who holds it,
-    for a refusal. It also guards folders on file systems without locks: there the second process
-    overwrites it, and ``check`` ends the first. Raises BadValue where another process holds the
-    lock.
+    The system releases the lock when this process ends, even by SIGKILL. A file says who holds it.
+    On file systems without locks the second process overwrites it, and ``check`` ends the first.
+    Raises BadValue where another process holds the lock.
     """
 
     def __init__(self, folder):
@@ -161,7 +152,8 @@ class FolderLock:
         except (OSError, NotImplementedError) as error:
             print(f"warning: {self.folder} cannot be locked here ({error}): start no second run in "
                   f"it", file=sys.stderr)
-        write_text(self.file, self.writer)
+        with atomic_file(self.file, durable=False) as temporary:
+            temporary.write_text(self.writer)
         return self
 
     def _read(self):

@@ -17,12 +17,9 @@ SHARDING_SINCE = 2, 13  # torch.func.jvp through fully_shard (pytorch pull reque
 
 
 def parallelise(net, ema, world, *, shard):
-    """The module through which the forward with gradient of net goes, so that ranks average their
-    gradients: net in DistributedDataParallel, or net itself in one process.
-
-    With shard it is net itself, too, and the parameters of net and of its average ema are divided
-    among the ranks.
-    """
+    """The module for the forward with gradient of net, so that ranks average their gradients: net
+    in DistributedDataParallel, or net itself in one process. With shard it is net itself, too, and
+    the parameters of net and of its average ema are divided among the ranks."""
     if shard:
         shard_parameters(net, world)
         shard_parameters(ema, world)
@@ -31,8 +28,8 @@ def parallelise(net, ema, world, *, shard):
 
 
 def local_gradients(forward):
-    """A context in which the gradients of a backward stay on their rank, to be averaged by a later
-    one. A sharded network averages them at once: no rank has room for all of them."""
+    """A context in which the gradients of a backward stay on their rank, for a later one to
+    average. A sharded network averages them at once: no rank has room for all of them."""
     return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
 
 
@@ -47,12 +44,8 @@ def data_parallel(net):
 
 
 def replace_network(forward, net):
-    """forward with net, compiled or not, in place of its network: net itself, or in the same
-    DistributedDataParallel.
-
-    torch.compile cannot trace DistributedDataParallel. Around a compiled network it still tells the
-    compiler where buckets of gradients end.
-    """
+    """forward with net, compiled or not, in place of its network: torch.compile cannot trace
+    DistributedDataParallel, which around a compiled network still tells it where buckets end."""
     if not isinstance(forward, DistributedDataParallel):
         return net
     forward.module = net
@@ -62,9 +55,9 @@ def replace_network(forward, net):
 def bucket_mib(net):
     """MiB of gradients that DistributedDataParallel sends at once: two blocks', or 25 at least.
 
-    torch.compile cuts the network where a bucket is full. With PyTorch's 25 MiB that is within
-    every block: DiT-B has 18 graphs and DiT-XL 58. With two blocks a bucket they have 8 and 16.
-    DiT-XL/2 then sends a fourteenth of its gradients after the backward, and the rest during it.
+    torch.compile cuts the network where a bucket is full: of 25 MiB, PyTorch's default, DiT-B has
+    18 graphs and DiT-XL 58, of two blocks 8 and 16. DiT-XL/2 then sends a fourteenth of its
+    gradients after the backward.
     """
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters())
               for block in list_blocks(net)]
@@ -92,9 +85,8 @@ def check_sharding(world):
 def shard_parameters(net, world):
     """Divide the parameters of net among the ranks, in place, by PyTorch's fully_shard.
 
-    A block gathers its parameters before it runs and frees them afterwards. In bf16 the weights of
-    linear layers and convolutions are gathered in bfloat16, to which autocast rounds them anyway:
-    autocast would keep rounded copies of the whole network until the backward.
+    In bf16 the weights of linear layers and convolutions are gathered in bfloat16: autocast would
+    keep rounded copies of the whole network until the backward.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not written to
     mesh = init_device_mesh(world.device.type, (world.size,))

@@ -47,7 +47,8 @@ def test_every_option_has_help_and_a_reader():
         read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
                 and "args" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            if isinstance(node, ast.Call) and "add_argument" in (
+                    getattr(node.func, "attr", ""), f"{getattr(node.func, 'id', '')}_argument"):
                 option = node.args[0].value
                 keywords = {keyword.arg: keyword.value for keyword in node.keywords}
                 assert "help" in keywords, f"{path} {option} has no help"
