@@ -64,11 +64,12 @@ def main(args):
     config = state["config"]
     if foreign.config is None and is_improved(config["model"]) and config["vae"] != "none":
         config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
+    scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
+    report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "
+                  f"{config['latent_shape']} scaled {scaled}")
     if args.format != "ours":
         state = export(state, args.format)
-        space = "per channel" if "latent_mean" in config else f"by {config['scale']}"
-        report.append(f"written: for {args.format}, which scales latents its own way: this "
-                      f"network's are scaled {space}")
+        report.append(f"written: for {args.format}, which scales latents its own way")
     with naming("--out"):
         make_folder(args.out.parent)
     save_checkpoint(args.out, state)

@@ -1,11 +1,12 @@
 """convert_checkpoint.py: one command from a file of others to images, and back."""
 
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, golden_improved_network, save_small_vae, tiny
+from conftest import GOLDEN, call, golden_improved_network, save_small_vae, tiny
 from safetensors.torch import load_file
 
 from engine.checkpoint import load_checkpoint, load_network
@@ -13,24 +14,29 @@ from models import DiT_models
 from weights.convert import export
 
 
-def test_two_commands_make_images_of_a_released_file(hub, tmp_path, capfd):
+@pytest.mark.parametrize("v_head", [False, True])
+def test_two_commands_make_images_of_a_released_file(hub, tmp_path, capfd, v_head):
     """As in the README: from the hub to a picture of chosen classes, with a local VAE."""
-    net = golden_improved_network(torch.float32, v_head=False)
+    net = golden_improved_network(torch.float32, v_head=v_head)
     config = {"model": "iMF", "latent_shape": [4, 8, 8], "num_classes": 10,
               "sizes": {"patch_size": 2, "hidden_size": 64, "depth": 4, "head_depth": 2,
-                        "num_heads": 4, "v_head": False}}
-    torch.save(export({"ema": net.state_dict(), "config": config}, "imeanflow"),
-               hub.folder / "ann" / "digits" / "iMF.pth")
+                        "num_heads": 4, "v_head": v_head}}
+    theirs = export({"ema": net.state_dict(), "config": config}, "imeanflow")
+    table = json.loads((GOLDEN / "imf" / "mapping.json").read_text())["table"]
+    assert theirs.keys() == {entry["official_torch_branch"] for entry in table
+                             if v_head or not entry["training_only"]}
+    torch.save(theirs, hub.folder / "ann" / "digits" / "iMF.pth")
     vae = save_small_vae(tmp_path / "vae")
     ours = tmp_path / "ours.pt"
     call("convert_checkpoint", "--in", "hf://ann/digits/iMF.pth", "--out", ours, "--image-size", 64)
     out, err = capfd.readouterr()
     assert out == f"{ours}\n" and "recognised: Lyy-iiis/imeanflow" in err
-    assert "per channel" in err and "left out: v_final_layer" in err
+    assert "per channel" in err and ("left out: v_final_layer" in err) is not v_head
     call("sample", "--ckpt", ours, "--vae", vae, "--num-fid-samples", 6, "--classes", 7, 2,
          "--cfg", 4, "--cfg-interval", 0.4, 0.65, "--sample-dir", tmp_path / "samples")
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (6, 64, 64, 3)
-    config = load_network(ours)[1]
+    back, config = load_network(ours)
+    assert_same(back.state_dict(), net.state_dict())
     assert len(config["latent_mean"]) == 4 and config["vae"] == "mse"
 
 
@@ -60,8 +66,7 @@ def test_ours_to_safetensors_and_back_is_bit_equal(trained, tmp_path):
     assert state["config"] == mine["config"] == original["config"]
     assert mine["step"] == 0 and mine["opt"] is None
     for tensors in (state["ema"], mine["ema"], mine["model"], load_file(there)):
-        assert tensors.keys() == original["ema"].keys()
-        assert all(torch.equal(tensors[name], original["ema"][name]) for name in tensors)
+        assert_same(tensors, original["ema"])
     for path in (trained, there, back):
         call("sample", "--ckpt", path, "--num-fid-samples", 10, "--sample-dir",
              tmp_path / path.stem)
@@ -72,7 +77,7 @@ def test_ours_to_safetensors_and_back_is_bit_equal(trained, tmp_path):
 def test_raw_takes_the_weights_of_the_last_step(trained, tmp_path):
     call("convert_checkpoint", "--in", trained, "--out", tmp_path / "raw.pt", "--raw")
     ours, original = load_checkpoint(tmp_path / "raw.pt"), load_checkpoint(trained)
-    assert all(torch.equal(ours["ema"][name], original["model"][name]) for name in ours["ema"])
+    assert_same(ours["ema"], original["model"])
     assert os.path.getsize(tmp_path / "raw.pt") < 0.5 * os.path.getsize(trained)  # model is ema
 
 
@@ -85,14 +90,18 @@ def test_ours_to_another_port_and_back_is_bit_equal(trained, tmp_path, port):
     theirs, back, original = (load_weights(path) for path in (there, back, trained))
     embedder = "h_embedder" if port == "haoyizhu" else "r_embedder"
     assert theirs.keys() == {name.replace("r_embedder", embedder) for name in original}
-    assert back.keys() == original.keys()
-    assert all(torch.equal(back[name], original[name]) for name in back)
+    assert_same(back, original)
     config = load_checkpoint(tmp_path / "back.pt")["config"]
     assert config["model"] == "DiT-T/4" and config["image_size"] == 8
 
 
 def load_weights(path):
     return torch.load(path, weights_only=True)["ema"]
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- refusals ----------------------------------------------------------------------------------

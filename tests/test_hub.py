@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import call, refused, run_ranks, snapshot
+from conftest import refused, run_ranks
 
 from weights.hub import file_or_address, local_file, open_checkpoint
 
@@ -70,13 +70,6 @@ def test_the_real_client_finds_cached_files_offline_and_refuses_others(tmp_path,
                     "hf://-ann-/..digits/a.pt"):
         with refused("must be", address):
             local_file(address)
-
-
-def test_samples_of_an_address_are_those_of_its_file(hub, trained, tmp_path):
-    os.link(trained, hub.folder / "ann" / "digits" / "digits.pt")
-    for name, source in (("file", trained), ("address", "hf://ann/digits/digits.pt")):
-        call("sample", "--ckpt", source, "--sample-dir", tmp_path / name, "--num-fid-samples", 4)
-    assert snapshot(tmp_path / "file") == snapshot(tmp_path / "address")
 
 
 def test_a_machine_without_rank_0s_file_downloads_for_itself(hub, trained):

@@ -138,19 +138,14 @@ def test_a_v_head_that_the_file_lacks_starts_as_the_u_head(digits, headless, tmp
     assert load_weights(tmp_path / "run", 2)["v_heads.0.attn.q_proj.weight"].isfinite().all()
 
 
-def test_another_normalisation_is_said(digits, trained, tmp_path):
+def test_another_normalisation_is_said(digits, trained, tmp_path, monkeypatch):
     state = load_checkpoint(trained)
     state["config"] |= {"scale": 0.5, "vae": "some"}
     torch.save(state, tmp_path / "scaled.pt")
-    log = begin(options_from(tmp_path / "scaled.pt", digits, tmp_path / "run"))[3]
-    assert "scale 0.5, now 1.0; vae some, now none" in log
-
-
-def test_the_default_folder_is_not_that_of_a_run_from_nothing(digits, trained, tmp_path,
-                                                              monkeypatch):
     monkeypatch.chdir(tmp_path)
-    begin(options_from(trained, digits, "x", without=("--model", "--run-dir")))
-    assert (tmp_path / "results" / "DiT-T-4-cfg3.0-init" / "config.json").exists()
+    log = begin(options_from("scaled.pt", digits, "x", without=("--model", "--run-dir")))[3]
+    assert "scale 0.5, now 1.0; vae some, now none" in log
+    assert (tmp_path / "results" / "DiT-T-4-cfg3.0-init").exists()  # not that of a run from nothing
 
 
 @pytest.mark.slow

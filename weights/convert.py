@@ -53,10 +53,9 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
         if foreign.config is None:
             weights, config, report = convert_foreign(foreign, heads, image_size, source)
         else:
-            for option, value in (("heads", heads), ("image-size", image_size), ("source", source)):
-                if value is not None:
-                    raise UserError(f"--{option} must come with a file of another repository, got "
-                                    f"{value} with one of ours, whose config has it; leave it out")
+            if any((heads, image_size, source)):
+                raise UserError("--heads, --image-size and --source must come with a file of "
+                                "another repository, got one of ours; leave them out")
             weights, report = to_float32(foreign.tensors), [f"recognised: ours, {foreign.about}"]
             config = json.loads(json.dumps(foreign.config))  # a .safetensors file holds it as JSON
         check_fields(config, weights)
@@ -67,8 +66,8 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
     except Exception as error:  # tensors and a config of any content
         raise refusal("hold one whole network", f"tensors that do not fit together "
                       f"({type(error).__name__}: {error!s:.200})") from error
-    report.append(f"network: {describe(config)}; {sum(map(torch.numel, weights.values())):,} "
-                  f"numbers, {config['num_classes']} classes, latents {config['latent_shape']}")
+    report.append(f"network: {describe(config)}, {sum(map(torch.numel, weights.values())):,} "
+                  f"numbers, {config['num_classes']} classes")
     state = {"step": 0, "model": weights, "ema": weights, "opt": None, "config": config}
     return state, report
 
@@ -92,13 +91,10 @@ def convert_foreign(foreign, heads, image_size, source):
     report = [f"recognised: {config['source']}", *filter(None, [repository.note])]
     if left_out := unused & {name.split(".")[0] for name in tensors}:
         report.append(f"left out: {', '.join(sorted(left_out))}")
-    size = config["image_size"]
     if key == "meanflow":
         width, _, patch, _ = weights["x_embedder.proj.weight"].shape
         weights["pos_embed"] = sincos_table(width, config["latent_shape"][1] // patch)
-        report.append(f"position table: computed for {size} pixels; --image-size names others")
-    scaled = "per channel" if key == "imeanflow" else f"by {config['scale']}"
-    report.append(f"data: {size} pixels, VAE {config['vae']}, scaled {scaled}")
+        report.append(f"position table: computed for {config['image_size']} pixels")
     return weights, config, report
 
 
