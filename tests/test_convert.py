@@ -24,7 +24,7 @@ from models import DiT, FinalLayer, TimestepEmbedder, build
 from weights.convert import EARLIER_NAMES, convert, reverse_time
 from weights.foreign_files import read_weights
 
-SIZES = {**GOLDEN_SIZES, "hidden_size": 96, "num_heads": 3}  # a width of the table
+SIZES = {**GOLDEN_SIZES, "hidden_size": 96, "num_heads": 3, "mlp_ratio": 2.5}
 B = 4
 
 
@@ -60,10 +60,10 @@ def renamed(weights, old, new):
     return {re.sub(old, new, name): value for name, value in weights.items()}
 
 
-def save(tmp_path, content):
+def save(tmp_path, content, **options):
     """A new file of its own: one that is mapped into memory must not be written again."""
     path = tmp_path / f"theirs-{len(list(tmp_path.iterdir()))}.pt"
-    torch.save(content, path)
+    torch.save(content, path, **options)
     return path
 
 
@@ -102,7 +102,8 @@ def test_a_ports_training_file_gives_its_average_or_raw_weights(tmp_path, net, i
 def test_a_bare_state_dict_needs_its_source_and_may_have_prefixes(tmp_path, net, inputs,
                                                                   prefix):
     """noamelata's and zhuyu's differ in their scale of the latents alone."""
-    path = save(tmp_path, renamed(net.state_dict(), "^", prefix))
+    path = save(tmp_path, renamed(net.state_dict(), "^", prefix),
+                _use_new_zipfile_serialization=bool(prefix))  # or as before PyTorch 1.6
     with refused("--source must be noamelata or zhuyu"):
         opened(path)
     for source, scale in ("noamelata", 0.18215), ("zhuyu", 0.18125):
@@ -328,9 +329,9 @@ REFUSED = {  # what the message tells: the file
     "without them": lambda net: {"ema": {}, "model": net},
     "add --raw": lambda net: {"model": net},
     "other tensors": lambda net: {},
-    "int8": lambda net: net | {BIAS: torch.ones(384, dtype=torch.int8)},
-    "float8": lambda net: net | {BIAS: torch.ones(384).to(torch.float8_e4m3fn)},
-    "not finite": lambda net: net | {BIAS: torch.full((384,), 1e300, dtype=torch.float64)},
+    "int8": lambda net: net | {BIAS: torch.ones(240, dtype=torch.int8)},
+    "float8": lambda net: net | {BIAS: torch.ones(240).to(torch.float8_e4m3fn)},
+    "not finite": lambda net: net | {BIAS: torch.full((240,), 1e300, dtype=torch.float64)},
     "ValueError": lambda net: {name: torch.ones(7) for name in net},
     "blocks.2.attn": lambda net: renamed(net, "blocks.2", "blocks.1000000000"),
     "proj.bias": lambda net: {k: v for k, v in net.items() if "2.attn.proj.bias" not in k},

@@ -256,8 +256,9 @@ def network_config(weights, heads):
              HEADS.get(width))
     heads = heads or known
     if not heads or heads != (known or heads) or width % heads:
-        raise UserError(f"--heads must be {known or 'given and a divisor'} for width {width}, got "
-                        f"{heads or 'none'}; give the number of the network's attention heads")
+        rule = f"{known} for width" if known else "a divisor of the width"
+        raise UserError(f"--heads must be {rule} {width}, got {heads or 'none'}; give the number "
+                        f"of the network's attention heads")
     sizes, more = {"patch_size": patch, "hidden_size": width, "num_heads": heads}, {}
     if head_depth:
         family, depth = "iMF", count(weights, "shared_blocks") + head_depth
