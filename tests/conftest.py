@@ -177,11 +177,14 @@ def trained(tmp_path_factory, digits):
 def hub(tmp_path, monkeypatch):
     """A stand-in for the Hugging Face Hub: hf://OWNER/REPO/FILE is hub.folder / OWNER / REPO / FILE
     of revision main or v1. hub.asked lists the downloads. The real client has an empty cache."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, hf_hub_download
 
     hub = SimpleNamespace(folder=tmp_path / "hub", asked=[])
 
-    def download(repo_id, filename, *, revision, local_files_only=False):
+    def download(repo_id, filename, *, revision=None, local_files_only=False, **more):
+        if more:  # by diffusers, which keeps this function if it is imported now
+            return hf_hub_download(repo_id, filename, revision=revision,
+                                   local_files_only=local_files_only, **more)
         path, asked = hub.folder / repo_id / filename, (repo_id, filename, revision)
         if local_files_only and asked not in hub.asked:
             raise errors.LocalEntryNotFoundError("not cached")
