@@ -21,8 +21,8 @@ from engine.errors import UserError, naming, run_main
 from engine.files import check_folder, make_folder
 from engine.options import Parser, int_range
 from models import is_improved
-from weights.convert import FORMATS, SOURCES, convert, export
-from weights.foreign_files import read_source
+from weights.convert import FORMATS, REPOSITORIES, convert, export
+from weights.foreign_files import read_weights
 from weights.hub import file_or_address, local_file
 
 
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     parser = Parser("Make a checkpoint of weights from elsewhere: MeanFlow, improved MeanFlow, or "
                     "a flow model (SiT, REPA) as a start for training. Or write ours for others.")
     parser.add_argument("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
-                        help="file or folder, or hf://OWNER/REPO/FILE")
+                        help="file or folder, or hf://OWNER/REPO[@REVISION]/FILE")
     parser.add_argument("--out", type=Path, required=True,
                         help="new file: .pt, or .safetensors")
     parser.add_argument("--raw", action="store_true",
@@ -40,16 +40,15 @@ def parse_args(argv=None):
     parser.add_argument("--image-size", type=int_range(1, 2**16),
                         help="side of the images in pixels, for files without a position table "
                              "(JAX, improved MeanFlow; default: 256)")
-    parser.add_argument("--source", choices=SOURCES,
-                        help="repository of a bare state dict, where it cannot be told")
+    parser.add_argument("--source", choices=REPOSITORIES,
+                        help="repository that saved the weights, where the file does not tell")
     parser.add_argument("--format", choices=FORMATS, default="ours",
                         help="write the names of another repository, to run a model there")
     args = parser.parse_args(argv)
-    if args.out.suffix not in (".pt", ".safetensors"):
-        parser.error(f"--out must end in .pt or .safetensors, got {args.out}; rename it")
-    if args.format != "ours" and args.out.suffix != ".pt":
-        parser.error(f"--out must end in .pt with --format {args.format}, got {args.out}; rename "
-                     f"it")
+    suffixes = (".pt", ".safetensors") if args.format == "ours" else (".pt",)
+    if args.out.suffix not in suffixes:
+        parser.error(f"--out must end in {' or '.join(suffixes)} with --format {args.format}, got "
+                     f"{args.out}; rename it")
     return args
 
 
@@ -59,22 +58,22 @@ def main(args):
     with naming("--out"):
         check_folder(args.out.parent)
     with naming("--in"):
-        source = read_source(local_file(args.input), raw=args.raw)
-    state, report = convert(source, heads=args.heads, image_size=args.image_size,
-                            named=args.source)
+        foreign = read_weights(local_file(args.input), raw=args.raw)
+        state, report = convert(foreign, heads=args.heads, image_size=args.image_size,
+                                source=args.source)
     config = state["config"]
-    if source.config is None and is_improved(config["model"]) and config["vae"] != "none":
+    if foreign.config is None and is_improved(config["model"]) and config["vae"] != "none":
         config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
+    scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
+    report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "
+                  f"{config['latent_shape']} scaled {scaled}")
     if args.format != "ours":
         state = export(state, args.format)
-        space = "per channel" if "latent_mean" in config else f"by {config['scale']}"
-        report.append(f"written: for {args.format}, which scales latents its own way: this "
-                      f"network's are scaled {space}")
+        report.append(f"written: for {args.format}, which scales latents its own way")
     with naming("--out"):
         make_folder(args.out.parent)
     save_checkpoint(args.out, state)
-    for line in report:
-        print(line, file=sys.stderr)
+    print(*report, sep="\n", file=sys.stderr)
     print(args.out)
 
 

@@ -1,14 +1,12 @@
 """What several test files share: data, scripts run as users run them, the official numbers."""
 
-import hashlib
 import importlib
 import json
 import os
 import re
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,77 +174,31 @@ def trained(tmp_path_factory, digits):
     return folder / "checkpoints" / "0000012.pt"
 
 
-class HubHandler(BaseHTTPRequestHandler):
-    """Answers what huggingface_hub asks for a file. See the fixture hub."""
-
-    def do_GET(self, body=True):  # noqa: N802
-        self.server.asked.append(f"{self.command} {self.path}")
-        status, error, content = self.look_up()
-        self.send_response(status)
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.send_header("Content-Length", len(content))
-        if error:
-            self.send_header("X-Error-Code", error)
-            self.send_header("X-Error-Message", error)
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def do_HEAD(self):  # noqa: N802
-        self.do_GET(body=False)
-
-    def look_up(self):
-        """(status, error code of the Hub or None, content) for this path."""
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
-        repo = found and self.server.folder / found[1]
-        if not found or not repo.is_dir():
-            return 401, "RepoNotFound", b""
-        if (repo / "gated").exists():
-            return 403, "GatedRepo", b""
-        if found[2] not in ("main", "c" * 40, "v1"):
-            return 404, "RevisionNotFound", b""
-        path = repo / found[3]
-        return (200, None, path.read_bytes()) if path.is_file() else (404, "EntryNotFound", b"")
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def hub(tmp_path_factory, monkeypatch):
-    """A stand-in for the Hugging Face Hub, with an empty cache, for this process and its children.
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hugging Face Hub: hf://OWNER/REPO/FILE is hub.folder / OWNER / REPO / FILE
+    of revision main or v1. hub.asked lists the downloads. The real client has an empty cache."""
+    from huggingface_hub import constants, errors, hf_hub_download
 
-    hf://OWNER/REPO/FILE is the file hub.folder / OWNER / REPO / FILE; a repository with a file
-    named gated is gated; revisions are main and v1. hub.asked lists the requests so far;
-    hub.constants are for processes that run_ranks forks, which do not have this one's.
-    hub.shutdown() takes the network away.
-    """
-    from huggingface_hub import close_session, constants
+    hub = SimpleNamespace(folder=tmp_path / "hub", asked=[])
 
-    home = tmp_path_factory.mktemp("hf")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.folder, server.asked = tmp_path_factory.mktemp("hub"), []
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
-                        "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
-                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    server.constants = {  # read from the environment when huggingface_hub was imported
-        "ENDPOINT": endpoint, "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": False,
-        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_PROGRESS_BARS": True}
-    for name, value in server.constants.items():
-        monkeypatch.setattr(constants, name, value)
-    close_session()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    close_session()
+    def download(repo_id, filename, *, revision=None, local_files_only=False, **more):
+        if more:  # by diffusers, which keeps this function if it is imported now
+            return hf_hub_download(repo_id, filename, revision=revision,
+                                   local_files_only=local_files_only, **more)
+        path, asked = hub.folder / repo_id / filename, (repo_id, filename, revision)
+        if local_files_only and asked not in hub.asked:
+            raise errors.LocalEntryNotFoundError("not cached")
+        if revision not in (None, "v1") or not path.exists():
+            raise OSError("404 Client Error.\nEntry Not Found")
+        if not local_files_only:
+            hub.asked.append(asked)
+        return str(path)
+
+    (hub.folder / "ann" / "digits").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return hub
 
 
 # ---- images, a VAE and Inception weights -----------------------------------------------------

@@ -1,12 +1,7 @@
 """What other repositories saved, under our names, and back.
 
 convert recognises a network by names and shapes of its tensors and returns a checkpoint of ours.
-export gives it the names of another repository. engine/containers.py opens the files.
-
-Known: the official JAX states of MeanFlow (Gsunshine/meanflow) and improved MeanFlow
-(Lyy-iiis/imeanflow), the latter's PyTorch weights, the PyTorch ports noamelata/MeanFlow,
-zhuyu-cs/MeanFlow and HaoyiZhu/MeanFlow-PyTorch, our own files; and, as a start for training, the
-flow models of willisma/SiT and sihyun-yu/REPA.
+export gives it the names of another repository. weights/foreign_files.py opens the files.
 """
 
 import json
@@ -18,33 +13,92 @@ import torch
 
 from engine.checkpoint import check_fields
 from engine.errors import UserError
-from models import IMPROVED_SIZES, SIZES, DiT, ImprovedDiT, build, describe, sincos_table
-from weights.foreign_files import is_unet, refuse
+from models import SIZES, DiT, DiT_models, ImprovedDiT, build, describe, sincos_table
+from weights.foreign_files import refusal
 
 
-class Origin(NamedTuple):
-    """What the tensors of a repository do not tell."""
+class Repository(NamedTuple):
+    """What the tensors in a repository's files do not tell."""
 
-    repository: str
+    name: str  # on GitHub
     vae: str = "ema"  # whose decoder the repository samples with
     scale: float = 0.18215
+    note: str = ""  # for the report
 
 
-ORIGINS = {
-    "meanflow": Origin("Gsunshine/meanflow", "mse"),
-    "imeanflow": Origin("Lyy-iiis/imeanflow", "mse"),
-    "noamelata": Origin("noamelata/MeanFlow"),
-    "zhuyu": Origin("zhuyu-cs/MeanFlow", scale=0.18125),  # so in its training and its evaluation
-    "haoyizhu": Origin("HaoyiZhu/MeanFlow-PyTorch"),
-    "sit": Origin("willisma/SiT"),
-    "repa": Origin("sihyun-yu/REPA"),
+RENAMED = "renamed: h_embedder, here r_embedder"
+START = "start for training: u(z, r, t, y) is the flow's velocity for every r"
+REPOSITORIES = {
+    "meanflow": Repository("Gsunshine/meanflow", "mse", note=RENAMED),  # JAX
+    "imeanflow": Repository("Lyy-iiis/imeanflow", "mse"),  # JAX and PyTorch
+    "noamelata": Repository("noamelata/MeanFlow"),
+    "zhuyu": Repository("zhuyu-cs/MeanFlow", scale=0.18125),  # in its training and its evaluation
+    "haoyizhu": Repository("HaoyiZhu/MeanFlow-PyTorch", note=RENAMED),
+    "sit": Repository("willisma/SiT", note=f"{START}; its time and sign are turned"),
+    "repa": Repository("sihyun-yu/REPA", note=START),
 }
-SOURCES = ("noamelata", "zhuyu", "sit", "repa")  # those that a file alone may not tell apart
 FORMATS = ("ours", "noamelata", "zhuyu", "haoyizhu", "imeanflow")
 
+# ---- to ours -------------------------------------------------------------------------------
 
-# ---- names ---------------------------------------------------------------------------------
 
+def convert(foreign, *, heads=None, image_size=None, source=None):
+    """(state, report): a checkpoint of ours, ready to be saved, and lines about it.
+
+    state: {step, model, ema, opt, config}; model and ema are the same float32 weights. foreign:
+    ForeignWeights, whose dict is emptied of JAX tensors. heads, image_size, source: the options
+    --heads, --image-size, --source. Raises BadValue and UserError.
+    """
+    try:
+        if foreign.config is None:
+            weights, config, report = convert_foreign(foreign, heads, image_size, source)
+        else:
+            if any((heads, image_size, source)):
+                raise UserError("--heads, --image-size and --source must come with a file of "
+                                "another repository, got one of ours; leave them out")
+            weights, report = to_float32(foreign.tensors), [f"recognised: ours, {foreign.about}"]
+            config = json.loads(json.dumps(foreign.config))  # a .safetensors file holds it as JSON
+        check_fields(config, weights)
+        with torch.device("meta"):  # no second copy in memory
+            build(config).load_state_dict(weights, assign=True)
+    except UserError:
+        raise
+    except Exception as error:  # tensors and a config of any content
+        raise refusal("hold one whole network", f"tensors that do not fit together "
+                      f"({type(error).__name__}: {error!s:.200})") from error
+    report.append(f"network: {describe(config)}, {sum(map(torch.numel, weights.values())):,} "
+                  f"numbers, {config['num_classes']} classes")
+    state = {"step": 0, "model": weights, "ema": weights, "opt": None, "config": config}
+    return state, report
+
+
+def convert_foreign(foreign, heads, image_size, source):
+    """(weights, config, report) of a file of another repository."""
+    tensors = rename(from_jax(foreign.tensors) if foreign.jax else foreign.tensors)
+    key = recognise(tensors, foreign, source)
+    repository = REPOSITORIES[key]
+    if key != "imeanflow":
+        tensors = {re.sub("^h_embedder", "r_embedder", name): value
+                   for name, value in tensors.items()}
+    unused = {"projectors", "" if "v_heads.0.norm1.weight" in tensors else "v_final_layer"}
+    weights = to_float32({name: value for name, value in tensors.items()
+                          if name.split(".")[0] not in unused})
+    if key in ("sit", "repa"):
+        warm_start(weights, reverse=key == "sit")
+    config = network_config(weights, heads)
+    config |= data_config(weights, repository, foreign.args or {}, image_size)
+    config["source"] = f"{repository.name}, {foreign.about}"
+    report = [f"recognised: {config['source']}", *filter(None, [repository.note])]
+    if left_out := unused & {name.split(".")[0] for name in tensors}:
+        report.append(f"left out: {', '.join(sorted(left_out))}")
+    if key == "meanflow":
+        width, _, patch, _ = weights["x_embedder.proj.weight"].shape
+        weights["pos_embed"] = sincos_table(width, config["latent_shape"][1] // patch)
+        report.append(f"position table: computed for {config['image_size']} pixels")
+    return weights, config, report
+
+
+# ---- names and recognition -----------------------------------------------------------------
 
 # Names of an earlier version of improved MeanFlow's code (Lyy-iiis/imeanflow, convert.py)
 EARLIER_NAMES = {"k_embedder": "omega_embedder", "cfg_start_cond_tokens": "t_min_tokens",
@@ -53,215 +107,103 @@ EARLIER_NAMES = {"k_embedder": "omega_embedder", "cfg_start_cond_tokens": "t_min
 WRAPPERS = ("module.", "_orig_mod.", "net.")  # of DistributedDataParallel, torch.compile, a parent
 
 
-def plain_names(weights):
-    """The tensors under PyTorch's names, without the prefixes that all names share.
+def rename(tensors):
+    """The tensors under the names of their repository's present code, without wrappers.
 
     A prefix of some names only, as of a network and its average in one file, stays.
     """
     for prefix in WRAPPERS * 2:  # in any order
-        if weights and all(str(name).startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    plain = sum(re.fullmatch(r"blocks\.\d+\.attn\.qkv\.bias", str(name)) is not None
-                for name in weights)
-    found = {}
-    for name, value in weights.items():
-        parts = [EARLIER_NAMES.get(part, part) for part in str(name).split(".")
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    first = count(tensors, "blocks")
+    renamed = {}
+    for name, value in tensors.items():
+        if match := re.match(r"decoder_blocks\.(\d+)", name):  # REPA's names before its release
+            name = f"blocks.{first + int(match[1])}{name[match.end():]}"
+        parts = [EARLIER_NAMES.get(part, part) for part in name.split(".")
                  if part not in ("_flax_linear", "_flax_embedding")]
-        if parts[0] == "decoder_blocks" and parts[1:2] and parts[1].isdecimal():
-            parts[:2] = "blocks", str(plain + int(parts[1]))  # REPA's names before its release
-        found[".".join(parts)] = value
-    return found
+        renamed[".".join(parts)] = value
+    return renamed
 
 
-def from_jax(weights):
+def count(tensors, group):
+    """How many blocks there are of the names group.N."""
+    return len({match[1] for name in tensors if (match := re.match(rf"{group}\.(\d+)\.", name))})
+
+
+def from_jax(tensors):
     """The tensors of a JAX state with PyTorch's names and layouts; empties the dict it is given.
 
     Linear kernels (in, out) are transposed, a convolution's (h, w, in, out) is permuted, the
     one-dimensional weights of norms are as they are.
     """
-    found = {}
-    for path in list(weights):
-        tensor, (*parents, last) = weights.pop(path), path.split(".")
+    renamed = {}
+    for path in list(tensors):
+        tensor, (*parents, last) = tensors.pop(path), path.split(".")
         if last == "kernel" and tensor.ndim in (2, 4):
             tensor = tensor.T if tensor.ndim == 2 else tensor.permute(3, 2, 0, 1)
         last = "weight" if last in ("kernel", "scale", "embedding") else last
-        name = ".".join([*parents, last])
-        name = re.sub(r"\blayers_(\d+)", r"\1", name)
+        name = re.sub(r"\blayers_(\d+)", r"\1", ".".join([*parents, last]))
         name = re.sub(r"\b(shared_blocks|u_heads|v_heads)_(\d+)", r"\1.\2", name)
-        found[name] = tensor.contiguous()
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+def recognise(tensors, foreign, source):
+    """The key in REPOSITORIES of the repository that saved these tensors, which rename returned.
 
-
-def check_tensors(weights):
-    """The tensors in float32. Raises UserError unless all are finite floats with elements."""
-    found = {}
-    for name, value in weights.items():
-        fault = None
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            fault = f"a {type(value).__name__} and no tensor"
-        elif value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
-            fault = f"of {str(value.dtype).removeprefix('torch.')} on {value.device}"
-        elif not value.numel():
-            fault = "empty"
-        else:
-            found[name] = value.float()
-            if not found[name].isfinite().all():
-                fault = "not finite in float32"
-        if fault:
-            raise refuse("hold finite floating-point tensors", f"{name!r:.80}, which is {fault}",
-                         "give a plain state dict, before it was wrapped, quantised, cut or "
-                         "diverged")
-    return found
-
-
-# ---- recognition ---------------------------------------------------------------------------
-
-
-def recognise(source, weights, named=None):
-    """The key in ORIGINS of the repository that saved these weights, which have plain names.
-
-    named: --source. Raises UserError for other networks, and where a file cannot tell.
+    source: --source, which must be given where the file does not tell. Raises BadValue and
+    UserError.
     """
-    choices = possible_origins(source, weights)
-    if named and named not in choices:
-        raise UserError(f"--source must be {' or '.join(choices)} for this file, got {named}; "
-                        f"leave it out")
-    if not named and choices == ("sit", "repa"):
-        raise UserError("--source must be given for one time embedder and twice the channels, "
-                        "which files of SiT and DiT have alike, got none; give --source sit if it "
-                        "is SiT's")
-    return named or choices[0]
+    candidates = possible_repositories(tensors, foreign)
+    if source is None and len(candidates) == 1:
+        return candidates[0]
+    if source not in candidates:
+        raise UserError(f"--source must be {' or '.join(candidates)} for this file, got "
+                        f"{source or 'none'}; name the repository that saved it")
+    return source
 
 
-def possible_origins(source, weights):
-    """The keys in ORIGINS that a file may be of, the likeliest first."""
-    if "shared_blocks.0.norm1.weight" in weights:
+def possible_repositories(tensors, foreign):
+    """The keys in REPOSITORIES of those whose files have these tensors."""
+    if "shared_blocks.0.norm1.weight" in tensors:
         return ("imeanflow",)
-    if not {"x_embedder.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
-        found = ("a U-Net, as of py-meanflow" if is_unet(weights)
-                 else "tensors of no network that is known")
-        raise refuse("hold a DiT", f"{found} ({next(iter(weights), 'none'):.60} ...)")
-    if any("q_norm" in name for name in weights):
-        raise refuse("hold attention as DiT has it", "one that normalises queries and keys "
-                     "(attn.q_norm), as --qk-norm makes it")
-    if "h_embedder.mlp.0.weight" in weights:
-        return ("meanflow",) if source.jax else ("haoyizhu",)
-    channels, patch = weights["x_embedder.proj.weight"].shape[1:3]
-    wide = len(weights["final_layer.linear.bias"]) == 2 * channels * patch**2
-    if "r_embedder.mlp.0.weight" not in weights:
-        return flow_origins(source, wide)
-    if wide:
-        raise refuse("hold as many output channels as input channels", "twice as many beside a "
-                     "second time embedder (zhuyu-cs's --finetune), of which it is not known what "
-                     "they mean")
-    if "steps" in source.keys:  # of the two only zhuyu's training file tells the step
-        return ("zhuyu",)
-    return ("noamelata",) if {"opt", "args"} & set(source.keys) else ("noamelata", "zhuyu")
-
-
-def flow_origins(source, wide):
-    """As possible_origins, of a network with one time embedder. wide: of twice the channels."""
-    path, prediction = (str(source.args.get(name, "")).lower()
-                        for name in ("path_type", "prediction"))
+    if "blocks.0.attn.qkv.weight" not in tensors:
+        raise refusal("hold a DiT", f"other tensors ({next(iter(tensors), 'none'):.60} ...)")
+    if "h_embedder.mlp.0.weight" in tensors:
+        return ("meanflow",) if foreign.jax else ("haoyizhu",)
+    args = foreign.args or {}
+    if "r_embedder.mlp.0.weight" in tensors:  # a training file tells: only zhuyu's has its step
+        return (("zhuyu",) if foreign.step is not None else
+                ("noamelata",) if args else ("noamelata", "zhuyu"))
+    path, prediction = (str(args.get(name, "")).lower() for name in ("path_type", "prediction"))
+    _, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    wide = len(tensors["final_layer.linear.bias"]) == 2 * channels * patch**2
     if path not in ("", "linear") or prediction not in ("", "velocity", "v"):
-        raise refuse("hold a velocity of the linear path",
-                     f"path_type {path:.40}, prediction {prediction:.40}")
-    if prediction:
-        return ("sit",) if wide or prediction == "velocity" else ("repa",)
-    if wide and source.args:
-        raise refuse("hold a velocity", "a DiT that predicts noise at integer times, of which no "
-                     "MeanFlow can be made")
-    return ("sit", "repa") if wide else ("repa", "sit")
+        raise refusal("hold a velocity of the linear path",
+                      f"path_type {path:.40}, prediction {prediction:.40}")
+    if wide and args and not prediction:
+        raise refusal("hold a velocity", "a DiT that predicts noise at integer times, of which no "
+                      "MeanFlow can be made")
+    return {"velocity": ("sit",), "v": ("repa",)}.get(prediction, ("sit", "repa"))
 
 
-# ---- to our names --------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
 
 
-def convert(source, *, heads=None, image_size=None, named=None):
-    """(state, report): a checkpoint of ours, ready to be saved, and lines about it.
-
-    state: {step, model, ema, opt, config}; model and ema are the same float32 weights. heads,
-    image_size, named: the options --heads, --image-size, --source. Raises UserError.
-    """
-    if source.config is None:
-        weights, config, report = adopt(source, heads, image_size, named)
-    else:
-        for option, value in (("heads", heads), ("image-size", image_size), ("source", named)):
-            if value is not None:
-                raise UserError(f"--{option} must come with a file of another repository, got "
-                                f"{value} with one of ours, whose config tells it; leave it out")
-        weights, config = check_tensors(source.weights), dict(source.config)
-        try:
-            json.dumps(config)
-            check_fields(config, weights)
-        except (KeyError, TypeError, ValueError) as error:
-            raise refuse("hold a whole config", f"one of which {error!s:.100}") from error
-        report = [f"recognised: {source.container}, {source.which} weights"]
-    weights = {name: value.contiguous() for name, value in weights.items()}
-    check_shapes(weights, config)
-    report.append(f"network: {describe(config)}; {sum(map(torch.numel, weights.values())):,} "
-                  f"numbers, {config['num_classes']} classes, latents {config['latent_shape']}")
-    state = {"step": 0, "model": weights, "ema": weights, "opt": None, "config": config}
-    return state, report
-
-
-def adopt(source, heads, image_size, named):
-    """(weights, config, report) of a file of another repository."""
-    try:
-        given = plain_names(from_jax(source.weights) if source.jax else source.weights)
-        origin = recognise(source, given, named)
-        given = check_tensors(given)
-        weights = to_ours(given, origin)
-        sizes = improved_sizes if origin == "imeanflow" else dit_sizes
-        config = sizes(weights, heads) | describe_data(weights, origin, source.args, image_size)
-    except UserError:
-        raise
-    except KeyError as error:
-        raise refuse("hold a whole network", f"one without {error.args[0]!s:.80}") from error
-    except Exception as error:  # tensors of any shape
-        raise refuse("hold a whole network", "one whose tensors do not fit together "
-                     f"({error!s:.100})") from error
-    about = f"{source.which} weights" if source.which else "weights"
-    about += f" of step {source.step}" if source.step else ""
-    config["source"] = f"{ORIGINS[origin].repository}, {about}"
-    report = [f"recognised: {ORIGINS[origin].repository}, {source.container}, {about}"]
-    report += [line for applies, line in (
-        (any("decoder_blocks." in name for name in source.weights),
-         "renamed: decoder_blocks, which follow blocks"),
-        (origin in ("meanflow", "haoyizhu"), "renamed: h_embedder, here r_embedder"),
-        (origin == "sit", "changed: time and sign, as SiT's t = 0 is noise"),
-        (origin in ("sit", "repa"), "start for training: u(z, r, t, y) is the flow's velocity for "
-                                    "every r, so one step gives no image yet"),
-        ("v_final_layer.linear.bias" in given and "v_final_layer.linear.bias" not in weights,
-         "left out: v_final_layer, as the blocks of its head are missing"),
-        (any(name.startswith("projectors.") for name in given), "left out: projectors"),
-        ("pos_embed" in weights and "pos_embed" not in given,
-         f"position table: computed for {config['image_size']} pixels; --image-size names others"),
-        (origin == "noamelata" and not {"opt", "args"} & set(source.keys) and not named,
-         "not known: noamelata's or zhuyu's; --source zhuyu sets its latent scale .18125"),
-    ) if applies]
-    space = "per channel" if origin == "imeanflow" else f"by {config['scale']}"
-    report.append(f"data: images of {config['image_size']} pixels, "
-                  + ("no VAE" if config["vae"] == "none" else
-                     f"VAE {config['vae']}, latents scaled {space}"))
-    return weights, config, report
-
-
-def to_ours(given, origin):
-    """The tensors that our network has, of plain names, under our names and conventions."""
-    v_head = "v_heads.0.norm1.weight" in given
-    weights = {name: value for name, value in given.items()
-               if not name.startswith("projectors.")
-               and (v_head or not name.startswith("v_final_layer."))}
-    if origin in ("meanflow", "haoyizhu"):
-        weights = {re.sub("^h_embedder", "r_embedder", name): value
-                   for name, value in weights.items()}
-    if origin in ("sit", "repa"):
-        warm_start(weights, reverse=origin == "sit")
-    return weights
+def to_float32(tensors):
+    """The tensors in float32, contiguous. Raises ValueError unless all are finite floats."""
+    floats = {}
+    for name, value in tensors.items():
+        kind = getattr(value, "dtype", type(value).__name__)
+        if kind not in FLOATS:
+            raise ValueError(f"{name} is of {kind}, quantised or no tensor")
+        floats[name] = value.float().contiguous()
+        if not floats[name].isfinite().all():
+            raise ValueError(f"{name} is not finite in float32")
+    return floats
 
 
 def warm_start(weights, *, reverse):
@@ -300,126 +242,84 @@ def reverse_time(weight):
 
 # ---- sizes and data ------------------------------------------------------------------------
 
-
 HEADS = {width: heads for _, width, heads in SIZES.values()}  # of a width, in every repository
 
 
-def dit_sizes(weights, heads):
-    """{"model"} and, outside the table, {"sizes"} of a DiT, by the shapes of its tensors."""
-    width, _, patch, _ = weights["x_embedder.proj.weight"].shape
-    depth, hidden = count(weights, "blocks"), len(weights["blocks.0.mlp.fc1.bias"])
-    wanted = HEADS.get(width)
-    if heads is None and wanted is None:
-        raise UserError(f"--heads must be given for width {width}, which no published size has, "
-                        f"got none; name the number of attention heads")
-    if heads and (wanted or heads) != heads:
-        raise UserError(f"--heads must be {wanted} for width {width}, got {heads}; leave it out")
-    heads = heads or wanted
-    if width % heads:
-        raise UserError(f"--heads must divide the width {width}, got {heads}; name the number of "
-                        f"heads that the network was trained with")
-    for size, known in SIZES.items():
-        if (depth, width, heads) == known and patch in (2, 4, 8) and hidden == 4 * width:
-            return {"model": f"DiT-{size}/{patch}"}
-    ratio = hidden / width
-    if int(width * ratio) != hidden:  # rounded down
-        ratio = (hidden + 0.5) / width
-    return {"model": "DiT", "sizes": {"patch_size": patch, "hidden_size": width, "depth": depth,
-                                      "num_heads": heads, "mlp_ratio": ratio}}
+def network_config(weights, heads):
+    """{"model", "sizes"}, as far as the table of models does not tell them, by the shapes.
 
-
-def improved_sizes(weights, heads):
-    """As dit_sizes, of an ImprovedDiT, whose norms tell the heads."""
+    Only the norms of an ImprovedDiT tell its heads. heads: --heads. Raises UserError.
+    """
     width, _, patch, _ = weights["x_embedder.proj.weight"].shape
-    found = max(1, width // len(weights["shared_blocks.0.attn.q_norm.weight"]))
-    if heads not in (None, found):
-        raise UserError(f"--heads must be {found} for this file, got {heads}; leave it out")
     head_depth = count(weights, "u_heads")
-    depth = count(weights, "shared_blocks") + head_depth
-    v_head = {} if "v_heads.0.norm1.weight" in weights else {"v_head": False}
-    for size, known in IMPROVED_SIZES.items():
-        if (depth, head_depth, width, found, patch) == known:
-            return {"model": f"iMF-{size}", **({"sizes": v_head} if v_head else {})}
-    sizes = {"patch_size": patch, "hidden_size": width, "depth": depth, "head_depth": head_depth,
-             "num_heads": found}
-    return {"model": "iMF", "sizes": sizes | v_head}
+    known = (width // len(weights["u_heads.0.attn.q_norm.weight"]) if head_depth else
+             HEADS.get(width))
+    heads = heads or known
+    if not heads or heads != (known or heads) or width % heads:
+        rule = f"{known} for width" if known else "a divisor of the width"
+        raise UserError(f"--heads must be {rule} {width}, got {heads or 'none'}; give the number "
+                        f"of the network's attention heads")
+    sizes, more = {"patch_size": patch, "hidden_size": width, "num_heads": heads}, {}
+    if head_depth:
+        family, depth = "iMF", count(weights, "shared_blocks") + head_depth
+        sizes |= {"depth": depth, "head_depth": head_depth}
+        if "v_heads.0.norm1.weight" not in weights:
+            more = {"v_head": False}
+    else:
+        family, hidden = "DiT", len(weights["blocks.0.mlp.fc1.bias"])
+        sizes |= {"depth": count(weights, "blocks")}
+        if hidden != 4 * width:
+            more = {"mlp_ratio": (hidden + 0.5) / width}  # DiT rounds down
+    for name, constructor in DiT_models.items():
+        if getattr(constructor, "keywords", None) == sizes:
+            return {"model": name} | ({"sizes": more} if more else {})
+    return {"model": family, "sizes": sizes | more}
 
 
-def count(weights, group):
-    """How many blocks there are of the names group.N."""
-    numbers = {int(match[1]) for name in weights
-               if (match := re.match(rf"{group}\.(\d+)\.", name))}
-    return max(numbers) + 1 if numbers else 0
-
-
-def describe_data(weights, origin, args, image_size):
-    """What a config says of the data; also adds the position table where a DiT's file lacks it."""
-    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+def data_config(weights, repository, args, image_size):
+    """What a config says of the data."""
+    _, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     factor = {3: 1, 4: 8}.get(channels)  # pixels, or latents of the Stable Diffusion VAE
     if factor is None:
-        raise refuse("hold a network of pixels or of 4 latent channels", f"{channels} channels")
+        raise refusal("hold a network of pixels or of 4 latent channels", f"{channels} channels")
     size = image_size or 256
     if "pos_embed" in weights:
-        grid = math.isqrt(weights["pos_embed"].shape[1])
-        size = grid * patch * factor
-        if image_size not in (None, size):
-            raise UserError(f"--image-size must be {size} for this file, got {image_size}; leave "
-                            f"it out")
-    elif size % (factor * patch):
-        raise UserError(f"--image-size must be a multiple of {factor * patch} for this file, got "
-                        f"{size}; give the size that the network was trained for")
-    elif origin != "imeanflow":
-        weights["pos_embed"] = sincos_table(width, size // factor // patch)
+        size = math.isqrt(weights["pos_embed"].shape[1]) * patch * factor
+    if image_size not in (None, size) or size % (factor * patch):
+        rule = size if "pos_embed" in weights else f"a multiple of {factor * patch}"
+        raise UserError(f"--image-size must be {rule} for this file, got {image_size or size}; "
+                        f"give the size that the network was trained for")
     classes = len(weights["y_embedder.embedding_table.weight"]) - 1
     if classes < 1 or args.get("num_classes") == classes + 1:
-        raise refuse("hold a label table with a null row", f"one of {classes + 1} rows for "
-                     f"{args.get('num_classes', 'no')} classes")
-    about = ORIGINS[origin]
-    vae = args.get("vae") if args.get("vae") in ("ema", "mse") else about.vae
+        raise refusal("hold a label table with a null row", f"one of {classes + 1} rows for "
+                      f"{args.get('num_classes', 'no')} classes")
+    vae = args.get("vae") if args.get("vae") in ("ema", "mse") else repository.vae
     return {"image_size": size, "latent_shape": [channels, size // factor, size // factor],
             "num_classes": classes, "vae": "none" if factor == 1 else vae,
-            "scale": 1.0 if factor == 1 else about.scale}
+            "scale": 1.0 if factor == 1 else repository.scale}
 
 
-def check_shapes(weights, config):
-    """Raise UserError unless the weights are those of the config's network."""
-    try:
-        with torch.device("meta"):  # a hostile config may ask for more memory than there is
-            wanted = {name: value.shape for name, value in build(config).state_dict().items()}
-    except Exception as error:  # of a config of any content
-        raise refuse("hold a network that can be built", f"one with {error!s:.150}") from error
-    found = {name: value.shape for name, value in weights.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            shapes = [tuple(group[name]) if name in group else "missing"
-                      for group in (found, wanted)]
-            raise refuse("hold the tensors of its network and no others",
-                         f"{name:.80}: {shapes[0]} in place of {shapes[1]}".replace(
-                             "of missing", "of none"))
+# ---- to others -----------------------------------------------------------------------------
 
 
-# ---- to the names of others ----------------------------------------------------------------
-
-
-def export(state, kind):
+def export(state, repository):
     """What torch.save must write for another repository, of a state that convert returned.
 
-    kind: one of FORMATS but ours. Raises UserError for a network that the repository lacks.
+    repository: one of FORMATS but ours. Raises UserError for a network that it lacks.
     """
     weights, config = state["ema"], state["config"]
     with torch.device("meta"):
-        net = build(config)
-    improved = isinstance(net, ImprovedDiT)
-    if not isinstance(net, DiT | ImprovedDiT) or improved != (kind == "imeanflow"):
-        fit = "imeanflow or ours" if improved else " or ".join(
-            name for name in FORMATS if name != "imeanflow")
-        raise UserError(f"--format must be {fit} for {config['model']}, got {kind}; give another")
-    if improved:
+        network = type(build(config))
+    fitting = {DiT: FORMATS[:-1], ImprovedDiT: ("ours", "imeanflow")}.get(network, ("ours",))
+    if repository not in fitting:
+        raise UserError(f"--format must be {' or '.join(fitting)} for {config['model']}, got "
+                        f"{repository}; give another")
+    if repository == "imeanflow":
         return dict(official_names(weights))
-    if kind == "haoyizhu":
+    if repository == "haoyizhu":
         weights = {re.sub("^r_embedder", "h_embedder", name): value
                    for name, value in weights.items()}
-    steps = {} if kind == "noamelata" else {"steps": 0}
+    steps = {} if repository == "noamelata" else {"steps": 0}
     return {"model": weights, "ema": weights, **steps}
 
 

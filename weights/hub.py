@@ -1,5 +1,6 @@
 """Checkpoints by path, or by address on the Hugging Face Hub: hf://OWNER/REPO[@REVISION]/FILE."""
 
+import contextlib
 import logging
 import re
 from pathlib import Path
@@ -20,8 +21,8 @@ def file_or_address(text):
 def open_checkpoint(name, world):
     """The checkpoint of this path or address, verified, as load_checkpoint returns it.
 
-    Every rank must call it. Rank 0 downloads and verifies; the others of its machine, or of its
-    file system, take what it found. Raises BadValue.
+    Every rank must call it. Rank 0 downloads and verifies; other ranks open what it found, and on
+    other machines download it, too. Raises BadValue.
     """
     def find():
         path = local_file(name)
@@ -33,11 +34,10 @@ def open_checkpoint(name, world):
 
 
 def local_file(name):
-    """The path of a file: a path as it is, an address in the cache of huggingface_hub, downloaded
-    if it is not there.
+    """The path of a file: of an address, the one in the cache of huggingface_hub.
 
-    A cached file needs no network and is not looked for again; another REVISION (a branch, a tag, a
-    commit; main by default) asks for it. Raises BadValue.
+    Only a file that is not cached is downloaded. REVISION is a branch, a tag or a commit; main by
+    default. Raises BadValue.
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
@@ -48,18 +48,13 @@ def local_file(name):
     if not place:
         raise BadValue(f"must be a path or hf://OWNER/REPO/FILE, with @REVISION after REPO or "
                        f"without, got {name}; write it so")
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each of its attempts
     try:
-        log.setLevel(logging.ERROR)  # it tells each of its attempts
-        try:
+        with contextlib.suppress(LocalEntryNotFoundError):
             return Path(hf_hub_download(**place.groupdict(), local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(hf_hub_download(**place.groupdict()))
+        return Path(hf_hub_download(**place.groupdict()))
     except Exception as error:  # httpx and requests, which older versions use, have their own kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadValue(f"must be a file that is cached or that can be downloaded, got {name} "
                        f"({reason:.200}); check the address, or copy the file here and give its "
                        f"path") from error
-    finally:
-        log.setLevel(level)

@@ -4,7 +4,7 @@ import torch
 
 from engine.checkpoint import differences, network_of
 from engine.errors import UserError
-from models import LabelEmbedder, is_improved
+from models import LabelEmbedder
 from weights.hub import open_checkpoint
 
 
@@ -22,10 +22,9 @@ class InitialWeights:
         self.label_tables = [f"{module_name}.embedding_table.weight"
                              for module_name, module in net.named_modules()
                              if isinstance(module, LabelEmbedder)]
-        self.model, self.sizes = self.config["model"], self.config.get("sizes")
-        if self.sizes and is_improved(self.model):  # released files lack the v head, training not
-            self.sizes = {size: value for size, value in self.sizes.items() if size != "v_head"}
-        self.sizes = self.sizes or None
+        self.model = self.config["model"]
+        sizes = self.config.get("sizes") or {}  # released files lack the v head, which training has
+        self.sizes = {key: size for key, size in sizes.items() if key != "v_head"} or None
         self.notes = [f"starts from the averaged weights of {name}, step {state['step']}"]
 
     def check(self, config):
@@ -37,9 +36,8 @@ class InitialWeights:
                             f"another file")
         self.new_classes = self._has_new_classes(config)
         if self.new_classes and not self.label_tables:
-            raise UserError(f"--init must have the classes of --data-path where the network's "
-                            f"label table is no LabelEmbedder, got a {self.model} of "
-                            f"{self.config['num_classes']} classes for "
+            raise UserError(f"--init must have the classes of --data-path, as {self.model} has no "
+                            f"LabelEmbedder, got {self.config['num_classes']} classes for "
                             f"{config['num_classes']}; give another file")
         if changed := differences(_normalisation(self.config), _normalisation(config)):
             self.notes.append(f"the latents are not those of the file ({changed}): the network has "
@@ -78,11 +76,7 @@ class InitialWeights:
 
 
 def _normalisation(config):
-    """What a config says of the data's latents, where it says it."""
-    names = ("vae", "scale", "latent_mean", "latent_std")
-    known = {name: config[name] for name in names if config.get(name) is not None}
-    if known.get("vae") == "mse":  # differs from ema in the decoder alone
-        known["vae"] = "ema"
-    if "latent_mean" in known:  # takes the place of the scale
-        known.pop("scale", None)
-    return known
+    """What a config says of the data's latents."""
+    per_channel = {name: config[name] for name in ("latent_mean", "latent_std") if config.get(name)}
+    vae = "ema" if config["vae"] == "mse" else config["vae"]  # the decoder is all that differs
+    return {"vae": vae, **(per_channel or {"scale": config["scale"]})}
