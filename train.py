@@ -233,7 +233,7 @@ def train(run, state):
             (args.log_every, args.sample_every, args.eval_every, args.ckpt_every))
         save = save or evaluate or stop  # an evaluation takes long
         if interval_ends or save:
-            meter.skipped += state.guard.check()  # other steps do not wait for the device
+            state.guard.check()  # other steps do not wait for the device
             run.saver.check()
         if interval_ends or stop:
             run.record(state.step, meter.read(state.step), interval_ends)
@@ -533,7 +533,7 @@ class Meter:
     """Means over the steps since the last log line; the sums stay on the device until then."""
 
     def __init__(self, world, batch):
-        self.world, self.batch, self.skipped = world, batch, 0
+        self.world, self.batch = world, batch
         self.sums = torch.zeros(9, device=world.device)
 
     def start(self, step):
@@ -554,10 +554,10 @@ class Meter:
         *sums, count = (self.world.total(self.sums) / self.world.size).tolist()
         loss, *errors, grad_norm = (value / max(count, 1) for value in sums)
         equal, unequal = errors[:3], errors[3:]
-        images = (step - self.step) * self.batch
+        steps = step - self.step
         means = {"error": equal[0] + unequal[0], "velocity_error": equal[1] + unequal[1],
-                 "loss": loss, "grad_norm": grad_norm, "skipped_steps": self.skipped,
-                 "images_per_second": images / (time.perf_counter() - self.time)}
+                 "loss": loss, "grad_norm": grad_norm, "skipped_steps": round(steps - count),
+                 "images_per_second": steps * self.batch / (time.perf_counter() - self.time)}
         if self.world.device.type == "cuda":
             means["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         for name, (error, velocity_error, share) in (("equal", equal), ("unequal", unequal)):
@@ -565,7 +565,6 @@ class Meter:
                 means |= {f"error_{name}": error / share,
                           f"velocity_error_{name}": velocity_error / share}
         self.sums.zero_()
-        self.skipped = 0
         self.start(step)
         return means
 

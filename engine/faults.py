@@ -131,10 +131,9 @@ class Guard:
     """
 
     def __init__(self, world, tolerance):
-        self.world, self.tolerance, self.reported = world, tolerance, 0
-        # Skipped steps in a row and in all, the step of the stop, whether this rank's loss was bad
-        self.in_a_row, self.skipped, self.stopped_at, self.bad_loss = torch.zeros(
-            4, device=world.device)
+        self.world, self.tolerance = world, tolerance
+        # Skipped steps in a row, the step of the stop, whether this rank's loss was bad there
+        self.in_a_row, self.stopped_at, self.bad_loss = torch.zeros(3, device=world.device)
 
     def should_skip(self, step, loss, norm):
         """1.0 if this step's update must be skipped, else 0.0: a float32 scalar on the device.
@@ -145,16 +144,14 @@ class Guard:
         """
         bad = ~torch.isfinite(norm)
         self.in_a_row = (self.in_a_row + 1) * bad
-        self.skipped = self.skipped + bad
         stops = (self.in_a_row > self.tolerance) & (self.stopped_at == 0)
         self.stopped_at = torch.where(stops, step, self.stopped_at)
         self.bad_loss = torch.where(stops, ~torch.isfinite(loss), self.bad_loss)
         return (bad | (self.stopped_at > 0)).float()
 
     def check(self):
-        """The number of steps skipped since the last check. Raises RunError once stopped."""
-        skipped, step, bad_loss = torch.stack(
-            [self.skipped, self.stopped_at, self.bad_loss]).tolist()
+        """Raises RunError once stopped."""
+        step, bad_loss = torch.stack([self.stopped_at, self.bad_loss]).tolist()
         if step:
             ranks = [str(rank) for rank, bad in enumerate(self.world.gather(bad_loss)) if bad]
             what = (f"loss on rank {', '.join(ranks)}" if ranks
@@ -163,5 +160,3 @@ class Guard:
                 f"step {step:.0f}: not a finite number: {what}; no update was made and the last "
                 f"checkpoint is intact; lower --lr, try --precision fp32, or allow some such "
                 f"steps in a row with --skip-nonfinite")
-        since, self.reported = skipped - self.reported, skipped
-        return int(since)

@@ -473,7 +473,8 @@ def test_steps_that_are_not_finite_leave_weights_and_optimiser_alone():
         seen.append(bool((weight != before).all()))
         assert torch.isfinite(weight).all()
     assert seen == [True, False, False, True, False]
-    assert optimizer.state[weight]["step"].item() == 2 and guard.check() == 3
+    assert optimizer.state[weight]["step"].item() == 2
+    guard.check()
     for step in (6, 7, 8):
         guard.should_skip(step, torch.tensor(1.0), torch.tensor(float("nan")))
     with pytest.raises(RunError, match="step 7: .*though every rank's loss was finite"):
