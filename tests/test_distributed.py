@@ -42,28 +42,23 @@ def raises(error):
     return work
 
 
-@pytest.mark.parametrize(("work", "line"), [
+@pytest.mark.parametrize(("work", "code", "line"), [
     (raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")),
-     "Out of GPU memory: .*--grad-accum-steps"),
-    (lambda: torch.empty(2**50), "Out of memory: "),
-    (lambda: bytearray(2**60), "Out of memory: ")])
-def test_too_little_memory_is_one_line(work, line, capfd):
+     2, "Out of GPU memory: .*--grad-accum-steps"),
+    (lambda: torch.empty(2**50), 2, "Out of memory: "),
+    (lambda: bytearray(2**60), 2, "Out of memory: "),
+    (raises(KeyboardInterrupt), 130, "interrupted")])
+def test_too_little_memory_and_an_interrupt_are_one_line(work, code, line, capfd):
     with pytest.raises(SystemExit) as exit:
         run_main(lambda args: work(), lambda: None)
     err = capfd.readouterr().err
-    assert exit.value.code == 2 and len(err.splitlines()) == 1 and re.search(line, err), err
+    assert exit.value.code == code and len(err.splitlines()) == 1 and re.search(line, err), err
 
 
-def test_other_errors_keep_their_traceback():
-    for error in (RuntimeError("size of tensor"), FileNotFoundError("a bug")):
-        with pytest.raises(type(error)):
-            run_main(lambda args: raises(error)(), lambda: None)  # noqa: B023
-
-
-def test_an_interrupted_script_ends_in_one_line(capfd):
-    with pytest.raises(SystemExit) as exit:
-        run_main(lambda args: raises(KeyboardInterrupt)(), lambda: None)
-    assert exit.value.code == 130 and capfd.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("error", [RuntimeError("size of tensor"), FileNotFoundError("a bug")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        run_main(lambda args: raises(error)(), lambda: None)
 
 
 @pytest.mark.parametrize("script", ["train", "sample", "encode_imagenet", "evaluate_fid"])

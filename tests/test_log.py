@@ -1,7 +1,6 @@
 """The log: one record a step, on disk before a checkpoint, one line where the disk is full."""
 
 import errno
-import json
 import os
 import resource
 import stat
@@ -12,11 +11,7 @@ from soak import Child
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.errors import UserError
-from engine.log import Log
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from engine.log import Log, read_records
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
@@ -31,8 +26,8 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
     with Log(tmp_path, active=True, step=2) as log:
         assert log.has(2, "error") and not log.has(3, "error") and not log.has(2, "fid")
         log.record(3, error=30.0)
-    assert records(tmp_path) == [{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
-                                 {"step": 3, "error": 30.0}]
+    assert read_records(path) == ([{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
+                                   {"step": 3, "error": 30.0}], 0)
     said = "damaged lines of metrics.jsonl, dropped: 3"
     assert said in capfd.readouterr().err and said in (tmp_path / "log.txt").read_text()
 
