@@ -382,7 +382,7 @@ def test_the_log_says_what_was_measured(one):
     log = (one / "log.txt").read_text()
     line, = re.findall("step 4  .*", log)
     assert "Frechet distance of pixels" in line and "fid" not in line.lower()
-    assert "num_samples 60  labels balanced  seed 0" in line
+    assert "num_samples 60" in line and "labels balanced  seed 0" in line
     assert "60 samples against 200 of the reference" in log
 
 
