@@ -24,7 +24,7 @@ WORLD = World(0, 2, torch.device("cpu"), "fp32")
 def test_weights_gathered_in_bfloat16_are_those_that_autocast_makes(method, digits, tmp_path,
                                                                     request):
     """So a sharded run has the gradients of one with DistributedDataParallel: here their averages
-    after three steps. Measured: 1e-7. What is summed in bfloat16 is 1e-3 off."""
+    after three steps. Measured: 1e-7; a sum in bfloat16 would be up to 2e-3 off."""
     words = [*request.getfixturevalue(method), "--warmup-steps", 0, "--precision", "bf16",
              "--max-steps", 3]
     for name, extra in (("plain", []), ("sharded", ["--shard"])):
