@@ -46,4 +46,4 @@ def test_help_tells_each_default_once(parser):
     assert "how many (default: 3)" in help and "where (default: here)\n" in help
     assert "how long\n" in help and "None" not in help
     args = parser.parse_args(["--label-drop", "1"])
-    assert vars(args) == {"label_drop": 1.0, "count": 3, "folder": None, "steps": None}
+    assert (args.label_drop, args.count, args.folder, args.steps) == (1.0, 3, None, None)
