@@ -5,18 +5,18 @@
 
 Readers, pictures, evaluations and checkpoints are on. Memory, descriptors, threads and processor
 time of all ranks and their readers come from /proc. The model is the smallest, as what grows with
-steps grows the same in any. Prints a table and one JSON line; the exit code is 1 if something grew.
+steps grows the same in any. Prints a JSON line per reading and one for the whole; the exit code is
+1 if something grew.
 """
 
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from itertools import pairwise
 from pathlib import Path
 
 import soak
@@ -39,59 +39,46 @@ def parse_args(argv=None):
 
 
 def main(args):
-    folder = Path(tempfile.mkdtemp(prefix="growth-"))
-    try:
-        readings = watch(folder, args.data, args.steps, args.points, processes=args.processes)
-    finally:
-        shutil.rmtree(folder)
-    print(table(readings))
-    result = growth(readings)
+    with tempfile.TemporaryDirectory(prefix="growth-") as folder:
+        result = growth(watch(Path(folder), args.data, args.steps, args.points, args.processes))
     print(json.dumps({"data": args.data, "processes": args.processes, **result}))
     sys.exit(0 if result["flat"] else 1)
 
 
-def watch(folder, data, steps, points, *, processes=1):
-    """Readings of a run, one every steps / points. Raises AssertionError if it fails."""
-    every = steps // points
-    words = map(str, options(folder, data, steps, every))
-    command = [sys.executable, soak.ROOT / "train.py", *words]
-    places = soak.ranks(processes) if processes > 1 else [{}]
-    run = [subprocess.Popen(
-        command, cwd=soak.ROOT, stdout=subprocess.DEVNULL,
-        stderr=open(folder / f"said.{i}.txt", "w"),
-        env=os.environ | place | {"CUDA_VISIBLE_DEVICES": ""})
-        for i, place in enumerate(places)]
-    readings = []
+def watch(folder, data, steps, points, processes=1):
+    """Readings of a run, one every steps / points, printed. Raises AssertionError if it fails."""
+    every, readings = steps // points, []
+    words = [*map(str, options(folder, data, steps, every))]
+    outputs = [folder / f"said.{rank}.txt" for rank in range(processes)]
+    run = [subprocess.Popen(  # a Child could not start readers
+        [sys.executable, soak.ROOT / "train.py", *words], stdout=subprocess.DEVNULL,
+        stderr=output.open("w"), env=os.environ | place | {"CUDA_VISIBLE_DEVICES": ""})
+        for place, output in zip(soak.ranks(processes), outputs)]
     try:
         # No reading of the last step: its readers end
         for step in range(every, steps, every):
-            soak.wait_for_step(folder / "run", step, alive=lambda: all(
-                process.poll() is None for process in run))
+            soak.wait_for_step(folder / "run", step, *run)
             readings.append(read([process.pid for process in run], soak.logged(folder / "run")))
+            print(json.dumps(readings[-1]))
         codes = [process.wait(soak.HANG_S) for process in run]
     finally:
         for process in run:
             process.kill()
-    said = "".join(path.read_text() for path in folder.glob("said.*.txt"))
-    assert not any(codes), said
+    assert not any(codes), "".join(output.read_text() for output in outputs)
     return readings
 
 
 def options(folder, data, steps, every):
     """Options of train.py for the smallest model, with everything on that happens repeatedly."""
-    import digits  # of examples/, which soak has put on the path
-
-    source = digits.load_digits()
-    source.images = source.images[:200]
-    digits.write(folder / "digits", source)
-    path, pixels = folder / "digits", ["--image-size", 8, "--vae", "none"]
+    path, pixels = soak.write_digits(folder / "digits"), ["--image-size", 8]
+    said = folder / "prepare.txt"
+    soak.succeed("evaluate_fid", "--samples", path, "--make-ref", folder / "ref.npz", "--protocol",
+                 "pixels", *pixels, "--num-workers", 0, output=said)
+    pixels += ["--vae", "none"]
     if data == "latents":
-        path = folder / "latents"
-        prepare(folder, "encode_imagenet", "--data-path", folder / "digits", "--out-path", path,
-                *pixels, "--num-workers", 0)
-        pixels = [*pixels, "--encoded-data"]
-    prepare(folder, "evaluate_fid", "--samples", folder / "digits", "--make-ref",
-            folder / "ref.npz", "--protocol", "pixels", "--image-size", 8, "--num-workers", 0)
+        soak.succeed("encode_imagenet", "--data-path", path, "--out-path", folder / "latents",
+                     *pixels, "--num-workers", 0, output=said)
+        path, pixels = folder / "latents", [*pixels, "--encoded-data"]
     return ["--data-path", path, *pixels, "--run-dir", folder / "run", "--model", "DiT-T/8",
             "--global-batch-size", 4, "--num-workers", 2, "--max-steps", steps, "--log-every",
             max(1, every // 10), "--skip-nonfinite", 1, "--sample-every", every // 2,
@@ -99,20 +86,13 @@ def options(folder, data, steps, every):
             "--eval-samples", 60, "--protocol", "pixels"]
 
 
-def prepare(folder, script, *words):
-    """Run a script that makes what training needs."""
-    code, said = soak.Child(script, *words, output=folder / "prepare.txt").wait()
-    assert code == 0, said
-
-
 def read(pids, step):
     """What these processes and their readers hold now."""
-    families = [[pid, *children(pid)] for pid in pids]
-    every = [Path("/proc", str(pid)) for family in families for pid in family]
-    return {"step": step, "time": time.monotonic(), "memory": sum(map(memory, every)) / 2**20,
-            "descriptors": sum(len(os.listdir(path / "fd")) for path in every),
-            "threads": sum(len(os.listdir(path / "task")) for path in every),
-            "readers": len(every) - len(pids), "busy": sum(map(busy, every))}
+    paths = [Path("/proc", str(pid)) for parent in pids for pid in (parent, *children(parent))]
+    return {"step": step, "memory_mib": round(sum(map(memory, paths)) / 2**20, 1),
+            "descriptors": sum(len(os.listdir(path / "fd")) for path in paths),
+            "threads": sum(len(os.listdir(path / "task")) for path in paths),
+            "readers": len(paths) - len(pids), "processor_s": sum(map(processor_time, paths))}
 
 
 def children(pid):
@@ -127,7 +107,7 @@ def memory(path):
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
-def busy(path):
+def processor_time(path):
     """Seconds of processor time that a process has used."""
     fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
@@ -142,37 +122,20 @@ def growth(readings, *, mib_per_5000=MIB_PER_5000):
     reading does not count: it may precede the first evaluation, whose memory a run keeps.
     """
     readings = readings[1:]
+    third, spent = len(readings) // 3, [reading["processor_s"] for reading in readings]
+    ratio = (spent[-1] - spent[-1 - third]) / (spent[third] - spent[0])
+    mib = statistics.median(5000 * (b["memory_mib"] - a["memory_mib"]) / (b["step"] - a["step"])
+                            for a, b in pairwise(readings))
 
-    def thirds(values):
-        third = len(values) // 3
-        return statistics.median(values[:third]), statistics.median(values[-third:])
+    def rise(name):
+        values = [reading[name] for reading in readings]
+        return statistics.median(values[-third:]) - statistics.median(values[:third])
 
-    def per_step(name):
-        return [(b[name] - a[name]) / (b["step"] - a["step"])
-                for a, b in zip(readings, readings[1:])]
-
-    descriptors, threads, readers = (thirds([reading[name] for reading in readings])
-                                     for name in ("descriptors", "threads", "readers"))
-    before, after = thirds(per_step("busy"))
-    mib = statistics.median(per_step("memory")) * 5000
-    more = {"descriptors": descriptors[1] - descriptors[0], "threads": threads[1] - threads[0],
-            "readers": readers[1] - readers[0]}
-    flat = more["descriptors"] <= IN_FLIGHT and more["threads"] <= 0 and more["readers"] <= 0
+    more = {name: rise(name) for name in ("descriptors", "threads", "readers")}
     return {"steps": readings[-1]["step"], "mib_per_5000_steps": round(mib, 2), **more,
-            "processor_time_per_step_ratio": round(after / before, 3),
-            "flat": flat and mib <= mib_per_5000}
-
-
-def table(readings):
-    """The readings as lines."""
-    lines = ["   step  memory MiB  descriptors  threads  processor ms/step  wall ms/step"]
-    for before, now in zip([None, *readings], readings):
-        steps = now["step"] - before["step"] if before else None
-        paces = [f"{1000 * (now[name] - before[name]) / steps:.2f}" if before else ""
-                 for name in ("busy", "time")]
-        lines.append(f"{now['step']:7d}  {now['memory']:10.1f}  {now['descriptors']:11d}  "
-                     f"{now['threads']:7d}  {paces[0]:>17}  {paces[1]:>12}")
-    return "\n".join(lines)
+            "processor_time_ratio": round(ratio, 3),
+            "flat": (mib <= mib_per_5000 and more["descriptors"] <= IN_FLIGHT
+                     and more["threads"] <= 0 and more["readers"] <= 0)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Kill training at random moments, finish it, and check that nothing was lost.
 
-    python tests/soak.py                         # 100 SIGKILLs, some minutes on two cores
-    python tests/soak.py --kills 0 --pairs 50    # two-process runs that must exit cleanly
+    python tests/soak.py    # 100 SIGKILLs, some minutes on two cores
 
 The final state must equal an uninterrupted run's bit for bit; after every kill, once a checkpoint
 was saved, the newest one must load. Prints one JSON line.
@@ -18,7 +17,6 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,40 +41,36 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Kill training at random moments, finish it, compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; 0 = none")
-    parser.add_argument("--pairs", type=int, default=0, help="two-process runs; 0 = none")
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs")
     parser.add_argument("--seed", type=int, default=0, help="fixes the moments of the kills")
-    parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
     return parser.parse_args(argv)
 
 
 def main(args):
-    import digits  # of examples/
-
     torch.set_num_threads(THREADS)
-    folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    source = digits.load_digits()
-    source.images = source.images[:200]
-    digits.write(folder / "data", source)
-    result = {}
-    if args.kills:
-        result |= kill_and_finish(folder / "data", folder, kills=args.kills, seed=args.seed)
-    if args.pairs:
-        result |= run_pairs(folder / "data", folder, args.pairs)
-    if args.keep:
-        print(folder, file=sys.stderr)
-    else:
-        shutil.rmtree(folder)
-    print(json.dumps(result))
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))  # stays where a check fails
+    print(json.dumps(kill_and_finish(write_digits(folder / "data"), folder, kills=args.kills,
+                                     seed=args.seed)))
+    shutil.rmtree(folder)
 
 
 # ---- runs ----------------------------------------------------------------------------------
 
 
+def write_digits(folder):
+    """Write 200 handwritten digits, one folder of pictures per class; returns the folder."""
+    import digits  # of examples/
+
+    source = digits.load_digits()
+    source.images = source.images[:200]
+    digits.write(folder, source)
+    return folder
+
+
 def options(data, folder, steps, *extra):
     """Options of train.py for a tiny run that saves and logs often."""
     return ["--data-path", data, "--run-dir", folder, "--vae", "none", "--image-size", 8,
-            "--model", "DiT-T/4", "--global-batch-size", 16, "--num-workers", 0, "--lr", 1e-3,
+            "--model", "DiT-T/4", "--global-batch-size", 12, "--num-workers", 0, "--lr", 1e-3,
             "--ema-decay", 0.9, "--sample-every", 0, "--ckpt-every", EVERY, "--log-every", 1,
             "--max-steps", steps, *extra]
 
@@ -100,15 +94,22 @@ class Child:
         self.process.start()
         self.pid = self.process.pid
 
-    @property
-    def alive(self):
-        return self.process.is_alive()
+    def poll(self):
+        """The exit code, None while it runs. After a signal it is the negative number of that."""
+        return self.process.exitcode
+
+    def wait_for(self, word):
+        """Wait until it has printed this word. Raises AssertionError if it ends before."""
+        end = time.monotonic() + HANG_S
+        while not self.output.exists() or word not in self.output.read_text():
+            assert self.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
 
     def wait(self):
-        """(exit code, what it printed). After a signal the code is the negative number of it."""
+        """(exit code, what it printed)."""
         self.process.join(HANG_S)
-        assert not self.alive, f"still running: {self.output.read_text()}"
-        return self.process.exitcode, self.output.read_text()
+        assert self.poll() is not None, f"still running: {self.output.read_text()}"
+        return self.poll(), self.output.read_text()
 
 
 def work(script, words, output, limit, environment):
@@ -129,6 +130,12 @@ def work(script, words, output, limit, environment):
     run_main(module.main, module.parse_args)
 
 
+def succeed(script, *words, output):
+    """Run a script to its end. Raises AssertionError if it fails."""
+    code, said = Child(script, *words, output=output).wait()
+    assert code == 0, said
+
+
 def ranks(count):
     """The environments of so many ranks of one process group, without torchrun."""
     with socket.socket() as probe:
@@ -147,43 +154,41 @@ def logged(folder):
         return 0
 
 
-def wait_for_step(folder, step, alive):
-    """Wait until a run has logged this step. Raises AssertionError if it ends before."""
+def wait_for_step(folder, step, *processes):
+    """Wait until a run has logged this step. Raises AssertionError if a process ends before."""
     end = time.monotonic() + HANG_S
     while logged(folder) < step:
-        assert alive() and time.monotonic() < end, f"step {step} did not come"
+        assert not any(process.poll() is not None for process in processes), "the run has ended"
+        assert time.monotonic() < end, f"step {step} did not come"
         time.sleep(0.002)
 
 
 def differences(one, two):
     """Names of the weights, averages and optimiser tensors that differ in a bit."""
-    found = [f"{kind} {key}" for kind in ("model", "ema") for key, value in one[kind].items()
-             if not torch.equal(value, two[kind][key])]
-    return found + [f"optimiser {i} {key}" for i, state in one["opt"]["state"].items()
-                    for key, value in state.items()
-                    if not torch.equal(value, two["opt"]["state"][i][key])]
+    pairs = [(one[kind], two[kind]) for kind in ("model", "ema")]
+    pairs += [(state, two["opt"]["state"][i]) for i, state in one["opt"]["state"].items()]
+    return [name for a, b in pairs for name in a if not torch.equal(a[name], b[name])]
 
 
-# ---- the two trials ------------------------------------------------------------------------
+# ---- the trial -----------------------------------------------------------------------------
 
 
 def kill_and_finish(data, folder, *, kills, seed):
     """Figures of a run that is killed so often and then finished. Raises AssertionError."""
     steps, moments, began = 6 * kills, random.Random(seed), time.monotonic()
     whole, broken = folder / "whole", folder / "broken"
-    finish(data, whole, steps)
+    succeed("train", *options(data, whole, steps), output=folder / "whole.txt")
     saved = in_writing = 0
     for _ in range(kills):
-        target = saved + moments.randint(0, REACH)
-        child = Child("train", *options(data, broken, steps), output=folder / "child.txt")
-        wait_for_step(broken, target, lambda: child.alive)  # noqa: B023
+        child = Child("train", *options(data, broken, steps), output=folder / "broken.txt")
+        wait_for_step(broken, saved + moments.randint(0, REACH), child)
         time.sleep(moments.uniform(0, 0.1))
         child.process.kill()
         code, said = child.wait()
         assert code == -9, f"not killed but ended with {code}: {said}"
         in_writing += bool(list((broken / "checkpoints").glob(".*.tmp")))
         saved = check(broken, saved)
-    finish(data, broken, steps)
+    succeed("train", *options(data, broken, steps), output=folder / "broken.txt")
     ends = [load_checkpoint(run / "checkpoints" / f"{steps:07d}.pt") for run in (whole, broken)]
     assert not differences(*ends), differences(*ends)
     assert not list((broken / "checkpoints").glob(".*")), "half a file was left behind"
@@ -194,41 +199,15 @@ def kill_and_finish(data, folder, *, kills, seed):
             "seconds": round(time.monotonic() - began)}
 
 
-def finish(data, run, steps):
-    """Train to the end."""
-    code, said = Child("train", *options(data, run, steps),
-                       output=run.with_name("child.txt")).wait()
-    assert code == 0, said
-
-
 def check(run, saved):
     """The step of a killed run's newest checkpoint, which must load if there ever was one."""
-    found = list_checkpoints(run / "checkpoints")
-    assert found or not saved, "the checkpoints are gone"
-    if not found:
+    paths = list_checkpoints(run / "checkpoints")
+    assert paths or not saved, "the checkpoints are gone"
+    if not paths:
         return 0
-    step = load_checkpoint(found[0])["step"]
-    assert step == int(found[0].stem) and step >= saved
+    step = load_checkpoint(paths[0])["step"]
+    assert step == int(paths[0].stem) and step >= saved
     return step
-
-
-def run_pairs(data, folder, count):
-    """Figures of so many runs of two ranks, each in two new Pythons. Raises AssertionError."""
-    began = time.monotonic()
-    for i in range(count):
-        words = map(str, options(data, folder / f"pair{i}", 2))
-        command = [sys.executable, ROOT / "train.py", *words]
-        pair = [subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                                 stdout=subprocess.DEVNULL,
-                                 env=os.environ | environment)
-                for environment in ranks(2)]
-        said = [process.communicate(timeout=HANG_S)[1] for process in pair]
-        assert not any(process.returncode for process in pair), said
-        assert not any("terminate" in text or "Traceback" in text for text in said), said
-        shutil.rmtree(folder / f"pair{i}")
-        print(f"{i + 1} of {count} pairs exited cleanly", file=sys.stderr)
-    return {"pairs": count, "clean_exits": count,
-            "seconds_of_pairs": round(time.monotonic() - began)}
 
 
 if __name__ == "__main__":

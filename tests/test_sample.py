@@ -141,7 +141,7 @@ def test_a_killed_command_loses_nothing(trained, sampled):
         there = len(list(killed.glob("*.png")))
         child = Child("sample", *options(trained, killed), output=killed.with_suffix(".txt"))
         target = min(there + moments.randint(0, 8), 17)
-        while child.alive and len(list(killed.glob("*.png"))) < target:
+        while child.poll() is None and len(list(killed.glob("*.png"))) < target:
             time.sleep(0.001)
         child.process.kill()
         codes.append(child.wait()[0])
