@@ -320,9 +320,12 @@ def resolve_method(args):
 
 def make_method(args, num_classes):
     """The loss of these options. Raises SettingError for a setting out of its range."""
-    names = ("p_mean", "p_std", "label_drop", "p", "c", *method_options(args.model)[0])
-    method = ImprovedMeanFlow if is_improved(args.model) else MeanFlow
-    return method(num_classes=num_classes, **{name: getattr(args, name) for name in names})
+    shared = {"num_classes": num_classes, "ratio": args.ratio, "p_mean": args.p_mean,
+              "p_std": args.p_std, "label_drop": args.label_drop, "p": args.p, "c": args.c}
+    if is_improved(args.model):
+        return ImprovedMeanFlow(omega_max=args.omega_max, beta=args.beta, **shared)
+    return MeanFlow(time_sampler=args.time_sampler, cfg=args.cfg, kappa=args.kappa,
+                    cfg_interval=args.cfg_interval, tangent=args.tangent, **shared)
 
 
 def default_options(model):
