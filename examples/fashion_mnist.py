@@ -6,7 +6,7 @@
 
 write makes train/ (60,000 grey images of 28 x 28) and test/ (10,000), one folder per class each.
 DIR holds the four files of the data set, as does /usr/share/datasets/fashion-mnist of Debian's
-package dataset-fashion-mnist. The runs of README.md:
+package dataset-fashion-mnist. The runs of docs/results.md:
 
     train="python train.py --data-path data/fashion_mnist/train --vae none --image-size 28
         --global-batch-size 64 --max-steps 6000 --lr 2e-3 --warmup-steps 100 --ema-decay 0.998
