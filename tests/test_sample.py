@@ -24,7 +24,7 @@ from engine.checkpoint import load_checkpoint, network_of
 from engine.distributed import World
 from engine.errors import UserError
 from engine.files import FolderLock, list_folder
-from metrics.reference import METRICS, Reference
+from metrics.reference import METRICS
 from sample import noise_and_labels
 
 # ---- noise and label of image i ------------------------------------------------------------------
@@ -258,9 +258,8 @@ def test_no_option_replaces_a_metric(capsys):
     """The option --precision, tf32, once stood where ADM's precision belongs."""
     args = sample.parse_args(["--ckpt", "x.pt", "--fid-ref", "ref.npz", "--protocol", "adm"])
     args.record = {"omega": 2.0} | dict.fromkeys(("vae", "labels", "seed", "steps"), 1)
-    reference = Reference("ref", (), scores=False, count=5)
     metrics = dict.fromkeys(METRICS, 0.5)
-    sample.print_result(args, SimpleNamespace(reference=reference), metrics)
+    sample.print_metrics(args, 5, metrics)
     printed = json.loads(capsys.readouterr().out)
     assert {key: printed[key] for key in metrics} == metrics
     assert printed["omega"] == 2 and printed["sampling_precision"] == "tf32"
