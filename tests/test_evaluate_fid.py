@@ -49,9 +49,6 @@ def evaluate(capfd, *options):
     return json.loads(out), err
 
 
-# ---- the numbers of others -----------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_pytorch_fid_protocol_gives_pytorch_fids_number(home, folders, tmp_path, capfd):
     """Its statistics of both folders and their distance; test_distances.py compares its formula,
@@ -105,14 +102,9 @@ def test_adm_protocol_gives_torch_fidelitys_numbers_with_one_and_three_processes
         for key, value in result.items()}
 
 
-# ---- pixels --------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capfd):
-    """They printed "FID 1.3243", of three channels, and "frechet 0.364", of their mean."""
-    images = pictures(30, 8, seed=7)
-    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+def test_the_quickstarts_two_scripts_print_one_number(tmp_path, capfd):
+    np.savez(tmp_path / "a.npz", arr_0=pictures(30, 8, seed=7).permute(0, 2, 3, 1).numpy())
     digits = runpy.run_path(ROOT / "examples" / "digits.py")
     digits["main"](digits["parse_args"](["write", str(tmp_path / "digits")]))
     capfd.readouterr()
@@ -121,7 +113,7 @@ def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capf
     result, err = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "digits",
                            "--image-size", 8, "--protocol", "pixels")
     assert judged["frechet_distance_of_pixels"] == round(result["fid"], 4) > 1
-    assert f"Frechet distance of pixels {result['fid']:>13.4f}" in err and "FID" not in err
+    assert "warning: 30 samples against 1797 of the reference" in err
 
 
 def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd):
@@ -133,8 +125,7 @@ def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd)
     made, _ = evaluate(capfd, "--samples", folders[1], "--make-ref", tmp_path / "b.npz", *pixels)
     second, _ = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "b.npz",
                          *pixels)
-    assert made == {"protocol": "pixels", "num_samples": 19, "samples": str(folders[1]),
-                    "make_ref": str(tmp_path / "b.npz")}
+    assert made["num_samples"] == 19
     assert second["fid"] == pytest.approx(first["fid"], rel=1e-12)
     rows = [x.flatten(1).double().numpy() / 127.5 - 1 for x in (a, b)]
     expected = frechet_distance(*((x.mean(0), np.cov(x.T)) for x in rows))
@@ -145,64 +136,36 @@ def test_image_size_crops_files_of_any_size_and_colour(tmp_path, capfd):
     folder = save(pictures(3, 12, seed=6), tmp_path / "a")
     Image.new("L", (20, 16), 200).save(folder / "grey.png")
     (folder / "notes.txt").write_text("not an image")
-    (folder / "more").mkdir()
-    Image.new("RGBA", (9, 30)).save(folder / "more" / "tall.png")
-    result, _ = evaluate(capfd, "--samples", folder, "--make-ref", tmp_path / "ref.npz",
-                         "--protocol", "pixels", "--image-size", 8)
-    assert result["num_samples"] == 5
+    evaluate(capfd, "--samples", folder, "--make-ref", tmp_path / "ref.npz", "--protocol", "pixels",
+             "--image-size", 8)
     with np.load(tmp_path / "ref.npz") as file:
-        assert file["arr_0"].shape == (5, 8, 8, 3)
-        assert (file["arr_0"][3] == 200).all()  # in the order of paths
+        assert file["arr_0"].shape == (4, 8, 8, 3) and (file["arr_0"][3] == 200).all()
 
 
 def test_a_reference_keeps_evenly_spaced_images(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(evaluate_fid, "STORED_IMAGES", 4)
-    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
-    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    for samples in (save(images, tmp_path / "a"), tmp_path / "a.npz"):
-        reference = tmp_path / f"ref-{samples.name}.npz"
-        evaluate(capfd, "--samples", samples, "--make-ref", reference, "--protocol", "pixels")
-        with np.load(reference) as file:
-            assert file["arr_0"][:, 0, 0, 0].tolist() == [0, 2, 5, 7]
-            assert file["num_images"] == 10
-
-
-def test_few_samples_are_warned_of_on_stderr(tmp_path, capfd):
-    a, b = (save(pictures(n, 8, seed=n), tmp_path / str(n)) for n in (3, 4))
-    for samples, reference, warned in ((a, b, True), (b, a, False)):
-        _, err = evaluate(capfd, "--samples", samples, "--ref", reference, "--protocol", "pixels")
-        assert ("warning: 3 samples against 4 of the reference" in err) == warned
-
-
-# ---- bad input -----------------------------------------------------------------------------
-
-
-def spoil(folder, kind):
-    """Make a folder of images one that cannot be evaluated."""
-    path = folder / "000001.png"
-    if kind == "size":
-        Image.new("RGB", (9, 32)).save(path)
-    elif kind == "mode":
-        Image.new("L", (32, 32)).save(path)
-    elif kind == "torn":
-        path.write_bytes(path.read_bytes()[:-1000])
-    else:
-        for path in sorted(folder.iterdir())[1:]:
-            path.unlink()
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 2, 2, 3)
+    np.savez(tmp_path / "a.npz", arr_0=images.numpy())
+    evaluate(capfd, "--samples", tmp_path / "a.npz", "--make-ref", tmp_path / "ref.npz",
+             "--protocol", "pixels")
+    with np.load(tmp_path / "ref.npz") as file:
+        assert file["arr_0"][:, 0, 0, 0].tolist() == [0, 2, 5, 7] and file["num_images"] == 10
 
 
 @pytest.mark.parametrize("kind, words", [
     ("size", ["000001.png", "(32, 9)", "--image-size"]), ("torn", ["000001.png"]),
     ("mode", ["000001.png", "mode L", "--image-size"]), ("few", ["2 images or more", "got 1"])])
-@pytest.mark.parametrize("option, other", [("--samples", "--ref"), ("--ref", "--samples"),
-                                           ("--samples", "--make-ref")])
+@pytest.mark.parametrize("option, other", [("--samples", "--ref"), ("--ref", "--samples")])
 def test_images_that_cannot_be_evaluated_are_refused(option, other, kind, words, tmp_path, refusal,
                                                      monkeypatch):
     monkeypatch.setattr(World, "progress", lambda _, total, **__: tqdm(total=total, disable=True))
-    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    good, bad = (save(images, tmp_path / name) for name in ("good", "bad"))
-    spoil(bad, kind)
-    good = tmp_path / "ref.npz" if other == "--make-ref" else good
+    images = pictures(3 if kind != "few" else 1, 32, seed=0)
+    good, bad = save(pictures(3, 32, seed=1), tmp_path / "good"), save(images, tmp_path / "bad")
+    path = bad / "000001.png"
+    if kind == "torn":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind != "few":
+        Image.new(*{"size": ("RGB", (9, 32)), "mode": ("L", (32, 32))}[kind]).save(path)
     line = refusal("evaluate_fid", [option, bad, other, good, "--protocol", "pixels",
                                     "--num-workers", 0], f"error: {option}")
     assert all(word in line for word in words), line
@@ -229,9 +192,9 @@ def test_weights_neither_cached_nor_downloadable_are_named_with_their_place(tmp_
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / "hub" / "checkpoints"
     home.mkdir(parents=True)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folder = save(pictures(3, 8, seed=9), tmp_path / "a")
     line = refusal("evaluate_fid", ["--samples", folder, "--ref", folder], "--inception")
     for word in ("pt_inception-2015-12-05-6726825d.pth", "https://", str(home)):
