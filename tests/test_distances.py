@@ -1,4 +1,4 @@
-"""Distances against closed forms, known points and pytorch-fid."""
+"""Distances against closed forms, a search and pytorch-fid."""
 
 import numpy as np
 import pytest
@@ -50,16 +50,6 @@ def test_covariances_give_pytorch_fids_number(dim, ranks, by_product, tolerance)
     expected = calculate_frechet_distance(*pairs[0], *pairs[1])
     distance = frechet_distance(*pairs, by_product=by_product)
     assert distance == pytest.approx(expected, rel=tolerance)
-
-
-def test_precision_and_recall_of_known_points():
-    """k = 1 on a line. Balls of 0, 1, 5: to the nearest neighbour, radii 1, 1, 4."""
-    reference = torch.tensor([[0.0], [1.0], [5.0]])
-    samples = torch.tensor([[-0.5], [-1.5], [9.5], [2.0], [8.0]])
-    # Samples within [-1, 2] or [1, 9]: -0.5, 2, 8. Their balls: radii 1, 1, 1.5, 2.5, 1.5, so
-    # [-1.5, .5], [-2.5, -.5], [8, 11], [-.5, 4.5], [6.5, 9.5]: of the reference 0 and 1.
-    assert precision(samples, reference, k=1) == pytest.approx(3 / 5)
-    assert recall(samples, reference, k=1) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("held", [1, 50, 2**25])

@@ -27,14 +27,6 @@ def save(images, folder):
 
 
 @pytest.fixture(scope="module")
-def home(torch_home):
-    """TORCH_HOME with Inception weights, for the whole file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_HOME", str(torch_home))
-        yield torch_home
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two folders, of 5 and 6 pictures."""
     root = tmp_path_factory.mktemp("images")
@@ -50,9 +42,10 @@ def evaluate(capfd, *options):
 
 
 @pytest.mark.slow
-def test_pytorch_fid_protocol_gives_pytorch_fids_number(home, folders, tmp_path, capfd):
-    """Its statistics of both folders and their distance; test_distances.py compares its formula,
-    which takes half a minute in 2048 dimensions, in fewer."""
+def test_pytorch_fid_protocol_gives_pytorch_fids_number(torch_home, folders, tmp_path, capfd,
+                                                        monkeypatch):
+    """Its formula takes half a minute in 2048 dimensions: test_distances.py takes fewer."""
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
     ours, theirs = [], []
     model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
     for folder in folders:
@@ -65,37 +58,29 @@ def test_pytorch_fid_protocol_gives_pytorch_fids_number(home, folders, tmp_path,
     assert frechet_distance(*ours) == pytest.approx(frechet_distance(*theirs), rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def adm(home, folders, tmp_path_factory):
-    """A reference of folder b, made by the script, and the options that compare folder a."""
-    path = tmp_path_factory.mktemp("reference") / "new" / "ref.npz"
-    options = ["--protocol", "adm", "--num-workers", 0]
-    call("evaluate_fid", "--samples", folders[1], "--make-ref", path, *options)
-    with np.load(path) as file:  # in ADM's layout
-        assert {name: file[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s")} == {
-            "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-        expected = pictures(6, 40, seed=2).permute(0, 2, 3, 1).numpy()
-        np.testing.assert_array_equal(file["arr_0"], expected)
-    return path, ["--samples", folders[0], "--ref", path, *options]
-
-
 @pytest.mark.slow
 def test_adm_protocol_gives_torch_fidelitys_numbers_with_one_and_three_processes(
-        adm, home, folders, tmp_path, capfd):
+        torch_home, folders, tmp_path, capfd, monkeypatch):
     """Of 5 samples and 6 reference images in batches of 2, one share holds a single image."""
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
     a, b = folders
+    path, adm = tmp_path / "new" / "ref.npz", ["--protocol", "adm"]
+    evaluate(capfd, "--samples", b, "--make-ref", path, *adm)
+    with np.load(path) as file:  # in ADM's layout
+        shapes = {name: file[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")}
+    assert shapes == {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,),
+                      "sigma_s": (2023, 2023), "arr_0": (6, 40, 40, 3)}
     expected = torch_fidelity.calculate_metrics(
         input1=str(a), input2=str(b), cuda=False, fid=True, isc=True, prc=True, isc_splits=1,
         samples_shuffle=False, feature_extractor="inception-v3-compat", cache=False, verbose=False)
-    result, _ = evaluate(capfd, *adm[1])
-    assert result["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    assert result["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
-    assert result["precision"] == pytest.approx(expected["precision"], rel=1e-4)
-    assert result["recall"] == pytest.approx(expected["recall"], rel=1e-4)
+    result, _ = evaluate(capfd, "--samples", a, "--ref", path, *adm)
+    for ours, theirs in (("fid", "frechet_inception_distance"), ("precision", "precision"),
+                         ("inception_score", "inception_score_mean"), ("recall", "recall")):
+        assert result[ours] == pytest.approx(expected[theirs], rel=1e-4)
     assert result["inception_score"] > 1.5 and result["sfid"] > 1
     assert result["num_reference_images"] == 6 and result["num_samples"] == 5
-    said = run_ranks("evaluate_fid", *adm[1], "--batch-size", 2, processes=3,
-                     output=tmp_path / "said", TORCH_HOME=home)
+    said = run_ranks("evaluate_fid", "--samples", a, "--ref", path, *adm, "--batch-size", 2,
+                     "--num-workers", 0, processes=3, output=tmp_path / "said")
     line, = [line for line in "".join(said).splitlines() if line.startswith("{")]
     assert json.loads(line) == {
         key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
@@ -188,10 +173,8 @@ def test_wrong_options_are_refused_in_one_line(options, word, tmp_path, refusal,
 def test_weights_neither_cached_nor_downloadable_are_named_with_their_place(tmp_path, refusal,
                                                                              monkeypatch):
     """Behind a proxy that refuses: where there is a network, a test may not download either."""
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / "hub" / "checkpoints"
     home.mkdir(parents=True)

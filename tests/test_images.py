@@ -71,8 +71,7 @@ def test_rank_0_lists_the_folder_for_all(tmp_path):
 
 
 def test_its_fingerprint_tells_lists_of_files_apart(tmp_path):
-    save_folder(tmp_path / "images")
-    before = ImageFolder(tmp_path / "images", 32).fingerprint()
+    before = ImageFolder(save_folder(tmp_path / "images"), 32).fingerprint()
     assert ImageFolder(f"{tmp_path}/images/", 16).fingerprint() == before
     (tmp_path / "images/a/4.png").rename(tmp_path / "images/b/5.png")
     assert ImageFolder(tmp_path / "images", 32).fingerprint() != before

@@ -26,16 +26,16 @@ def test_spatial_features_are_seven_channels_in_tensorflows_order(inception_weig
 
 
 def test_evaluation_leaves_random_numbers_and_precision_as_they_were(inception_weights):
-    torch.set_float32_matmul_precision("high")
     before = torch.get_rng_state()
+    extractor = Extractor("pytorch-fid", ALONE, inception=inception_weights)
+    torch.set_float32_matmul_precision("high")
     try:
-        extractor = Extractor("pytorch-fid", ALONE, inception=inception_weights)
         with torch.autocast("cpu", torch.bfloat16):
             mixed = extractor(pictures(1, 20, seed=9)).pool
-        assert torch.equal(before, torch.get_rng_state())
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(mixed, extractor(pictures(1, 20, seed=9)).pool)
 
 
