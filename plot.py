@@ -126,8 +126,7 @@ def draw(runs, names, smooth):
     legend = figure.legend(lines, ["name"] * len(names), loc="outside upper center",
                            ncols=max(1, min(4, 100 // (max(map(len, names)) + 6))))
     for text, name in zip(legend.get_texts(), names):  # as they are: no formulas, no hidden ones
-        text.set_parse_math(False)
-        text.set_text(name)
+        text.set(parse_math=False, text=name)
     return figure
 
 

@@ -138,36 +138,20 @@ def test_a_reference_keeps_evenly_spaced_images(tmp_path, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("size", ["000001.png", "(32, 9)", "--image-size"]), ("torn", ["000001.png"]),
-    ("mode", ["000001.png", "mode L", "--image-size"]), ("few", ["2 images or more", "got 1"])])
+    ("size", ["000001.png", "(32, 9)", "--image-size"]), ("few", ["2 images or more", "got 1"]),
+    ("mode", ["000001.png", "mode L", "--image-size"])])
 @pytest.mark.parametrize("option, other", [("--samples", "--ref"), ("--ref", "--samples")])
 def test_images_that_cannot_be_evaluated_are_refused(option, other, kind, words, tmp_path, refusal,
                                                      monkeypatch):
     monkeypatch.setattr(World, "progress", lambda _, total, **__: tqdm(total=total, disable=True))
     images = pictures(3 if kind != "few" else 1, 32, seed=0)
     good, bad = save(pictures(3, 32, seed=1), tmp_path / "good"), save(images, tmp_path / "bad")
-    path = bad / "000001.png"
-    if kind == "torn":
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif kind != "few":
-        Image.new(*{"size": ("RGB", (9, 32)), "mode": ("L", (32, 32))}[kind]).save(path)
+    if kind != "few":
+        image = Image.new("RGB", (9, 32)) if kind == "size" else Image.new("L", (32, 32))
+        image.save(bad / "000001.png")
     line = refusal("evaluate_fid", [option, bad, other, good, "--protocol", "pixels",
                                     "--num-workers", 0], f"error: {option}")
     assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize("options, word", [
-    ([], "--ref or --make-ref"), (["--ref", "x.npz", "--make-ref", "y.npz"], "--ref or --make-ref"),
-    (["--ref", "missing.npz"], "--ref"), (["--samples", "missing", "--ref", "x.npz"], "--samples"),
-    (["--make-ref", "statistics"], "--make-ref"), (["--make-ref", "kept.npz"], "--make-ref"),
-    (["--ref", "kept.npz"], "--ref"),
-    (["--make-ref", "x.npz", "--protocol", "pixels"], "--protocol pixels"),
-    (["--ref", "samples", "--inception", "none.pth"], "--inception")])
-def test_wrong_options_are_refused_in_one_line(options, word, tmp_path, refusal, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(pictures(3, 40, seed=9), tmp_path / "samples")
-    np.savez("kept.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
-    refusal("evaluate_fid", ["--samples", "samples", *options], f"error: {word}")
 
 
 def test_weights_neither_cached_nor_downloadable_are_named_with_their_place(tmp_path, refusal,

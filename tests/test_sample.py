@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import time
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,26 +224,15 @@ def improved_checkpoint(digits, improved, tmp_path_factory):
     return folder / "checkpoints" / "0000040.pt"
 
 
-def test_classes_are_chosen_when_sampling(tmp_path):
+def test_classes_are_chosen_when_sampling():
     """Image i has the i-th of these classes in turn, and the noise that it always has."""
-    seen = []
-
-    def net(z, r, t, y):
-        seen.append((z, y.tolist()))
-        return torch.zeros_like(z)
-
-    world = SimpleNamespace(device="cpu", autocast=nullcontext)
-    config = {"model": "DiT-T/4", "vae": "none", "latent_shape": [3, 8, 8], "num_classes": 10,
-              "scale": 1.0}
-    for classes, columns in ((None, 10), ([3, 1, 5], 3)):
-        sampler = sample.ImageSampler(net, Pixels(), config, world, classes=classes)
-        sampler.images(range(4))
-        images = sampler.images(sampler.picture_rows(20))
-        sample.save_picture(tmp_path / "picture.png", [sampler], [images])
-        assert Image.open(tmp_path / "picture.png").width == columns * 66 + 2
-        assert len(images) == 20  # not eight rows of ten
-    assert [y for _, y in seen[::2]] == [[0, 1, 2, 3], [3, 1, 5, 3]]
-    assert torch.equal(seen[0][0], seen[2][0])
+    config = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10}
+    every, some = (sample.ImageSampler(None, None, config, None, classes=classes)
+                   for classes in (None, [3, 1, 5]))
+    (noise, labels), (same, chosen) = every.inputs(range(4)), some.inputs(range(4))
+    assert torch.equal(noise, same)
+    assert labels.tolist() == [0, 1, 2, 3] and chosen.tolist() == [3, 1, 5, 3]
+    assert len(every.picture_rows(100)) == 80 and len(some.picture_rows(20)) == 20
 
 
 def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
@@ -268,18 +255,16 @@ def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
 def test_plain_flow_matching_is_sampled_by_its_velocity(model, request):
     """It was sampled by u(z, 0, 1), which such a network was never trained for."""
     state = load_checkpoint(request.getfixturevalue(model))
-    net, config = network_of(state, model), state["config"]
-    times = []
+    net, config, times = network_of(state, model), state["config"], []
 
-    class Watched(torch.nn.Module):
-        def forward(self, z, r, t, *labels, **options):
-            times.append((r.unique().tolist(), t.unique().tolist()))
-            return net(z, r, t, *labels, **options)
+    def watched(z, r, t, *labels, **options):
+        times.append((r.unique().tolist(), t.unique().tolist()))
+        return net(z, r, t, *labels, **options)
 
     world = World(0, 1, torch.device("cpu"), "fp32")
     for ratio in (0, 0.5):
-        sample.ImageSampler(Watched(), Pixels(), config | {"ratio": ratio}, world,
-                            steps=2).images(range(20))
+        config = config | {"ratio": ratio}
+        sample.ImageSampler(watched, Pixels(), config, world, steps=2).images(range(2))
     assert times == [([1.0], [1.0]), ([0.5], [0.5]), ([0.5], [1.0]), ([0.0], [0.5])]
 
 
