@@ -91,12 +91,10 @@ def compare(args, samples, world):
         for line in notes(reference, args.protocol, len(samples)):
             print(line, file=sys.stderr, flush=True)
     result = evaluate(measure(args, "--samples", samples, extractor, **reference.wants), reference)
-    if result is None:
-        return None
-    if "precision" in result:
+    if result and "precision" in result:
         result["num_reference_images"] = len(reference.points)
-    return result | {"num_reference": reference.count, "samples": samples.name,
-                     "ref": reference.name}
+    return result and result | {"num_reference": reference.count, "samples": samples.name,
+                                "ref": reference.name}
 
 
 def measure(args, option, images, extractor, **wants):

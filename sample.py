@@ -36,7 +36,7 @@ from engine.errors import UserError, naming, run_main
 from engine.files import FolderLock, check_folder, list_folder, remove_temporary_files, write_json
 from engine.options import Parser, float_range, int_range
 from metrics.inception import PROTOCOLS
-from metrics.reference import Evaluation, notes
+from metrics.reference import Evaluation, evaluate, notes
 from metrics.statistics import rank_batches
 from models import is_improved
 from weights.hub import file_or_address, open_checkpoint
@@ -150,7 +150,7 @@ def sample_one_count(args, sampler, evaluation):
         world.barrier()
         if args.save_images and world.main:
             write_npz(output_path(args, ".npz"), png_paths(args, range(count)), world)
-    metrics = evaluation.metrics(statistics) if evaluation else None
+    metrics = evaluate(statistics, evaluation.reference) if evaluation else None
     if metrics:
         for line in notes(evaluation.reference, args.protocol, count):
             print(line, file=sys.stderr)

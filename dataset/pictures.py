@@ -45,8 +45,8 @@ def load_pngs(paths):
 
 def write_npz(path, paths, world):
     """Write the images at paths, in order, as arr_0 of an .npz file, without holding them all."""
-    shape = (len(paths), *load_png(paths[0]).shape)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    header = {"descr": "|u1", "fortran_order": False,
+              "shape": (len(paths), *load_png(paths[0]).shape)}
     with (world.progress(len(paths), desc=path.name, unit="image") as bar,
           atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as file,

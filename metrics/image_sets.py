@@ -25,8 +25,8 @@ def open_images(path, world, crop=None, workers=0):
         verify_npz(path, world)
         images = NpzImages(path)
     if len(images) < 2:
-        raise BadValue(f"must hold 2 images or more, for a covariance, got {len(images)} in "
-                       f"{path}; add some ({' '.join(sorted(SUFFIXES))})")
+        raise BadValue(f"must hold 2 images or more, got {len(images)} in {path}; add some "
+                       f"({' '.join(sorted(SUFFIXES))})")
     return images
 
 
@@ -115,12 +115,9 @@ class FolderImages:
             return read_image(path, self.crop)
         with open_image(path) as image:
             size = image.height, image.width
-            if image.mode != "RGB":
-                raise BadValue(f"must hold RGB images, got {path} of mode {image.mode}; convert "
-                               f"all with --image-size")
-            if size != self.image_size:
-                raise BadValue(f"must hold images of one size, got {path} of {size} after "
-                               f"{self.image_size}; crop all with --image-size")
+            if image.mode != "RGB" or size != self.image_size:
+                raise BadValue(f"must hold RGB images of one size, {self.image_size}, got {path} "
+                               f"of mode {image.mode} and {size}; crop all with --image-size")
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def batches(self, parts):

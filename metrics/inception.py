@@ -5,8 +5,6 @@
     adm           FID, sFID, Inception Score, precision and recall as the evaluator of ADM
                   (openai/guided-diffusion) does: TensorFlow 1's resize to 299, (x - 128) / 128
     pixels        Frechet distance of the pixels themselves, in [-1, 1], of tiny images
-
-Results of two protocols cannot be compared.
 """
 
 import http.client
@@ -79,7 +77,6 @@ def resize_like_tensorflow(images, size=299):
     """Bilinear resize, as TensorFlow 1 does it: float (B, 3, H, W) -> (B, 3, size, size). Output
     pixel i lies at i * H / size of the input, without half-pixel centres or smoothing."""
     def blend(x, dim):
-        # (B, 3, H, W) -> the same with size in place of side dim
         step = torch.tensor(x.shape[dim] / size, dtype=torch.float32, device=x.device)
         place = torch.arange(size, device=x.device) * step
         low = place.long()

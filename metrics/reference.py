@@ -19,9 +19,7 @@ PUBLISHED = 50000  # samples behind a published FID
 
 
 class Metric(NamedTuple):
-    """A metric: its name in a table, what it needs, and its value."""
-
-    title: str
+    title: str  # for a person
     needs: str  # the attribute of Statistics: "pool", "spatial", "scores" or "points"
     value: Callable  # (Statistics, Reference) -> float
 
@@ -138,7 +136,7 @@ def notes(reference, protocol, count):
     if reference.made_with not in (None, protocol):
         lines.append(f"warning: {reference.name} was made with --protocol {reference.made_with}, "
                      f"not {protocol}; the difference is part of the result")
-    if reference.made_with is None and protocol == "pytorch-fid":
+    elif reference.made_with is None and protocol == "pytorch-fid":
         lines.append(f"note: {reference.name} does not record its protocol; ADM's public files are "
                      f"of TensorFlow's resize, for which take --protocol adm")
     suggested = min(PUBLISHED, reference.count or PUBLISHED)
@@ -163,12 +161,8 @@ class Evaluation:
         """Empty Statistics for count images."""
         return Statistics(self.extractor, count, self.image_size, **self.reference.wants)
 
-    def metrics(self, statistics):
-        """As evaluate returns them."""
-        return evaluate(statistics, self.reference)
-
     def measure(self, sampler, count, batch_size):
-        """The metrics of an ImageSampler's first count images."""
+        """The metrics of an ImageSampler's first count images, as evaluate returns them."""
         statistics = self.statistics(count)
-        return self.metrics(statistics.add_all(partial(map, sampler.images), batch_size,
-                                               "evaluating"))
+        statistics.add_all(partial(map, sampler.images), batch_size, "evaluating")
+        return evaluate(statistics, self.reference)

@@ -59,7 +59,7 @@ class Statistics:
         if count < 2:
             raise UserError(f"a Frechet distance must have 2 images or more, got {count}; add some")
         device = extractor.world.device
-        self.extractor, self.count, self.merged = extractor, count, False
+        self.extractor, self.count = extractor, count
         self.pool = Moments(dimension(extractor.protocol, image_size), device)
         self.spatial = Moments(SPATIAL, device) if spatial else None
         self.points = (torch.zeros(count, POOL, device=device)
@@ -95,10 +95,8 @@ class Statistics:
         return self
 
     def merge(self):
-        """Join the parts of all ranks, on each of them; later calls do nothing."""
-        if self.merged:
-            return
-        self.merged, world = True, self.extractor.world
+        """Join the parts of all ranks, on each of them, once."""
+        world = self.extractor.world
         self.pool.merge(world)
         if self.spatial:
             self.spatial.merge(world)

@@ -80,7 +80,8 @@ def test_adm_protocol_gives_torch_fidelitys_numbers_with_one_and_three_processes
     assert result["inception_score"] > 1.5 and result["sfid"] > 1
     assert result["num_reference_images"] == 6 and result["num_samples"] == 5
     said = run_ranks("evaluate_fid", "--samples", a, "--ref", path, *adm, "--batch-size", 2,
-                     "--num-workers", 0, processes=3, output=tmp_path / "said")
+                     "--num-workers", 0, processes=3, output=tmp_path / "said",
+                     TORCH_HOME=torch_home)
     line, = [line for line in "".join(said).splitlines() if line.startswith("{")]
     assert json.loads(line) == {
         key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value

@@ -48,12 +48,11 @@ def test_images_that_are_not_uint8_rgb_are_refused(array, tmp_path):
         NpzImages(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04", "torn"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", "torn"])
 def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
     path = tmp_path / "ref.npz"
     np.savez(path, mu=np.zeros(12), sigma=np.eye(12))
     path.write_bytes(path.read_bytes()[:-40] if content == "torn" else content)
-    with refused("must be a whole .npz file", path):
-        NpzImages(path)
-    with refused("must be a whole .npz file", path):
-        Reference.load(path, "pixels", (2, 2), ALONE)
+    for read in (NpzImages, lambda path: Reference.load(path, "pixels", (2, 2), ALONE)):
+        with refused("must be a whole .npz file", path):
+            read(path)

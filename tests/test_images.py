@@ -64,10 +64,9 @@ def test_an_image_folder_serves_images_mirrors_and_labels(tmp_path):
 
 
 def test_rank_0_lists_the_folder_for_all(tmp_path):
-    """Eight ranks that list a million files on a network file system take eight times as long."""
     listed = (["a"], np.array([b"a/0.png"]), torch.tensor([0]))
-    other = ImageFolder(tmp_path, 32, SimpleNamespace(on_main=lambda work: listed))
-    assert other.classes == ["a"] and other.name(0) == "a/0.png" and len(other) == 1
+    folder = ImageFolder(tmp_path, 32, SimpleNamespace(on_main=lambda work: listed))
+    assert folder.classes == ["a"] and folder.name(0) == "a/0.png" and len(folder) == 1
 
 
 def test_its_fingerprint_tells_lists_of_files_apart(tmp_path):
