@@ -1,8 +1,6 @@
 """Plot the curves of one or several runs of train.py as one picture, also while they go on.
 
     python plot.py results/DiT-B-4-cfg1.0 results/DiT-B-4-cfg3.0 --out curves-guidance.png
-
-One panel per quantity, one color per run.
 """
 
 import os
@@ -38,12 +36,12 @@ LOG_FROM = 3  # the other panels have a log axis if the largest value is so many
 
 def parse_args(argv=None):
     parser = Parser("Plot the curves of one or several runs of train.py as one PNG file.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
-                        help="run directory, as --run-dir of train.py")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"),
-                        help="PNG file to write, a new one or one that plot.py wrote")
-    parser.add_argument("--smooth", type=int_range(1), default=1, metavar="N",
-                        help="draw means of up to N records of training, and the records faintly")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run directory, --run-dir of train.py")
+    add("--out", type=Path, default=Path("curves.png"),
+        help="PNG file to write, a new one or one that plot.py wrote")
+    add("--smooth", type=int_range(1), default=1, metavar="N",
+        help="draw means of up to N records of training, and the records faintly")
     return parser.parse_args(argv)
 
 
@@ -69,10 +67,7 @@ def check_out(path):
 def read_run(folder):
     """The curves of a run: {(key, title): array (2, N)}, steps and values. Raises UserError."""
     path = folder / "metrics.jsonl"
-    if not (path.is_file() and (folder / "config.json").is_file()):
-        raise UserError(f"RUN must be the --run-dir of a run of train.py, got {folder}; it has no "
-                        f"config.json or no metrics.jsonl")
-    records, damaged = read_records(path)
+    records, damaged = read_records(path) if path.is_file() else ([], 0)
     if damaged:  # also a last line that train.py is writing at this moment
         print(f"damaged lines of {path}, skipped: {damaged}", file=sys.stderr)
     curves = {}
@@ -86,20 +81,20 @@ def read_run(folder):
             if isinstance(value, int | float) and (value or key != "skipped_steps"):
                 curves.setdefault((key, title + evaluation), []).append((record["step"], value))
     if not curves:
-        raise UserError(f"RUN must have metrics, got {folder} without; wait for its first log line")
+        raise UserError(f"RUN must be a --run-dir of train.py with metrics, got {folder} without; "
+                        f"check the path, or wait for the first log line")
     return {panel: np.array(points, dtype=float).T for panel, points in curves.items()}
 
 
 def names_of(folders):
     """The names of the runs: those of their folders, or if two are the same the paths."""
     names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
+    names = names if len(set(names)) == len(names) else map(str, folders)
     return [name.encode(errors="replace").decode() for name in names]  # Matplotlib needs UTF-8
 
 
 def draw(runs, names, smooth):
-    """A Matplotlib Figure of the curves of runs, by panel; smooth: records per mean."""
+    """A Matplotlib Figure of the curves of runs, a panel each; smooth: records per mean."""
     order = [*TRAINING, *METRICS]
     panels = sorted({panel for run in runs for panel in run},
                     key=lambda panel: (order.index(panel[0]), panel[1]))
@@ -117,10 +112,21 @@ def draw(runs, names, smooth):
             if (key, title) in run:
                 # An evaluation measures one step's network: a mean would hide that
                 draw_curve(axis, *run[key, title], color, smooth if key in TRAINING else 1)
-        scale_panel(axis, key)
+        axis.grid(alpha=0.3, which="both")
+        if key in FROM_ZERO:
+            axis.set_ylim(bottom=0)
+        elif key not in LINEAR and axis.dataLim.y1 > LOG_FROM * axis.dataLim.y0 > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
+            axis.yaxis.set_minor_formatter("")
     smoothing = f" (faint), lines: means of up to {smooth} records" if smooth > 1 else ""
     figure.supxlabel(f"step; each record of training: the mean since the one before{smoothing}")
-    add_legend(figure, names, colors)
+    lines = [Line2D([], [], color=color, linewidth=2) for color in colors[:len(names)]]
+    legend = figure.legend(lines, ["name"] * len(names), loc="outside upper center",
+                           ncols=max(1, min(4, 100 // (max(map(len, names)) + 6))))
+    for text, name in zip(legend.get_texts(), names):  # as they are: no formulas, no hidden ones
+        text.set(parse_math=False, text=name)
     return figure
 
 
@@ -131,28 +137,6 @@ def draw_curve(axis, steps, values, color, smooth):
         values = [values[max(0, i - smooth + 1):i + 1].mean() for i in range(len(values))]
     axis.plot(steps, values, color=color, linewidth=1.3, markersize=3,
               marker="o" if len(steps) <= 30 else None)
-
-
-def scale_panel(axis, key):
-    """The scale of the values, and a grid."""
-    axis.grid(alpha=0.3, which="both")
-    if key in FROM_ZERO:
-        axis.set_ylim(bottom=0)
-    elif key not in LINEAR and axis.dataLim.y1 > LOG_FROM * axis.dataLim.y0 > 0:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
-        axis.yaxis.set_minor_formatter("")
-
-
-def add_legend(figure, names, colors):
-    """The names of the runs above the panels, as they are: no mathematics, no hidden ones."""
-    lines = [Line2D([], [], color=color, linewidth=2) for color in colors[:len(names)]]
-    legend = figure.legend(lines, ["name"] * len(names), loc="outside upper center",
-                           ncols=max(1, min(4, 100 // (max(map(len, names)) + 6))))
-    for text, name in zip(legend.get_texts(), names):
-        text.set_parse_math(False)
-        text.set_text(name)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
 
 This writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
 evaluator reads, and <sample-dir>.png, a picture of the first ones. With --fid-ref it also prints
-the metrics. Image i depends on the seed and on i alone, and no two seeds share an image. If
-interrupted, rerun the command: it continues.
+the metrics. Image i depends on the seed and on i alone. If interrupted, rerun the command.
 """
 
 import argparse
@@ -34,16 +33,10 @@ from dataset.vae import load_codec, normalisation
 from engine.checkpoint import differences, fingerprint, network_of
 from engine.distributed import one_thread, start_processes
 from engine.errors import UserError, naming, run_main
-from engine.files import (
-    FolderLock,
-    check_folder,
-    list_folder,
-    remove_temporary_files,
-    write_json,
-)
+from engine.files import FolderLock, check_folder, list_folder, remove_temporary_files, write_json
 from engine.options import Parser, float_range, int_range
 from metrics.inception import PROTOCOLS
-from metrics.reference import Evaluation, notes
+from metrics.reference import Evaluation, evaluate, notes
 from metrics.statistics import rank_batches
 from models import is_improved
 from weights.hub import file_or_address, open_checkpoint
@@ -54,11 +47,17 @@ RECORD = "samples.json"  # in the sample folder: what its images depend on
 def parse_args(argv=None):
     parser = Parser("Sample images from a checkpoint. Repeat a command to continue it.")
     add_image_options(parser.add_argument_group("images"))
-    add_output_options(parser.add_argument_group("output"))
+    add = parser.add_argument_group("output").add_argument
+    add("--sample-dir", type=Path, default=Path("samples"), help="new folder for the PNG files")
+    add("--save-images", action=argparse.BooleanOptionalAction, default=True,
+        help="write the images; without, only measure them by --fid-ref")
+    add("--fid-ref", type=Path, metavar="REF.npz",
+        help="reference statistics: measure the images while they are made")
+    add("--protocol", choices=PROTOCOLS, default="pytorch-fid",
+        help="how to evaluate; evaluate_fid.py --help says more")
     args = parser.parse_args(argv)
     if args.fid_ref is None and not args.save_images:
-        parser.error("--no-save-images must come with --fid-ref, got neither images nor metrics "
-                     "to make; give one")
+        parser.error("--no-save-images must come with --fid-ref, got neither; give one")
     args.num_sampling_steps = list(dict.fromkeys(args.num_sampling_steps))  # each once
     if args.cfg_interval and args.cfg_interval[0] > args.cfg_interval[1]:
         parser.error(f"--cfg-interval must be two increasing times, got {args.cfg_interval[0]} "
@@ -67,48 +66,33 @@ def parse_args(argv=None):
 
 
 def add_image_options(group):
-    group.add_argument("--ckpt", type=file_or_address, required=True, metavar="FILE",
-                       help="checkpoint that train.py or convert_checkpoint.py wrote, .pt or "
-                            ".safetensors, or hf://OWNER/REPO/FILE; its EMA weights sample")
-    count = group.add_mutually_exclusive_group()
+    add, count = group.add_argument, group.add_mutually_exclusive_group()
+    add("--ckpt", type=file_or_address, required=True, metavar="FILE",
+        help="checkpoint that train.py or convert_checkpoint.py wrote, .pt or .safetensors, or "
+             "hf://OWNER/REPO/FILE; its EMA weights sample")
     count.add_argument("--num-fid-samples", type=int_range(1), default=50000,
                        help="count of images")
     count.add_argument("--per-class", type=int_range(1), metavar="N",
                        help="N images of each class, in place of --num-fid-samples")
-    group.add_argument("--num-sampling-steps", type=int_range(1, 10000), nargs="+", default=[1],
-                       metavar="STEPS",
-                       help="network evaluations per image, at equal steps of time; of several "
-                            "counts each has a sample folder, and one picture shows all")
-    group.add_argument("--seed", type=int_range(0), default=0,
-                       help="fixes the images; no two seeds share one")
-    group.add_argument("--labels", choices=("balanced", "random"), default="balanced",
-                       help="label of image i: i modulo the number of classes, or random")
-    group.add_argument("--classes", nargs="+", metavar="CLASS",
-                       help="only these classes: folder names, numbers from 0, or names of "
-                            "ImageNet's (default: all)")
-    group.add_argument("--cfg", type=float_range(1), metavar="W",
-                       help="guidance scale omega of an iMF model, 1 = none (default: the "
-                            "published one of its size for one step)")
-    group.add_argument("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("A", "B"),
-                       help="times in which guidance of an iMF model acts (default: the published "
-                            "ones of its size for one step; 0 1 with --cfg 1)")
-    group.add_argument("--vae", help="decoder: ema, mse, a local folder, or none (default: the "
-                                     "checkpoint's)")
-    group.add_argument("--per-proc-batch-size", type=int_range(1), default=25,
-                       help="images per batch; the rounding of an image depends on it")
-    group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
-                       help="tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
-
-
-def add_output_options(group):
-    group.add_argument("--sample-dir", type=Path, default=Path("samples"),
-                       help="new folder for the PNG files")
-    group.add_argument("--save-images", action=argparse.BooleanOptionalAction, default=True,
-                       help="write the images; without, only measure them by --fid-ref")
-    group.add_argument("--fid-ref", type=Path, metavar="REF.npz",
-                       help="reference statistics: measure the images while they are made")
-    group.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
-                       help="how to evaluate; evaluate_fid.py --help says more")
+    add("--num-sampling-steps", type=int_range(1, 10000), nargs="+", default=[1], metavar="STEPS",
+        help="network evaluations per image, at equal steps of time; of several counts each has a "
+             "sample folder, and one picture shows all")
+    add("--seed", type=int_range(0), default=0, help="fixes the images; no two seeds share one")
+    add("--labels", choices=("balanced", "random"), default="balanced",
+        help="label of image i: i modulo the number of classes, or random")
+    add("--classes", nargs="+", metavar="CLASS",
+        help="only these: folder names, numbers from 0, or names of ImageNet's (default: all)")
+    add("--cfg", type=float_range(1), metavar="W",
+        help="guidance scale omega of an iMF model, 1 = none (default: the published one of its "
+             "size for one step)")
+    add("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("A", "B"),
+        help="times in which guidance of an iMF model acts (default: the published ones of its "
+             "size for one step; 0 1 with --cfg 1)")
+    add("--vae", help="decoder: ema, mse, a local folder, or none (default: the checkpoint's)")
+    add("--per-proc-batch-size", type=int_range(1), default=25,
+        help="images per batch; the rounding of an image depends on it")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
+        help="tf32: fp32 with TensorFloat-32 products on GPUs; bf16: autocast")
 
 
 def main(args):
@@ -121,14 +105,17 @@ def main(args):
         classes = find_classes(args.classes, config) if args.classes else None
         if args.per_class:
             args.num_fid_samples = args.per_class * len(classes or range(config["num_classes"]))
-        record = sample_record(args, config, classes) | guidance
+        # The content of samples.json: all that the images depend on
+        record = {"images": args.num_fid_samples, "seed": args.seed, "labels": args.labels,
+                  "batch": args.per_proc_batch_size, "precision": args.precision,
+                  "vae": args.vae or config["vae"], **({"classes": classes} if classes else {}),
+                  **guidance}
         if args.save_images:  # the hash of gigabytes takes a while
             record["weights"] = world.on_main(lambda: fingerprint(net.state_dict()))
         parts = [options_for(args, steps, record) for steps in args.num_sampling_steps]
         for part in parts if args.save_images else ():
             check_sample_dir(part)
-        evaluation = (Evaluation(args.fid_ref, args.protocol, config, world) if args.fid_ref
-                      else None)
+        evaluation = args.fid_ref and Evaluation(args.fid_ref, args.protocol, config, world)
         codec = load_codec(record["vae"], world.device, precision=args.precision)
         net.to(world.device)
         samplers = [ImageSampler(net, codec, config, world, seed=args.seed, labels=args.labels,
@@ -146,17 +133,8 @@ def main(args):
             print(f"picture: {picture}", file=sys.stderr)
 
 
-def sample_record(args, config, classes):
-    """The content of samples.json: all that the images depend on; to it come guidance, weights and
-    the count of steps."""
-    return {"images": args.num_fid_samples, "seed": args.seed, "labels": args.labels,
-            "batch": args.per_proc_batch_size, "precision": args.precision,
-            "vae": args.vae or config["vae"], **({"classes": classes} if classes else {})}
-
-
 def options_for(args, steps, record):
-    """The options, and the record, for one of the counts of steps. Of several each has a sample
-    folder of its own: <sample-dir>-2-steps."""
+    """The options for one count of steps, with its record. Of several counts each has a folder."""
     part = argparse.Namespace(**vars(args) | {"record": record | {"steps": steps}})
     if len(args.num_sampling_steps) > 1:
         part.sample_dir = output_path(args, f"-{steps}-step{'s' if steps > 1 else ''}")
@@ -164,32 +142,33 @@ def options_for(args, steps, record):
 
 
 def sample_one_count(args, sampler, evaluation):
-    """Make the images of one count of steps, write and measure them, and print the result."""
-    statistics = evaluation.statistics(args.num_fid_samples) if evaluation else None
+    """Make the images of one count of steps. Print the metrics, or the sample folder, on stdout."""
+    world, count = sampler.world, args.num_fid_samples
+    statistics = evaluation.statistics(count) if evaluation else None
     with naming("--sample-dir"):
         make_images(args, sampler, statistics)
-        sampler.world.barrier()
-        if args.save_images and sampler.world.main:
-            write_npz(output_path(args, ".npz"), png_paths(args, range(args.num_fid_samples)),
-                      sampler.world)
-    result = evaluation.metrics(statistics) if evaluation else None
-    if sampler.world.main:
-        print_result(args, evaluation, result)
+        world.barrier()
+        if args.save_images and world.main:
+            write_npz(output_path(args, ".npz"), png_paths(args, range(count)), world)
+    metrics = evaluate(statistics, evaluation.reference) if evaluation else None
+    if metrics:
+        for line in notes(evaluation.reference, args.protocol, count):
+            print(line, file=sys.stderr)
+        print_metrics(args, evaluation.reference.count, metrics)
+    elif world.main:
+        print(args.sample_dir)
 
 
 def make_images(args, sampler, statistics):
-    """Make, measure and write the batches of this rank. Batches on disk are measured from there.
-
-    Threads write while the next batches are made. They also wait for the copy from the GPU.
-    """
+    """Make, measure and write this rank's batches but those on disk. Threads write them, for which
+    they also wait for the copy from the GPU."""
     world, jobs = sampler.world, deque()
     with (world.progress(args.num_fid_samples, desc="sampling", unit="image") as bar,
           ThreadPoolExecutor(THREADS) as pool):
         for rows in rank_batches(args.num_fid_samples, args.per_proc_batch_size, world):
             world.position = f"image {rows.start}"
             paths = png_paths(args, rows)
-            stored = args.save_images and all(path.exists() for path in paths)
-            if not stored:
+            if not (args.save_images and all(path.exists() for path in paths)):
                 images = sampler.images(rows)
                 if args.save_images:
                     jobs.append(pool.submit(write_pngs, paths, images))
@@ -204,18 +183,13 @@ def make_images(args, sampler, statistics):
             job.result()
 
 
-def print_result(args, evaluation, result):
-    """Print the result, and nothing else, on stdout: the metrics, or the sample folder."""
-    if not evaluation:
-        print(args.sample_dir)
-        return
-    for line in notes(evaluation.reference, args.protocol, args.num_fid_samples):
-        print(line, file=sys.stderr)
-    about = {"num_reference": evaluation.reference.count, "ref": str(args.fid_ref),
-             "ckpt": str(args.ckpt), "sampling_precision": args.precision}  # "precision": a metric
+def print_metrics(args, num_reference, metrics):
+    """Print the metrics, and what they depend on, as one JSON line."""
+    about = {"num_reference": num_reference, "ref": str(args.fid_ref), "ckpt": str(args.ckpt),
+             "sampling_precision": args.precision}  # "precision" is a metric
     about |= {name: args.record[name] for name in ("vae", "labels", "seed", "steps", "omega",
                                                    "interval", "classes") if name in args.record}
-    print(json.dumps(result | about))
+    print(json.dumps(metrics | about))
 
 
 # ---- image i of a network ------------------------------------------------------------------------
@@ -224,9 +198,8 @@ def print_result(args, evaluation, result):
 def noise_and_labels(indices, shape, *, seed, num_classes, labels="balanced"):
     """Noise z1 (B, C, H, W) and labels y (B,) int64 of the images with these indices, on the CPU.
 
-    Both depend on a hash of (seed, index) alone, so an image depends neither on its batch nor on
-    the number of ranks, and no two seeds share an image. labels: "balanced" is the index modulo
-    num_classes, "random" is uniform; both have the same noise.
+    Both depend on a hash of (seed, index) alone: not on the batch or the number of ranks, and no
+    two seeds share an image. labels: "balanced", the index modulo num_classes, or "random".
     """
     z1, y = [], []
     for i in indices:
@@ -249,27 +222,22 @@ PUBLISHED_GUIDANCE = {"iMF-B/2": (8.0, 0.4, 0.65), "iMF-M/2": (10.5, 0.4, 0.6),
 
 
 def default_guidance(config):
-    """{"omega", "interval"} of an improved model, {} of any other.
-
-    None, omega 1, where nothing is published for its size or for its training.
-    """
+    """{"omega", "interval"} of an improved model, {} of any other; omega 1, none, where nothing is
+    published for its size or for its training."""
     if not is_improved(config["model"]):
         return {}
-    none = 1.0, 0.0, 1.0
-    published = (config.get("omega_max", 8) >= 8 and config["vae"] != "none"
-                 and not (config.get("sizes") or {}).keys() - {"v_head"})
-    omega, t_min, t_max = PUBLISHED_GUIDANCE.get(config["model"], none) if published else none
-    return {"omega": omega, "interval": [t_min, t_max]}
+    guidance = 1.0, 0.0, 1.0
+    if (config.get("omega_max", 8) >= 8 and config["vae"] != "none"
+            and not (config.get("sizes") or {}).keys() - {"v_head"}):
+        guidance = PUBLISHED_GUIDANCE.get(config["model"], guidance)
+    return {"omega": guidance[0], "interval": list(guidance[1:])}
 
 
 def choose_guidance(args, config):
-    """The guidance to sample with: --cfg and --cfg-interval where given, else the default.
-
-    Raises UserError for a MeanFlow model.
-    """
-    interval = args.cfg_interval or ([0.0, 1.0] if args.cfg == 1 else None)
-    options = {name: value for name, value in (("omega", args.cfg), ("interval", interval))
-               if value is not None}
+    """default_guidance, changed by --cfg and --cfg-interval. Raises UserError for a DiT."""
+    options = {} if args.cfg is None else {"omega": args.cfg}
+    if args.cfg_interval or args.cfg == 1:
+        options["interval"] = args.cfg_interval or [0.0, 1.0]
     guidance = default_guidance(config)
     if options and not guidance:
         raise UserError(f"--cfg and --cfg-interval must come with an iMF checkpoint, got one of "
@@ -315,8 +283,7 @@ class ImageSampler:
             return self.codec.decode(x)
 
     def picture_rows(self, count=80):
-        """The numbers of the images of a picture, of so many: a column per class, ten at most, and
-        eight rows."""
+        """The images, of so many, in a picture: a column per class, ten at most, of eight."""
         return range(min(8 * min(len(self.classes), 10), count))
 
     def picture(self, path):
@@ -325,11 +292,8 @@ class ImageSampler:
 
 
 def save_picture(path, samplers, images):
-    """Write images of samplers, which differ in their steps only, as one picture, side by side.
-
-    images: of each sampler those of picture_rows, uint8 (B, 3, H, W). Names of the classes, and
-    steps if there are several samplers, stand above them.
-    """
+    """Write images, for each sampler uint8 (B, 3, H, W) of picture_rows, side by side as one
+    picture. The samplers differ in their steps only."""
     first = samplers[0]
     names = class_names(first.config, first.inputs(range(len(images[0])))[1].tolist())
     steps = [f"\n{sampler.steps} step{'s' if sampler.steps > 1 else ''}" for sampler in samplers]
@@ -351,11 +315,8 @@ def output_path(args, suffix):
 
 
 def check_sample_dir(args):
-    """Raise UserError unless the sample folder is new or samples.json is that of this command.
-
-    Another command may take a folder without images, as a failed command leaves it.
-    """
-    folder, record = args.sample_dir, args.record
+    """Raise UserError unless the folder has no images yet, or the samples.json of this command."""
+    folder = args.sample_dir
     with naming("--sample-dir"):
         check_folder(folder)
     paths = [*(list_folder(folder) if folder.exists() else ()),
@@ -364,12 +325,12 @@ def check_sample_dir(args):
         return
     try:
         stored = json.loads((folder / RECORD).read_text())
-        difference = differences(stored, record)
-        empty = paths == [folder / RECORD] and "weights" in stored
+        without_images = len(paths) == 1 and "weights" in stored  # as a failed command leaves it
+        difference = "" if without_images else differences(stored, args.record)
     except (OSError, ValueError, AttributeError, RecursionError):
-        difference, empty = f"{paths[0]} is not of this command", False
-    if difference and not empty:
-        raise UserError(f"--sample-dir must be new, or hold the images of this very command, got "
+        difference = f"{paths[0]} is not of this command"
+    if difference:
+        raise UserError(f"--sample-dir must be new, or hold images of this very command, got "
                         f"{folder} ({difference}); choose another --sample-dir")
 
 

@@ -4,18 +4,29 @@ import difflib
 
 from engine.errors import UserError
 
-MAX_LISTED = 20  # classes at most that a refusal lists
-
 
 def find_classes(texts, config):
     """The labels, from 0, of the classes that these texts name, for --classes.
 
     A text is the name of a class folder, a label, or, of 1,000 classes, a name or WordNet number of
     ImageNet's (goldfish, n01443537). config: of a checkpoint. Raises UserError for others, with the
-    names most like them, and where there are few classes with all.
+    names most like them.
     """
     names = label_names(config)
-    return [_find(text, names, config["num_classes"], config.get("classes")) for text in texts]
+    return [_find(text, names, config["num_classes"]) for text in texts]
+
+
+def _find(text, names, count):
+    name = text.strip().lower().replace("_", " ")
+    for known in (text.lower(), name):
+        if known in names:
+            return names[known]
+    if text.isdecimal() and int(text) < count:
+        return int(text)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UserError(f"--classes must be class names or numbers from 0 to {count - 1}, got {text}; "
+                    f"{hint}quote names with spaces")
 
 
 def class_names(config, labels):
@@ -45,20 +56,3 @@ def imagenet_names():
     info = ImageNetInfo("imagenet-1k")
     return [[*(name.strip() for name in info.index_to_description(label).split(",")),
              info.index_to_label_name(label)] for label in range(1000)]
-
-
-def _find(text, names, count, folders):
-    name = text.strip().lower().replace("_", " ")
-    for known in (text.lower(), name):
-        if known in names:
-            return names[known]
-    if text.isdecimal() and int(text) < count:
-        return int(text)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    hints = [f"did you mean {' or '.join(near)}?"] if near else []
-    if folders and count <= MAX_LISTED:
-        listed = ", ".join(f"{folder} ({label})" for label, folder in enumerate(folders))
-        quote = "; quote names with spaces" if " " in "".join(map(str, folders)) else ""
-        hints.append(f"the classes are {listed}{quote}")
-    raise UserError(f"--classes must be class names or numbers from 0 to {count - 1}, got {text}; "
-                    f"{' '.join(hints) or 'give a number or a name of a class'}")

@@ -1,7 +1,4 @@
-"""Image files: ADM's centre crop, and training folders (class = folder).
-
-Images are uint8, (3, H, W) or in batches (B, 3, H, W).
-"""
+"""Image files: ADM's centre crop, and training folders with one folder per class."""
 
 import contextlib
 import hashlib
@@ -36,8 +33,7 @@ def center_crop(image, size):
 
 @contextlib.contextmanager
 def open_image(path):
-    """Opens an image file with PIL. Raises BadValue if that, or the decoding within ``with``,
-    fails."""
+    """Opens an image file with PIL. Raises BadValue, also for the decoding within ``with``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette data do no harm here
@@ -51,24 +47,19 @@ def open_image(path):
 
 
 def read_image(path, size):
-    """An image file as uint8 (3, size, size): PIL's conversion to RGB, then the centre crop.
-
-    EXIF rotation is not applied; torchvision's ImageFolder does not apply it either. Raises
-    BadValue.
-    """
+    """An image file as uint8 (3, size, size): PIL's conversion to RGB, then the centre crop. EXIF
+    rotation is not applied, as by torchvision's ImageFolder. Raises BadValue."""
     with open_image(path) as image:
         pixels = np.array(center_crop(image.convert("RGB"), size))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 class ImageFolder:
-    """A data set for training (see dataset/loader.py): images in one folder per class.
-
-    Serves uint8 (B, 3, size, size) and labels (B,). Classes are the sorted folder names, as
-    torchvision's ImageFolder numbers them. Raises UserError if there is no such folder, no class,
-    or a class without an image.
+    """A data set for training (see dataset/loader.py): images in one folder per class, numbered as
+    torchvision's ImageFolder does. Serves uint8 (B, 3, size, size) and labels (B,).
 
     world: rank 0 lists the folder for all; a million files take minutes on a network file system.
+    Raises UserError if there is no such folder, no class, or a class without an image.
     """
 
     def __init__(self, path, image_size, world=None):
@@ -85,15 +76,12 @@ class ImageFolder:
         if os.path.exists(self.root + "dataset.json"):
             raise UserError(f"--data-path must be a folder of images, got {self.root}, which holds "
                             f"latent shards; add --encoded-data or give the images")
-        if not os.path.isdir(self.root):
-            raise UserError(f"--data-path must be a folder with one folder of images per class, "
-                            f"got {self.root.rstrip('/')} (no such folder); check the path")
         try:
             folder = datasets.ImageFolder(self.root)
         except (OSError, ValueError) as error:
             raise UserError(f"--data-path must be a folder with one folder of images per class, "
-                            f"got {self.root} ({str(error).splitlines()[0][:300]}); check the "
-                            f"path, or give the folder above") from error
+                            f"got {self.root} ({str(error).splitlines()[0][:300]}); check it, or "
+                            f"give the folder above") from error
         # One array, not a million strings: updating their reference counts would copy the memory
         # that reading processes share
         files = np.array([os.fsencode(file[len(self.root):]) for file, _ in folder.samples])

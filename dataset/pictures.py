@@ -35,8 +35,7 @@ def load_png(path):
         with Image.open(path) as image:
             return np.array(image)
     except (OSError, SyntaxError, ValueError) as error:
-        raise BadValue(f"must hold whole images, got {path} ({error}); remove that file and repeat "
-                       f"the command") from error
+        raise BadValue(f"must hold whole images, got {path} ({error}); remove that file") from error
 
 
 def load_pngs(paths):
@@ -46,8 +45,8 @@ def load_pngs(paths):
 
 def write_npz(path, paths, world):
     """Write the images at paths, in order, as arr_0 of an .npz file, without holding them all."""
-    shape = (len(paths), *load_png(paths[0]).shape)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    header = {"descr": "|u1", "fortran_order": False,
+              "shape": (len(paths), *load_png(paths[0]).shape)}
     with (world.progress(len(paths), desc=path.name, unit="image") as bar,
           atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as file,
@@ -62,8 +61,8 @@ def write_npz(path, paths, world):
 def save_grid(path, images, columns, captions=()):
     """Write uint8 images (B, 3, H, W) as one picture; tiny ones are enlarged.
 
-    captions: a text for each image, above it; above the columns only where all of a column are
-    alike. Long ones are broken, cut and made smaller, to fit.
+    captions: a text for each image, above it, or above the columns where all of a column are alike.
+    Long ones are broken, cut and made smaller, to fit.
     """
     enlarge = max(1, 64 // images.shape[3])
     images = images.permute(0, 2, 3, 1).cpu().numpy().repeat(enlarge, 1).repeat(enlarge, 2)
@@ -71,7 +70,7 @@ def save_grid(path, images, columns, captions=()):
     columns = min(columns, count)
     heading = list(captions) == [captions[i % columns] for i in range(len(captions))]
     size = min(max(width // 8, 11), 28)  # of the letters
-    texts = [break_lines(caption, int(width / (0.6 * size)))
+    texts = [_fill(caption, int(width / (0.6 * size)))
              for caption in captions[:columns if heading else count]]
     bar = max((text.count("\n") + 1 for text in texts), default=0) * round(1.3 * size) + GAP
     row_height = height + (GAP if heading else bar)
@@ -85,33 +84,28 @@ def save_grid(path, images, columns, captions=()):
         Image.fromarray(canvas).save(temporary, "PNG")
 
 
-def break_lines(caption, width):
-    """The caption with at most three lines of so many characters for each of its own."""
+def _fill(caption, width):
+    """Each line of the caption in at most three of so many characters."""
     text = unicodedata.normalize("NFC", caption).encode(errors="replace").decode()  # no surrogates
-    lines = [textwrap.fill(line, width, max_lines=3, placeholder="\u2026")
-             for line in text.split("\n")]
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, width, max_lines=3, placeholder="\u2026")
+                     for line in text.split("\n"))
 
 
 def draw_texts(texts, corners, width, size, shape):
-    """A white canvas (H, W, 3), uint8, of this shape (H, W), with a text above each corner.
-
-    corners: of each text the (top, left) of what is below it, of this width; size: of the letters.
-    """
+    """A white canvas (H, W, 3), uint8, of shape (H, W). corners: (top, left) of what is below each
+    text, of this width; size: of the letters."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second to import
     from matplotlib.figure import Figure
 
-    height = shape[0]
-    figure = Figure(figsize=(shape[1] / DPI, height / DPI), dpi=DPI)
+    figure = Figure(figsize=(shape[1] / DPI, shape[0] / DPI), dpi=DPI)
     canvas, families = FigureCanvasAgg(figure), find_fonts("".join(texts))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that no font has is drawn as a box
         for text, (top, left) in zip(texts, corners):
-            drawn = figure.text(left + width / 2, height - top + GAP, text, transform=None,
+            drawn = figure.text(left + width / 2, shape[0] - top + GAP, text, transform=None,
                                 ha="center", va="bottom", family=families,
                                 fontsize=size * 72 / DPI, parse_math=False)
-            space = width - 2 * GAP
-            extent = drawn.get_window_extent(canvas.get_renderer())
+            space, extent = width - 2 * GAP, drawn.get_window_extent(canvas.get_renderer())
             drawn.set_fontsize(drawn.get_fontsize() * space / max(space, extent.width))
         canvas.draw()
     return np.array(canvas.buffer_rgba())[:, :, :3]

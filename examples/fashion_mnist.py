@@ -57,7 +57,7 @@ from engine.errors import UserError, naming, run_main  # noqa: E402
 from engine.files import atomic_file, make_folder  # noqa: E402
 from engine.options import Parser  # noqa: E402
 from metrics.distances import frechet_distance  # noqa: E402
-from metrics.image_sets import FolderImages, NpzImages, verify_npz  # noqa: E402
+from metrics.image_sets import open_images  # noqa: E402
 from metrics.statistics import Moments, rank_batches  # noqa: E402
 
 FILES = {split: [f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
@@ -182,7 +182,8 @@ def write_split(folder, images, labels):
 
 def judge(folder, samples, world):
     """Yields the JSON lines, dicts, for the samples at these paths. Raises UserError."""
-    sets = [open_samples(path, world) for path in samples]
+    with naming("samples"):
+        sets = [open_images(path, world) for path in samples]
     size = check_sizes(samples, sets)
     test, train = open_split(folder, "test", size), open_split(folder, "train", size)
     net = load_classifier(folder / f"classifier-{size}.pt", train, test, world)
@@ -213,18 +214,6 @@ def open_split(folder, split, size):
         raise UserError(f"data must be a folder that write made, got {folder} without {split}/; "
                         f"run examples/fashion_mnist.py write {folder}")
     return ImageFolder(path, size)
-
-
-def open_samples(path, world):
-    """The images of an .npz file or a folder, two or more. Raises UserError."""
-    with naming("samples"):
-        images = FolderImages(path, None, 0) if path.is_dir() else NpzImages(path)
-        if not path.is_dir():
-            verify_npz(path, world)
-    if len(images) < 2:
-        raise UserError(f"samples must be 2 images or more, got {len(images)} in {path}; sample "
-                        f"more")
-    return images
 
 
 def check_sizes(paths, sets):

@@ -13,10 +13,10 @@ DISTANCES = 2**25  # computed at a time: 128 MiB of float32
 def frechet_distance(first, second, *, by_product=False):
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two pairs: mean (D,), covariance (D, D).
 
-    With S = R R^T, the trace of the root is the sum of the singular values of R1^T R2. So no root
-    of a rounding error is taken where covariances are singular (fewer samples than dimensions).
-    by_product takes the eigenvalues of S1 S2, as published code does in effect: that is the same
-    for regular covariances, and some 1e-6 of the result too small for singular ones.
+    With S = R R^T, the trace of the root is the sum of the singular values of R1^T R2: without the
+    root of a rounding error where covariances are singular (fewer samples than dimensions).
+    by_product takes the eigenvalues of S1 S2, as published code does in effect: the same for
+    regular covariances, some 1e-6 of the result too small for singular ones.
     """
     (m1, s1), (m2, s2) = first, second
     if by_product:
@@ -35,20 +35,17 @@ def _factor(covariance):
 
 
 def inception_score(scores):
-    """Inception Score: the mean over splits of exp(mean KL(p | q)); q is the mean of p in a split.
-
-    scores: Statistics.scores, of shape (S, CLASSES + 2), a row for each of S splits.
-    """
+    """The mean over S splits of exp(mean KL(p | q)); q is the mean of p in a split. scores:
+    Statistics.scores, (S, CLASSES + 2)."""
     p, p_log_p, count = scores.split([CLASSES, 1, 1], dim=1)
     q = p / count
     return float((p_log_p / count - torch.xlogy(q, q).sum(1, keepdim=True)).exp().mean())
 
 
 def precision(samples, reference, k=NEIGHBOURS):
-    """The share of samples (N, D) that lie within the reference (M, D) (arXiv 1904.06991).
+    """The share of samples (N, D) within the reference (M, D), in any of the balls about its points
+    that reach to their k-th neighbours (arXiv 1904.06991).
 
-    Each point of a set has a ball that reaches to its k-th neighbour; within the set is what lies
-    in any of these balls.
     Distances are float32; ADM's evaluator takes float16, which gave about .01 more in trials.
     """
     return _share_within(samples, reference, k, reference.mean(0))

@@ -16,22 +16,17 @@ from engine.errors import BadValue, UserError
 from engine.files import find_damage
 
 
-def open_images(path, world, *, crop=None, workers=0):
-    """The images of a folder or of an .npz file, two or more. Raises BadValue.
-
-    crop, workers: of a folder, as FolderImages takes them.
-    """
-    if not path.exists():
-        raise BadValue(f"must be a folder or an .npz file, got {path} (no such file); name one "
-                       f"that exists")
+def open_images(path, world, crop=None, workers=0):
+    """The images of a folder, as FolderImages takes it, or of an .npz file, two or more. Raises
+    BadValue."""
     if path.is_dir():
         images = FolderImages(path, crop, workers)
     else:
-        images = NpzImages(path)
         verify_npz(path, world)
+        images = NpzImages(path)
     if len(images) < 2:
-        raise BadValue(f"must hold 2 images or more, for a covariance, got {len(images)} in "
-                       f"{path}; add some ({' '.join(sorted(SUFFIXES))})")
+        raise BadValue(f"must hold 2 images or more, got {len(images)} in {path}; add some "
+                       f"({' '.join(sorted(SUFFIXES))})")
     return images
 
 
@@ -48,11 +43,8 @@ def reading_npz(path):
 
 
 def verify_npz(path, world):
-    """Compare every byte of an .npz file with the archive's checksums, on rank 0.
-
-    NumPy does so only for an array that it reads whole, and arr_0 is read in parts. Raises
-    BadValue.
-    """
+    """Compare every byte of an .npz file with the archive's checksums, on rank 0, as NumPy does
+    only for arrays that it reads whole. Raises BadValue."""
     def verify():
         with reading_npz(path):
             if damage := find_damage(path):
@@ -79,16 +71,13 @@ class NpzImages:
     @contextlib.contextmanager
     def _open(self):
         """The file, at its first image, and the header: shape, Fortran order, dtype."""
-        readers = {(1, 0): np.lib.format.read_array_header_1_0,
-                   (2, 0): np.lib.format.read_array_header_2_0}
         with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
-            yield file, readers[np.lib.format.read_magic(file)](file)
+            np.lib.format.read_magic(file)
+            yield file, np.lib.format.read_array_header_1_0(file)
 
     def batches(self, parts):
         """Yields images (B, 3, H, W) for each list of rows; rows that increase are read fastest.
-
-        They are never held together: 50,000 images of 256 x 256 are 9.8 GB.
-        """
+        50,000 images of 256 x 256 are 9.8 GB: they are never held together."""
         height, width = self.image_size
         with reading_npz(self.name), self._open() as (file, _):
             start, size = file.tell(), height * width * 3
@@ -104,7 +93,7 @@ class NpzImages:
 class FolderImages:
     """The image files of a folder and its subfolders, in the order of their paths.
 
-    With a crop they are converted to RGB and centre-cropped; without, they must be RGB and of one
+    crop: the side to which they are centre-cropped, in RGB; without, they must be RGB and of one
     size. workers: processes that read them. Raises BadValue.
     """
 
@@ -126,12 +115,9 @@ class FolderImages:
             return read_image(path, self.crop)
         with open_image(path) as image:
             size = image.height, image.width
-            if image.mode != "RGB":
-                raise BadValue(f"must hold RGB images, got {path} of mode {image.mode}; convert "
-                               f"all with --image-size")
-            if size != self.image_size:
-                raise BadValue(f"must hold images of one size, got {path} of {size} after "
-                               f"{self.image_size}; crop all with --image-size")
+            if image.mode != "RGB" or size != self.image_size:
+                raise BadValue(f"must hold RGB images of one size, {self.image_size}, got {path} "
+                               f"of mode {image.mode} and {size}; crop all with --image-size")
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def batches(self, parts):

@@ -5,8 +5,6 @@
     adm           FID, sFID, Inception Score, precision and recall as the evaluator of ADM
                   (openai/guided-diffusion) does: TensorFlow 1's resize to 299, (x - 128) / 128
     pixels        Frechet distance of the pixels themselves, in [-1, 1], of tiny images
-
-Results of two protocols cannot be compared.
 """
 
 import http.client
@@ -45,12 +43,8 @@ def dimension(protocol, image_size):
 
 
 class Extractor:
-    """Calling it maps images, uint8 (B, 3, H, W), to Features by one protocol.
-
-    The network runs in float32 on the world's device, where the features stay. inception: a file
-    of pytorch-fid's weights; by default the one in torch's hub cache, downloaded if it is missing.
-    Every rank must construct it. Raises UserError without weights.
-    """
+    """Calling it maps images, uint8 (B, 3, H, W), to Features by one protocol, in float32 on the
+    world's device. Every rank must construct it. inception: as load_inception takes it."""
 
     def __init__(self, protocol, world, *, inception=None):
         self.protocol, self.world = protocol, world
@@ -80,13 +74,9 @@ class Extractor:
 
 
 def resize_like_tensorflow(images, size=299):
-    """Bilinear resize, as TensorFlow 1 does it: float (B, 3, H, W) -> (B, 3, size, size).
-
-    Output pixel i lies at i * H / size of the input: corners are aligned at the origin only,
-    there are no half-pixel centres, and shrinking does not smooth.
-    """
+    """Bilinear resize, as TensorFlow 1 does it: float (B, 3, H, W) -> (B, 3, size, size). Output
+    pixel i lies at i * H / size of the input, without half-pixel centres or smoothing."""
     def blend(x, dim):
-        # (B, 3, H, W) -> the same with size in place of side dim
         step = torch.tensor(x.shape[dim] / size, dtype=torch.float32, device=x.device)
         place = torch.arange(size, device=x.device) * step
         low = place.long()
@@ -99,12 +89,9 @@ def resize_like_tensorflow(images, size=299):
 
 
 def load_inception(path, world):
-    """pytorch-fid's Inception, with its pooling and 1008 classes, and the weights of a file.
-
-    None takes the file in torch's hub cache, to which rank 0 downloads it if it is missing. (Every
-    process would, and would unpickle any file, by pytorch-fid's own fid_inception_v3.) Raises
-    UserError if the file is missing, torn, or of another network.
-    """
+    """pytorch-fid's Inception with the weights of a file, by default of the one in torch's hub
+    cache, to which rank 0 downloads it. (By pytorch-fid's own fid_inception_v3 every process would,
+    and would unpickle any file.) Raises UserError."""
     from pytorch_fid.inception import FID_WEIGHTS_URL  # takes a second to import
 
     cached = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[1])
@@ -125,9 +112,8 @@ def load_inception(path, world):
         net = build_inception()
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:  # torch.load raises errors of many kinds
-        raise UserError(f"--inception must be a file of pytorch-fid's Inception weights, got "
-                        f"{path} (missing, torn, or of another network); get it again, or leave "
-                        f"the option out to download it") from error
+        raise UserError(f"--inception must be a whole file of pytorch-fid's Inception weights, got "
+                        f"{path}; get it again, or leave the option out to download it") from error
     return net.float().eval().requires_grad_(False)
 
 

@@ -1,8 +1,5 @@
-"""Reference statistics, and the comparison of samples with them.
-
-Results do not depend on which rank measures which image. A new metric is a function in
-metrics/distances.py and a line in METRICS.
-"""
+"""Reference statistics, and the comparison of samples with them. A new metric is a function in
+metrics/distances.py and a line in METRICS."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +19,7 @@ PUBLISHED = 50000  # samples behind a published FID
 
 
 class Metric(NamedTuple):
-    """A metric: its name in a table, what it needs, and its value."""
-
-    title: str
+    title: str  # for a person
     needs: str  # the attribute of Statistics: "pool", "spatial", "scores" or "points"
     value: Callable  # (Statistics, Reference) -> float
 
@@ -53,25 +48,24 @@ class Reference:
     scores: bool  # whether samples get an Inception Score, which needs no reference
     spatial: tuple | None = None  # the same for sFID
     images: NpzImages | None = None  # arr_0, for precision and recall
-    points: torch.Tensor | None = None  # features (M, POOL), of arr_0 after find_points
+    points: torch.Tensor | None = None  # features (M, POOL), of arr_0 after evaluate
     count: int | None = None  # images behind the statistics, if known
     made_with: str | None = None  # protocol behind them, if known
 
     @classmethod
-    def load(cls, path, protocol, image_size):
-        """Open an .npz with mu and sigma; for adm also mu_s, sigma_s and arr_0, if present.
-
-        It is cheap: no network runs. Raises BadValue.
-        """
+    def load(cls, path, protocol, image_size, world):
+        """Open an .npz with mu and sigma; for adm also mu_s, sigma_s and arr_0, if present. No
+        network runs. Raises BadValue, also for damaged bytes."""
+        verify_npz(path, world)
         with reading_npz(path), np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 raise BadValue(f"must have the keys mu and sigma, got {path} with "
                                f"{', '.join(file.files)}; make one by evaluate_fid.py --make-ref")
             pool = _pair(file, "mu", "sigma", dimension(protocol, image_size), path)
             reference = cls(str(path), pool, scores=protocol == "adm")
-            if protocol == "adm" and {"mu_s", "sigma_s"} <= set(file.files):
+            if reference.scores and {"mu_s", "sigma_s"} <= set(file.files):
                 reference.spatial = _pair(file, "mu_s", "sigma_s", SPATIAL, path)
-            if protocol == "adm" and "arr_0" in file.files:
+            if reference.scores and "arr_0" in file.files:
                 reference.images = NpzImages(path)
             if "num_images" in file.files:
                 reference.count = int(file["num_images"])
@@ -95,14 +89,6 @@ class Reference:
         return {"spatial": self.spatial is not None, "scores": self.scores,
                 "points": points is not None and len(points) > NEIGHBOURS}
 
-    def find_points(self, extractor, batch_size=64):
-        """Extract the features of arr_0, unless that is done. Every rank must call it."""
-        if self.points is None:
-            statistics = Statistics(extractor, len(self.images), self.images.image_size,
-                                    points=True)
-            statistics.add_all(self.images.batches, batch_size, "reference").merge()
-            self.points = statistics.points
-
 
 def _pair(file, mean, covariance, dim, path):
     """The float64 arrays mean (D,) and covariance (D, D), checked."""
@@ -111,7 +97,7 @@ def _pair(file, mean, covariance, dim, path):
     if shapes != [(dim,), (dim, dim)] or not all(np.isfinite(array).all() for array in pair):
         raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "
                        f"this protocol and image size, got {shapes[0]} and {shapes[1]} in {path}; "
-                       f"name a reference made for them")
+                       f"name another")
     return pair
 
 
@@ -119,8 +105,11 @@ def evaluate(statistics, reference):
     """The metrics on rank 0, a dict of plain numbers; None elsewhere. Every rank must call it."""
     statistics.merge()
     extractor = statistics.extractor
-    if statistics.points is not None:
-        reference.find_points(extractor)
+    if statistics.points is not None and reference.points is None:
+        arr_0 = Statistics(extractor, len(reference.images), reference.images.image_size,
+                           points=True)
+        arr_0.add_all(reference.images.batches, 64, "reference").merge()
+        reference.points = arr_0.points
     if not extractor.world.main:
         return None
     result = {"protocol": extractor.protocol, "num_samples": statistics.count}
@@ -147,41 +136,33 @@ def notes(reference, protocol, count):
     if reference.made_with not in (None, protocol):
         lines.append(f"warning: {reference.name} was made with --protocol {reference.made_with}, "
                      f"not {protocol}; the difference is part of the result")
-    if reference.made_with is None and protocol == "pytorch-fid":
+    elif reference.made_with is None and protocol == "pytorch-fid":
         lines.append(f"note: {reference.name} does not record its protocol; ADM's public files are "
-                     f"of TensorFlow's resize, with which published PyTorch code compares "
-                     f"pytorch-fid's, as this does; --protocol adm gives ADM's own FID")
+                     f"of TensorFlow's resize, for which take --protocol adm")
     suggested = min(PUBLISHED, reference.count or PUBLISHED)
     if count < suggested:
         whose = "the reference" if suggested == reference.count else "published results"
         lines.append(f"warning: {count} samples against {suggested} of {whose}: fewer raise the "
-                     f"Frechet distance, in proportion to 1 / count; compare the result only with "
-                     f"others of {count} samples")
+                     f"Frechet distance; compare only with results of {count} samples")
     return lines
 
 
 class Evaluation:
-    """A reference file and a feature extractor, opened once for any number of evaluations.
-
-    It checks the reference before it loads Inception's weights. Raises UserError.
-    """
+    """A reference file, checked, and a feature extractor, for any number of evaluations. Raises
+    UserError."""
 
     def __init__(self, path, protocol, config, world):
         self.image_size = (config["image_size"], config["image_size"])
         with naming("--fid-ref"):
-            self.reference = Reference.load(path, protocol, self.image_size)
-            verify_npz(path, world)
+            self.reference = Reference.load(path, protocol, self.image_size, world)
         self.extractor = Extractor(protocol, world)
 
     def statistics(self, count):
         """Empty Statistics for count images."""
         return Statistics(self.extractor, count, self.image_size, **self.reference.wants)
 
-    def metrics(self, statistics):
-        """The metrics, a dict, on rank 0; None elsewhere. Every rank must call it."""
-        return evaluate(statistics, self.reference)
-
     def measure(self, sampler, count, batch_size):
-        """The metrics of an ImageSampler's first count images."""
-        return self.metrics(self.statistics(count).add_all(
-            partial(map, sampler.images), batch_size, "evaluating"))
+        """The metrics of an ImageSampler's first count images, as evaluate returns them."""
+        statistics = self.statistics(count)
+        statistics.add_all(partial(map, sampler.images), batch_size, "evaluating")
+        return evaluate(statistics, self.reference)

@@ -10,19 +10,15 @@ SPLIT = 5000  # images per split of the Inception Score
 
 
 def rank_batches(count, size, world):
-    """This rank's share of the rows 0 .. count - 1, a list of ranges of size.
-
-    Ranks take whole batches in turn: no batch depends on the number of ranks.
-    """
+    """This rank's share of the rows 0 .. count - 1, a list of ranges of size. Ranks take whole
+    batches in turn: no batch depends on their number."""
     return [range(first, min(first + size, count))
             for first in range(0, count, size)[world.rank::world.size]]
 
 
 class Moments:
-    """Count, mean (D,) and covariance (D, D), in float64, of rows that come in batches.
-
-    It keeps the scatter about the running mean; sums of squares would cancel.
-    """
+    """Count, mean (D,) and covariance (D, D), in float64, of rows that come in batches, from the
+    scatter about the running mean; sums of squares would cancel."""
 
     def __init__(self, dim, device):
         self.count = 0
@@ -56,15 +52,14 @@ class Statistics:
     """What the metrics need of count images of image_size (H, W), gathered in one pass.
 
     spatial, scores, points: gather for sFID, the Inception Score, precision and recall, as
-    Reference.wants says; what is not gathered is None. Points take 8 KiB an image. Raises UserError
-    for fewer than 2 images.
+    Reference.wants says; else they are None. Points take 8 KiB an image. Raises UserError.
     """
 
     def __init__(self, extractor, count, image_size, *, spatial=False, scores=False, points=False):
         if count < 2:
             raise UserError(f"a Frechet distance must have 2 images or more, got {count}; add some")
         device = extractor.world.device
-        self.extractor, self.count, self.merged = extractor, count, False
+        self.extractor, self.count = extractor, count
         self.pool = Moments(dimension(extractor.protocol, image_size), device)
         self.spatial = Moments(SPATIAL, device) if spatial else None
         self.points = (torch.zeros(count, POOL, device=device)
@@ -77,7 +72,7 @@ class Statistics:
         """Add uint8 images (B, 3, H, W), which have the numbers first, first + 1, ..."""
         features = self.extractor(images)
         self.pool.add(features.pool)
-        if self.spatial is not None:
+        if self.spatial:
             self.spatial.add(features.spatial)
         if self.points is not None:
             self.points[first:first + len(images)] = features.pool
@@ -89,10 +84,8 @@ class Statistics:
             self.scores.index_add_(0, numbers // SPLIT, sums)
 
     def add_all(self, batches, size, title):
-        """Add this rank's images, in batches of size, with a progress bar; returns self.
-
-        batches: a function that yields images, uint8 (B, 3, H, W), for a list of ranges.
-        """
+        """Add this rank's images, in batches of size, with a progress bar; returns self. batches: a
+        function that yields images, uint8 (B, 3, H, W), for a list of ranges."""
         world = self.extractor.world
         parts = rank_batches(self.count, size, world)
         with world.progress(self.count, desc=title, unit="image") as bar:
@@ -102,12 +95,10 @@ class Statistics:
         return self
 
     def merge(self):
-        """Join the parts of all ranks, on each of them; later calls do nothing."""
-        if self.merged:
-            return
-        self.merged, world = True, self.extractor.world
+        """Join the parts of all ranks, on each of them, once."""
+        world = self.extractor.world
         self.pool.merge(world)
-        if self.spatial is not None:
+        if self.spatial:
             self.spatial.merge(world)
         for table in (self.scores, self.points):  # zero where another process has the images
             if table is not None:

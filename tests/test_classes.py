@@ -21,15 +21,10 @@ def test_folder_names_come_before_numbers():
 
 
 @pytest.mark.parametrize("text, config, words", [
-    ("goldfich", IMAGENET, ["did you mean", "goldfinch"]),
-    ("xyzzy", IMAGENET, ["from 0 to 999, got xyzzy; give a number or a name of a class"]),
-    ("blu tulp", FLOWERS, ["did you mean", "blue tulip", "the classes are rose (0), Blue Tulip (1)",
-                           "quote names with spaces"]),
-    ("x", {"num_classes": 2, "classes": ["a", "b"]}, ["the classes are a (0), b (1)"]),
-    ("x", {"num_classes": 21, "classes": ["c"] * 21}, ["got x; give a number or a name"]),
-    *((text, FLOWERS, ["from 0 to 2"]) for text in ("3", "-1", "", "1000"))])
-def test_unknown_names_suggest_the_nearest_and_few_classes_are_listed(text, config, words):
-    """--classes china temple, without quotes, was told nothing of "china temple"."""
+    ("goldfich", IMAGENET, ["from 0 to 999, got goldfich; did you mean", "goldfinch"]),
+    ("blu tulp", FLOWERS, ["did you mean blue tulip", "quote names with spaces"]),
+    *((text, FLOWERS, ["from 0 to 2"]) for text in ("3", "-1", ""))])
+def test_unknown_names_suggest_the_nearest(text, config, words):
     with refused("--classes must be", *words):
         find_classes([text], config)
 

@@ -1,4 +1,4 @@
-"""Distances against closed forms, known points and pytorch-fid."""
+"""Distances against closed forms, a search and pytorch-fid."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ def gaussian(dim, rank, seed):
 def test_equal_covariances_give_the_squared_distance_of_the_means(by_product):
     mean, covariance = gaussian(40, 60, seed=0)
     shift = np.linspace(-1, 2, 40)
-    distance = frechet_distance((mean, covariance), (mean + shift, covariance),
-                                by_product=by_product)
+    pairs = (mean, covariance), (mean + shift, covariance)
+    distance = frechet_distance(*pairs, by_product=by_product)
     assert distance == pytest.approx(shift @ shift, rel=1e-9)
 
 
@@ -42,28 +42,14 @@ def test_commuting_covariances_give_the_closed_form_however_singular(zeros):
     assert frechet_distance(*pairs) == pytest.approx(expected, rel=1e-11)
 
 
-def test_regular_covariances_give_pytorch_fids_number():
-    pairs = gaussian(128, 400, seed=3), gaussian(128, 300, seed=4)
+@pytest.mark.parametrize("dim, ranks, by_product, tolerance", [
+    (128, (400, 300), False, 1e-8), (128, (400, 300), True, 1e-8), (256, (9, 11), True, 2e-8)])
+def test_covariances_give_pytorch_fids_number(dim, ranks, by_product, tolerance):
+    """It takes roots of rounding errors where they are singular, which is part of its number."""
+    pairs = [gaussian(dim, rank, seed=rank) for rank in ranks]
     expected = calculate_frechet_distance(*pairs[0], *pairs[1])
-    assert frechet_distance(*pairs) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(*pairs, by_product=True) == pytest.approx(expected, rel=1e-8)
-
-
-def test_singular_covariances_give_pytorch_fids_number_by_product():
-    """pytorch-fid takes roots of rounding errors there, which is part of its number."""
-    pairs = gaussian(256, 9, seed=5), gaussian(256, 11, seed=6)
-    expected = calculate_frechet_distance(*pairs[0], *pairs[1])
-    assert frechet_distance(*pairs, by_product=True) == pytest.approx(expected, rel=2e-8)
-
-
-def test_precision_and_recall_of_known_points():
-    """k = 1 on a line. Balls of 0, 1, 5: to the nearest neighbour, radii 1, 1, 4."""
-    reference = torch.tensor([[0.0], [1.0], [5.0]])
-    samples = torch.tensor([[-0.5], [-1.5], [9.5], [2.0], [8.0]])
-    # Samples within [-1, 2] or [1, 9]: -0.5, 2, 8. Their balls: radii 1, 1, 1.5, 2.5, 1.5, so
-    # [-1.5, .5], [-2.5, -.5], [8, 11], [-.5, 4.5], [6.5, 9.5]: of the reference 0 and 1.
-    assert precision(samples, reference, k=1) == pytest.approx(3 / 5)
-    assert recall(samples, reference, k=1) == pytest.approx(2 / 3)
+    distance = frechet_distance(*pairs, by_product=by_product)
+    assert distance == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize("held", [1, 50, 2**25])

@@ -27,14 +27,6 @@ def save(images, folder):
 
 
 @pytest.fixture(scope="module")
-def home(torch_home):
-    """TORCH_HOME with Inception weights, for the whole file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_HOME", str(torch_home))
-        yield torch_home
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two folders, of 5 and 6 pictures."""
     root = tmp_path_factory.mktemp("images")
@@ -49,13 +41,11 @@ def evaluate(capfd, *options):
     return json.loads(out), err
 
 
-# ---- the numbers of others -----------------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_pytorch_fid_protocol_gives_pytorch_fids_number(home, folders, tmp_path, capfd):
-    """Its statistics of both folders and their distance; test_distances.py compares its formula,
-    which takes half a minute in 2048 dimensions, in fewer."""
+def test_pytorch_fid_protocol_gives_pytorch_fids_number(torch_home, folders, tmp_path, capfd,
+                                                        monkeypatch):
+    """Its formula takes half a minute in 2048 dimensions: test_distances.py takes fewer."""
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
     ours, theirs = [], []
     model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
     for folder in folders:
@@ -68,51 +58,39 @@ def test_pytorch_fid_protocol_gives_pytorch_fids_number(home, folders, tmp_path,
     assert frechet_distance(*ours) == pytest.approx(frechet_distance(*theirs), rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def adm(home, folders, tmp_path_factory):
-    """A reference of folder b, made by the script, and the options that compare folder a."""
-    path = tmp_path_factory.mktemp("reference") / "new" / "ref.npz"
-    options = ["--protocol", "adm", "--num-workers", 0]
-    call("evaluate_fid", "--samples", folders[1], "--make-ref", path, *options)
-    with np.load(path) as file:  # in ADM's layout
-        assert {name: file[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s")} == {
-            "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-        expected = pictures(6, 40, seed=2).permute(0, 2, 3, 1).numpy()
-        np.testing.assert_array_equal(file["arr_0"], expected)
-    return path, ["--samples", folders[0], "--ref", path, *options]
-
-
 @pytest.mark.slow
 def test_adm_protocol_gives_torch_fidelitys_numbers_with_one_and_three_processes(
-        adm, home, folders, tmp_path, capfd):
+        torch_home, folders, tmp_path, capfd, monkeypatch):
     """Of 5 samples and 6 reference images in batches of 2, one share holds a single image."""
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
     a, b = folders
+    path, adm = tmp_path / "new" / "ref.npz", ["--protocol", "adm"]
+    evaluate(capfd, "--samples", b, "--make-ref", path, *adm)
+    with np.load(path) as file:  # in ADM's layout
+        shapes = {name: file[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")}
+    assert shapes == {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,),
+                      "sigma_s": (2023, 2023), "arr_0": (6, 40, 40, 3)}
     expected = torch_fidelity.calculate_metrics(
         input1=str(a), input2=str(b), cuda=False, fid=True, isc=True, prc=True, isc_splits=1,
         samples_shuffle=False, feature_extractor="inception-v3-compat", cache=False, verbose=False)
-    result, _ = evaluate(capfd, *adm[1])
-    assert result["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    assert result["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
-    assert result["precision"] == pytest.approx(expected["precision"], rel=1e-4)
-    assert result["recall"] == pytest.approx(expected["recall"], rel=1e-4)
+    result, _ = evaluate(capfd, "--samples", a, "--ref", path, *adm)
+    for ours, theirs in (("fid", "frechet_inception_distance"), ("precision", "precision"),
+                         ("inception_score", "inception_score_mean"), ("recall", "recall")):
+        assert result[ours] == pytest.approx(expected[theirs], rel=1e-4)
     assert result["inception_score"] > 1.5 and result["sfid"] > 1
     assert result["num_reference_images"] == 6 and result["num_samples"] == 5
-    said = run_ranks("evaluate_fid", *adm[1], "--batch-size", 2, processes=3,
-                     output=tmp_path / "said", TORCH_HOME=home)
+    said = run_ranks("evaluate_fid", "--samples", a, "--ref", path, *adm, "--batch-size", 2,
+                     "--num-workers", 0, processes=3, output=tmp_path / "said",
+                     TORCH_HOME=torch_home)
     line, = [line for line in "".join(said).splitlines() if line.startswith("{")]
     assert json.loads(line) == {
         key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
         for key, value in result.items()}
 
 
-# ---- pixels --------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capfd):
-    """They printed "FID 1.3243", of three channels, and "frechet 0.364", of their mean."""
-    images = pictures(30, 8, seed=7)
-    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+def test_the_quickstarts_two_scripts_print_one_number(tmp_path, capfd):
+    np.savez(tmp_path / "a.npz", arr_0=pictures(30, 8, seed=7).permute(0, 2, 3, 1).numpy())
     digits = runpy.run_path(ROOT / "examples" / "digits.py")
     digits["main"](digits["parse_args"](["write", str(tmp_path / "digits")]))
     capfd.readouterr()
@@ -121,7 +99,7 @@ def test_the_quickstarts_two_scripts_print_one_number_by_one_name(tmp_path, capf
     result, err = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "digits",
                            "--image-size", 8, "--protocol", "pixels")
     assert judged["frechet_distance_of_pixels"] == round(result["fid"], 4) > 1
-    assert f"Frechet distance of pixels {result['fid']:>13.4f}" in err and "FID" not in err
+    assert "warning: 30 samples against 1797 of the reference" in err
 
 
 def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd):
@@ -133,8 +111,7 @@ def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd)
     made, _ = evaluate(capfd, "--samples", folders[1], "--make-ref", tmp_path / "b.npz", *pixels)
     second, _ = evaluate(capfd, "--samples", tmp_path / "a.npz", "--ref", tmp_path / "b.npz",
                          *pixels)
-    assert made == {"protocol": "pixels", "num_samples": 19, "samples": str(folders[1]),
-                    "make_ref": str(tmp_path / "b.npz")}
+    assert made["num_samples"] == 19
     assert second["fid"] == pytest.approx(first["fid"], rel=1e-12)
     rows = [x.flatten(1).double().numpy() / 127.5 - 1 for x in (a, b)]
     expected = frechet_distance(*((x.mean(0), np.cov(x.T)) for x in rows))
@@ -145,93 +122,47 @@ def test_image_size_crops_files_of_any_size_and_colour(tmp_path, capfd):
     folder = save(pictures(3, 12, seed=6), tmp_path / "a")
     Image.new("L", (20, 16), 200).save(folder / "grey.png")
     (folder / "notes.txt").write_text("not an image")
-    (folder / "more").mkdir()
-    Image.new("RGBA", (9, 30)).save(folder / "more" / "tall.png")
-    result, _ = evaluate(capfd, "--samples", folder, "--make-ref", tmp_path / "ref.npz",
-                         "--protocol", "pixels", "--image-size", 8)
-    assert result["num_samples"] == 5
+    evaluate(capfd, "--samples", folder, "--make-ref", tmp_path / "ref.npz", "--protocol", "pixels",
+             "--image-size", 8)
     with np.load(tmp_path / "ref.npz") as file:
-        assert file["arr_0"].shape == (5, 8, 8, 3)
-        assert (file["arr_0"][3] == 200).all()  # in the order of paths
+        assert file["arr_0"].shape == (4, 8, 8, 3) and (file["arr_0"][3] == 200).all()
 
 
 def test_a_reference_keeps_evenly_spaced_images(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(evaluate_fid, "STORED_IMAGES", 4)
-    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
-    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    for samples in (save(images, tmp_path / "a"), tmp_path / "a.npz"):
-        reference = tmp_path / f"ref-{samples.name}.npz"
-        evaluate(capfd, "--samples", samples, "--make-ref", reference, "--protocol", "pixels")
-        with np.load(reference) as file:
-            assert file["arr_0"][:, 0, 0, 0].tolist() == [0, 2, 5, 7]
-            assert file["num_images"] == 10
-
-
-def test_few_samples_are_warned_of_on_stderr(tmp_path, capfd):
-    a, b = (save(pictures(n, 8, seed=n), tmp_path / str(n)) for n in (3, 4))
-    for samples, reference, warned in ((a, b, True), (b, a, False)):
-        _, err = evaluate(capfd, "--samples", samples, "--ref", reference, "--protocol", "pixels")
-        assert ("warning: 3 samples against 4 of the reference" in err) == warned
-
-
-# ---- bad input -----------------------------------------------------------------------------
-
-
-def spoil(folder, kind):
-    """Make a folder of images one that cannot be evaluated."""
-    path = folder / "000001.png"
-    if kind == "size":
-        Image.new("RGB", (9, 32)).save(path)
-    elif kind == "mode":
-        Image.new("L", (32, 32)).save(path)
-    elif kind == "torn":
-        path.write_bytes(path.read_bytes()[:-1000])
-    else:
-        for path in sorted(folder.iterdir())[1:]:
-            path.unlink()
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 2, 2, 3)
+    np.savez(tmp_path / "a.npz", arr_0=images.numpy())
+    evaluate(capfd, "--samples", tmp_path / "a.npz", "--make-ref", tmp_path / "ref.npz",
+             "--protocol", "pixels")
+    with np.load(tmp_path / "ref.npz") as file:
+        assert file["arr_0"][:, 0, 0, 0].tolist() == [0, 2, 5, 7] and file["num_images"] == 10
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("size", ["000001.png", "(32, 9)", "--image-size"]), ("torn", ["000001.png"]),
-    ("mode", ["000001.png", "mode L", "--image-size"]), ("few", ["2 images or more", "got 1"])])
-@pytest.mark.parametrize("option, other", [("--samples", "--ref"), ("--ref", "--samples"),
-                                           ("--samples", "--make-ref")])
+    ("size", ["000001.png", "(32, 9)", "--image-size"]), ("few", ["2 images or more", "got 1"]),
+    ("mode", ["000001.png", "mode L", "--image-size"])])
+@pytest.mark.parametrize("option, other", [("--samples", "--ref"), ("--ref", "--samples")])
 def test_images_that_cannot_be_evaluated_are_refused(option, other, kind, words, tmp_path, refusal,
                                                      monkeypatch):
     monkeypatch.setattr(World, "progress", lambda _, total, **__: tqdm(total=total, disable=True))
-    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    good, bad = (save(images, tmp_path / name) for name in ("good", "bad"))
-    spoil(bad, kind)
-    good = tmp_path / "ref.npz" if other == "--make-ref" else good
+    images = pictures(3 if kind != "few" else 1, 32, seed=0)
+    good, bad = save(pictures(3, 32, seed=1), tmp_path / "good"), save(images, tmp_path / "bad")
+    if kind != "few":
+        image = Image.new("RGB", (9, 32)) if kind == "size" else Image.new("L", (32, 32))
+        image.save(bad / "000001.png")
     line = refusal("evaluate_fid", [option, bad, other, good, "--protocol", "pixels",
                                     "--num-workers", 0], f"error: {option}")
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("options, word", [
-    ([], "--ref or --make-ref"), (["--ref", "x.npz", "--make-ref", "y.npz"], "--ref or --make-ref"),
-    (["--ref", "missing.npz"], "--ref"), (["--samples", "missing", "--ref", "x.npz"], "--samples"),
-    (["--make-ref", "statistics"], "--make-ref"), (["--make-ref", "kept.npz"], "--make-ref"),
-    (["--ref", "kept.npz"], "--ref"),
-    (["--make-ref", "x.npz", "--protocol", "pixels"], "--protocol pixels"),
-    (["--ref", "samples", "--inception", "none.pth"], "--inception")])
-def test_wrong_options_are_refused_in_one_line(options, word, tmp_path, refusal, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(pictures(3, 40, seed=9), tmp_path / "samples")
-    np.savez("kept.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
-    refusal("evaluate_fid", ["--samples", "samples", *options], f"error: {word}")
-
-
 def test_weights_neither_cached_nor_downloadable_are_named_with_their_place(tmp_path, refusal,
                                                                              monkeypatch):
     """Behind a proxy that refuses: where there is a network, a test may not download either."""
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / "hub" / "checkpoints"
     home.mkdir(parents=True)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folder = save(pictures(3, 8, seed=9), tmp_path / "a")
     line = refusal("evaluate_fid", ["--samples", folder, "--ref", folder], "--inception")
     for word in ("pt_inception-2015-12-05-6726825d.pth", "https://", str(home)):

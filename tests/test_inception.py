@@ -10,10 +10,8 @@ ALONE = World(0, 1, torch.device("cpu"), "fp32")
 
 
 def test_resize_puts_pixel_i_at_i_times_the_ratio_as_tensorflow_1_did():
-    ramp = torch.tensor([0.0, 10.0]).expand(1, 3, 2, 2)
-    larger = resize_like_tensorflow(ramp, size=4)
-    assert larger[0, 0, 0].tolist() == [0, 5, 10, 10]
-    assert torch.equal(larger[0, 0, 0], larger[0, 0, 3])
+    larger = resize_like_tensorflow(torch.tensor([0.0, 10.0]).expand(1, 3, 2, 2), size=4)
+    assert larger[0, 0].tolist() == [[0, 5, 10, 10]] * 4
     ramp = torch.arange(4.0).expand(1, 3, 4, 4).transpose(2, 3)
     assert resize_like_tensorflow(ramp, size=2)[0, 0, :, 1].tolist() == [0, 2]
 
@@ -28,17 +26,16 @@ def test_spatial_features_are_seven_channels_in_tensorflows_order(inception_weig
 
 
 def test_evaluation_leaves_random_numbers_and_precision_as_they_were(inception_weights):
-    """Training goes on after an evaluation as if there had been none."""
-    torch.set_float32_matmul_precision("high")
     before = torch.get_rng_state()
+    extractor = Extractor("pytorch-fid", ALONE, inception=inception_weights)
+    torch.set_float32_matmul_precision("high")
     try:
-        extractor = Extractor("pytorch-fid", ALONE, inception=inception_weights)
         with torch.autocast("cpu", torch.bfloat16):
             mixed = extractor(pictures(1, 20, seed=9)).pool
-        assert torch.equal(before, torch.get_rng_state())
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(mixed, extractor(pictures(1, 20, seed=9)).pool)
 
 

@@ -28,7 +28,7 @@ def texts(path, captions, width=64):
 
 
 @pytest.mark.parametrize("captions", [(), ["a", "b", "c"] * 2 + ["a"], list("abcdefg")])
-@pytest.mark.parametrize("size, shown", [(8, 64), (40, 40), (70, 70)])
+@pytest.mark.parametrize("size, shown", [(8, 64), (70, 70)])
 def test_the_grid_is_exact_to_the_pixel(captions, size, shown, tmp_path):
     """Images are enlarged by repeating pixels, have two white pixels around, and are else as they
     were; captions stand above each image, or above the columns if all of a column are alike."""
@@ -54,30 +54,16 @@ def test_the_grid_is_exact_to_the_pixel(captions, size, shown, tmp_path):
     assert (left_over == 255).all()
 
 
-def test_one_image_has_a_frame_and_a_caption(tmp_path):
-    """One class ended in a traceback at the end of the work."""
-    pixels = picture(tmp_path, pictures(1, 64, seed=1), 10, ["a"])
-    assert pixels.shape[1] == 68 and pixels.shape[0] > 68 + 11
-
-
-@pytest.mark.parametrize("long", ["W" * 40, "Donaudampfschifffahrtsgesellschaft", "i" * 40,
-                                  "a very very long name of a class with many words\n2 steps"])
+@pytest.mark.parametrize("long", ["W" * 40, "a very long name of a class, many words\n2 steps"])
 @pytest.mark.parametrize("width", [64, 256])
 def test_long_captions_stay_above_their_image(long, width, tmp_path):
     pixels = texts(tmp_path, ["a", long, "b"], width)
-    assert (pixels[:, 2 + width:4 + width] > 200).all()
-    assert (pixels[:, 2 * width + 4:2 * width + 6] > 200).all()
+    for gap in (2 + width, 4 + 2 * width):
+        assert (pixels[:, gap:gap + 2] > 200).all()
     assert (pixels[0] == 255).all() and (pixels[-2:] == 255).all()  # nor does it leave the top
 
 
-def test_captions_are_words_and_not_formulas(tmp_path):
-    one, other = (texts(tmp_path, [text]) for text in ("$x_2$", "x_2"))
-    assert (one < 100).sum() > (other < 100).sum()
-    texts(tmp_path, ["$\\frac$"])  # as a formula an error
-
-
-@pytest.mark.parametrize("letters", ["\u00e9e", "\u00dfB", "\u00f8o", "\u0414A", "\u03b3y",
-                                     "\u0142l"])
+@pytest.mark.parametrize("letters", ["\u00e9e", "\u0414A", "\u03b3y"])
 def test_letters_of_other_scripts_are_drawn(letters, tmp_path):
     drawn = [texts(tmp_path, [letter]).tobytes() for letter in (*letters, "?", "\uffff")]
     assert len(set(drawn)) == 4
@@ -85,15 +71,9 @@ def test_letters_of_other_scripts_are_drawn(letters, tmp_path):
     assert texts(tmp_path, [decomposed]).tobytes() == drawn[0]
 
 
-def test_what_the_first_font_lacks_is_drawn_by_another(tmp_path):
-    """U+2A9F is in STIX, which comes with Matplotlib, and not in DejaVu Sans."""
-    assert find_fonts("a \n") == ["DejaVu Sans"]
-    families = find_fonts("a\u1d84")
-    assert families[0] == "DejaVu Sans" and len(families) == 2
-    assert texts(tmp_path, ["\u1d84"]).tobytes() != texts(tmp_path, ["\u1d85"]).tobytes()
-
-
 def test_what_no_font_has_is_drawn_without_a_word(tmp_path, capfd):
-    """As is a name that is no Unicode, and an empty one."""
-    assert (texts(tmp_path, ["\U000e0fff", "n\udcff", " "]) < 100).any()
+    """As is a name that is no Unicode, an empty one, and what as a formula is an error. U+1D84 is
+    not in the first font."""
+    assert find_fonts("a \n") == ["DejaVu Sans"] and len(find_fonts("a\u1d84")) == 2
+    assert (texts(tmp_path, ["\U000e0fff", "n\udcff", " ", "$\\frac$"]) < 100).any()
     assert capfd.readouterr() == ("", "")

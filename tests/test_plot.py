@@ -15,7 +15,6 @@ ONE, TWO = (f"Frechet distance of pixels (pixels, {count} samples)" for count in
 
 def write_run(folder, *records):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}\n")
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
     return folder
 
@@ -25,8 +24,8 @@ def training(step, **values):
             "images_per_second": 2000.0, **values}
 
 
-def evaluation(step, **values):
-    return {"step": step, "protocol": "pixels", "num_samples": 60, "fid": 5.0, "seed": 0, **values}
+def evaluation(step, num_samples=60):
+    return {"step": step, "protocol": "pixels", "num_samples": num_samples, "fid": 5.0, "seed": 0}
 
 
 @pytest.fixture
@@ -45,10 +44,6 @@ def figure_of(folders, smooth=1):
     return figure, {axis.get_title(): axis for axis in figure.axes}
 
 
-def legend_of(folders):
-    return [text.get_text() for text in figure_of(folders)[0].legends[0].get_texts()]
-
-
 def test_a_trained_run_is_plotted(trained, tmp_path, capfd):
     call("plot", trained.parent.parent, "--out", tmp_path / "curves.png")
     assert capfd.readouterr().out == f"{tmp_path / 'curves.png'}\n"
@@ -62,9 +57,8 @@ def test_every_quantity_has_a_panel_and_every_run_a_color(runs):
         "error": 2, "error, rows with r = t": 1, "gradient norm": 2, "images/s": 2, ONE: 1, TWO: 1}
     new, old = axes["error"].lines
     assert new.get_xydata().tolist() == [[step, 100 / step] for step in (1, 2, 3, 4)]
-    assert new.get_color() != old.get_color()
-    assert axes["error"].get_yscale() == "log" and axes["images/s"].get_yscale() == "linear"
-    assert axes["images/s"].get_ylim()[0] == 0
+    assert new.get_color() != old.get_color() and axes["error"].get_yscale() == "log"
+    assert axes["images/s"].get_yscale() == "linear" and axes["images/s"].get_ylim()[0] == 0
 
 
 def test_smoothing_is_said_and_keeps_the_records_visible(runs):
@@ -86,7 +80,7 @@ def test_a_torn_last_line_is_skipped(runs, tmp_path, capfd):
 
 def test_values_that_have_no_logarithm_are_drawn(tmp_path):
     run = write_run(tmp_path / "run", training(1, error=float("nan")), training(2, error=0.0),
-                    training(3, error=None), training(5, grad_norm=1e9, skipped_steps=2))
+                    training(3, error=None), training(5, skipped_steps=2))
     _, axes = figure_of([run])
     assert axes["error"].get_yscale() == "linear" and len(axes["error"].lines[0].get_xdata()) == 3
     assert axes["steps left out, not finite"].lines[0].get_xydata().tolist() == [[5, 2]]
@@ -94,18 +88,10 @@ def test_values_that_have_no_logarithm_are_drawn(tmp_path):
 
 def test_names_are_shown_as_they_are(tmp_path):
     """A legend of Matplotlib hides names with a leading underscore and sets $...$ as formulas."""
-    odd = os.fsdecode(b"caf\xe9")
-    folders = [write_run(tmp_path / name, training(1), training(2))
-               for name in ("_hidden", "$\\frac$", odd, "a/run", "b/run")]
-    assert legend_of(folders[:3]) == ["_hidden", "$\\frac$", "caf?"]
-    assert legend_of(folders[3:]) == [str(tmp_path / "a/run"), str(tmp_path / "b/run")]
-
-
-def test_many_runs_have_distinct_colors(runs):
-    lines = figure_of(runs * 6)[1]["error"].lines
-    colors = np.array([line.get_color() for line in lines])  # (12, 4)
-    distances = np.abs(colors[:, None] - colors).max(2) + np.eye(12)
-    assert distances.min() > 0.05
+    for names, shown in (([b"_hidden", b"$\\frac$", b"caf\xe9"], ["_hidden", "$\\frac$", "caf?"]),
+                         ([b"a/run", b"b/run"], [f"{tmp_path}/a/run", f"{tmp_path}/b/run"])):
+        folders = [write_run(tmp_path / os.fsdecode(name), training(1)) for name in names]
+        assert [text.get_text() for text in figure_of(folders)[0].legends[0].get_texts()] == shown
 
 
 def test_only_pictures_of_its_own_are_overwritten(runs, refusal, tmp_path):
@@ -113,17 +99,13 @@ def test_only_pictures_of_its_own_are_overwritten(runs, refusal, tmp_path):
         call("plot", folder, "--out", tmp_path / "curves.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
     (tmp_path / "link.png").symlink_to("nowhere")
-    os.mkfifo(tmp_path / "pipe.png")  # whoever opened it would wait
     for name in ("photo.png", "link.png", "new", "curves.png/new.png"):
         refusal("plot", [runs[0], "--out", tmp_path / name], "--out")
-    with pytest.raises(plot.UserError, match="--out"):
-        plot.check_out(tmp_path / "pipe.png")
 
 
 def test_what_is_no_run_with_metrics_is_refused(runs, refusal, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "absent", runs[0] / "metrics.jsonl",
-                   write_run(tmp_path / "early"), write_run(tmp_path / "torn", [1])):
+    for folder in (tmp_path, tmp_path / "absent", runs[0] / "metrics.jsonl",
+                   write_run(tmp_path / "early")):
         with pytest.raises(plot.UserError, match="RUN must"):
             plot.read_run(folder)
-    refusal("plot", [*runs, tmp_path / "empty", "--out", tmp_path / "curves.png"], "RUN")
+    refusal("plot", [*runs, tmp_path, "--out", tmp_path / "curves.png"], "RUN")
