@@ -17,6 +17,7 @@ so the data do not depend on the world size, and a resumed run reads nothing of 
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 import os
 import threading
@@ -61,19 +62,16 @@ class BatchSampler:
 
 
 def load_batches(dataset, steps, *, workers, device):
-    """Yields the batches of a data set on device, for the steps of a BatchSampler.
-
-    Data are as the data set has them, uint8 (B, 3, H, W) or moments (B, 2, C, h, w), and labels
-    (B,) int64. With workers two batches are prefetched, in pinned memory if device is a GPU.
-    Raises UserError for what cannot be read.
-    """
+    """Yields the batches of a data set, data and labels (B,), on device, for the steps of a
+    BatchSampler. With workers two batches are prefetched, in pinned memory if device is a GPU.
+    Raises UserError for what cannot be read."""
     batches = iter(dataset.batches(steps, workers))
     if device.type == "cuda":
         batches = ([tensor.pin_memory() for tensor in batch] for batch in batches)
     if workers:
-        end = object()
-        items = map_ahead(lambda _: next(batches, end), itertools.repeat(None), threads=1, depth=2)
-        batches = itertools.takewhile(lambda batch: batch is not end, items)
+        take = functools.partial(next, batches)  # given None: after the last batch
+        ahead = map_ahead(take, itertools.repeat(None), threads=1, depth=2)
+        batches = itertools.takewhile(lambda batch: batch is not None, ahead)
     for batch in batches:
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
