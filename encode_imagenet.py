@@ -190,11 +190,11 @@ class OutputFolder:
         """Write dataset.json. Raises UserError if images are unreadable and may not be skipped."""
         skipped, sums = self.read_notes()
         names, count = list(itertools.chain(*skipped)), self.record["images"]
-        if len(names) == count or (names and not self.args.skip_bad_images):
+        if names and not self.args.skip_bad_images:
             print("unreadable images:", *names, sep="\n  ", file=sys.stderr)
             raise UserError(f"--data-path must hold readable images, got {len(names)} of {count} "
-                            f"unreadable; repair them or, if others are left, add "
-                            f"--skip-bad-images, then repeat the command: what is encoded stays")
+                            f"unreadable; repair them or add --skip-bad-images, then repeat the "
+                            f"command: what is encoded stays")
         paths = [path for files in self.files for path in files.arrays(self.args.flip)]
         write_json(self.path / "dataset.json", add_checksum({
             **self.record, "count": count - len(names),

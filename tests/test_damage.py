@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, tiny
+from torch.utils._pytree import tree_flatten
 
 from dataset.latents import LatentShards, ShardFiles
 from dataset.pictures import load_png, write_pngs
@@ -51,26 +52,22 @@ def read_shards(folder):
     shards = LatentShards(folder)
     shards.verify()
     rows = torch.arange(len(shards))
-    moments = [plain(shards.read((rows, torch.full((len(rows),), mirrored))))
-               for mirrored in (False, True)]
-    return moments, shards.classes, shards.scale, shards.vae, shards.image_size
+    moments = [shards.read((rows, torch.full((len(rows),), flip))) for flip in (False, True)]
+    return plain([moments, shards.classes, shards.scale, shards.vae, shards.image_size])
 
 
 def read_reference(path):
     """What evaluation reads of a reference and the images in it."""
     statistics = Reference.load(path, "pixels", (8, 8))
     verify_npz(path, WORLD)
-    return plain([*statistics.pool, *NpzImages(path).batches([range(60)])]), statistics.count
+    return plain([statistics.pool, statistics.count, *NpzImages(path).batches([range(60)])])
 
 
 def plain(value):
-    """The value with tensors and arrays as bytes, so that == compares every bit."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        value = np.ascontiguousarray(value)
-        return value.dtype, value.shape, value.tobytes()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+    """A value's structure and leaves, arrays as bytes, so that == compares every bit."""
+    leaves, structure = tree_flatten(value)
+    return structure, [(leaf.dtype, leaf.shape, np.ascontiguousarray(leaf).tobytes())
+                       if hasattr(leaf, "dtype") else leaf for leaf in leaves]
 
 
 @contextlib.contextmanager
@@ -128,18 +125,16 @@ def test_no_flipped_bit_of_a_sampled_image_is_used(tmp_path):
                 assert np.array_equal(load_png(path), image), f"byte {position}, bit {bit}"
 
 
-def test_training_names_damaged_labels_and_latents_it_did_not_compare(shards, tmp_path, monkeypatch,
-                                                                     capfd):
+def test_training_names_damaged_labels_and_latents_it_did_not_compare(
+        shards, tmp_path, monkeypatch, capfd):
     options = [*tiny(shards, tmp_path / "run"), "--encoded-data", "--max-steps", 1]
-    labels = ShardFiles(shards, 1).labels
+    labels, line = ShardFiles(shards, 1).labels, "GB of latents were not compared"
     for verified in (4e9, 0):
         monkeypatch.setattr("dataset.latents.VERIFIED", verified)
-        with flipped(labels, labels.stat().st_size - 8, 0), pytest.raises(
-                UserError, match=labels.name):
+        with flipped(labels, labels.stat().st_size - 8, 0), pytest.raises(UserError, match="labels"):
             call("train", *options)
     assert not (tmp_path / "run").exists()
     call("train", *options)
-    line = "GB of latents were not compared"
     assert capfd.readouterr().err.count(line) == 1
     assert line in (tmp_path / "run" / "log.txt").read_text()
 

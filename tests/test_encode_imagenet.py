@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,39 +59,41 @@ def whole(world):
 
 
 @pytest.fixture(scope="module")
-def unfinished(world):
-    """The same folder if that run is killed before it writes dataset.json."""
-    def interrupted(*_):  # not by a signal: a shell's background jobs ignore SIGINT
-        raise KeyboardInterrupt
+def killed(world):
+    """The folder of the same run in a process that is killed at the last of four shards."""
+    def write_or_die(files, batches):
+        if files.moments.name == "shard-00003.npy":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_shard(files, batches)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encode_imagenet.OutputFolder, "finish", interrupted)
-        encode(world, world / "unfinished", "--flip")
-    return world / "unfinished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_imagenet, "write_shard", write_or_die)
+        child = multiprocessing.get_context("fork").Process(
+            target=encode, args=(world, world / "killed", "--flip"))
+        child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    return world / "killed"
 
 
 @pytest.fixture
 def spoilt(world, tmp_path):
-    """The images with three of them unreadable, the whole of shard 2's first batch."""
+    """The images with three of them unreadable, the whole of shard 2's first batch; their names."""
     images = shutil.copytree(world / "images", tmp_path / "spoilt")
     names = [ImageFolder(images, 32).name(row) for row in (14, 15, 16)]
     for name in names:
         (images / name).write_bytes((images / name).read_bytes()[:30])
-    return SimpleNamespace(images=images, names=names)
-
-
-# ---- numbers ---------------------------------------------------------------------------------
+    return images, names
 
 
 def test_the_folder_holds_what_the_contract_says(whole):
     names = {f"shard-{i:05d}{kind}.npy" for i in range(4) for kind in ("", ".flip", ".labels")}
     assert set(read(whole)) == {"dataset.json", *names}
     info = json.loads((whole / "dataset.json").read_text())
-    assert info["count"] == 26 and info["shards"] == [7, 7, 7, 5] and info["skipped"] == []
-    assert info["classes"] == ["china", "odd", "temple"] and info["format_version"] == 1
-    assert info["image_size"] == 32 and info["latent_shape"] == [4, 4, 4]
-    assert info["scale"] == 0.18215 and info["flip"] is True and info["dtype"] == "float16"
-    assert info["crc32"] == {name: zlib.crc32(np.load(whole / name)) for name in names}
+    assert info == info | {
+        "count": 26, "shards": [7, 7, 7, 5], "skipped": [], "classes": ["china", "odd", "temple"],
+        "image_size": 32, "latent_shape": [4, 4, 4], "scale": 0.18215, "dtype": "float16",
+        "crc32": {name: zlib.crc32(np.load(whole / name)) for name in names}}
     assert (np.load(whole / "shard-00001.npy")[:, 1] > 0).all()  # the std, not its logarithm
 
 
@@ -128,54 +129,31 @@ def test_moments_beyond_float16_are_refused(world, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "shard-00000.npy").exists()
 
 
-# ---- kill and resume -------------------------------------------------------------------------
-
-
-def encode_and_die(world, out):
-    """Encode in a process of its own, which is killed at the last of four shards."""
-    def die_at_the_last(files, batches):
-        if files.moments.name == "shard-00003.npy":
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_shard(files, batches)
-
-    def work():
-        encode_imagenet.write_shard = die_at_the_last
-        encode(world, out, "--flip", "--vae", "none")
-
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_bytes_with_two_processes(world, tmp_path):
+def test_a_killed_run_continues_with_two_processes(world, whole, killed, tmp_path):
     """Damage to a shard that was complete is found too, by its checksum."""
-    out = tmp_path / "out"
-    encode_and_die(world, out)
-    assert (out / "shard-00002.npy").exists() and not (out / "dataset.json").exists()
+    out = shutil.copytree(killed, tmp_path / "out")
     flip_bit(out / "shard-00000.flip.npy", -20)
     before = (out / "shard-00001.npy").stat().st_mtime_ns
-    said, other = run_ranks("encode_imagenet", *options(world, out, "--flip", "--vae", "none"),
-                            processes=2, output=tmp_path / "said")
+    said, other = run_ranks("encode_imagenet", *options(world, out, "--flip"), processes=2,
+                            output=tmp_path / "said")
     assert said.splitlines()[-1] == str(out) and str(out) not in other.splitlines()
-    assert (said + other).count("is damaged") == 1
-    assert read(out) == encode(world, tmp_path / "whole", "--flip", "--vae", "none")
+    assert (said + other).count("is damaged") == 1 and read(out) == read(whole)
     assert (out / "shard-00001.npy").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("state, shards", [
-    ("only a temporary file", range(4)), ("nothing of some shards", [0, 3]), ("no moments", [2]),
+    ("only temporary files", range(3)), ("nothing of a shard", [0]), ("no moments", [2]),
     ("dataset.json too", []), ("a flipped bit", []), ("a note that is none", [])])
 def test_whatever_a_kill_leaves_is_completed_to_the_same_bytes(
-        world, whole, unfinished, tmp_path, state, shards):
+        world, whole, killed, tmp_path, state, shards):
     """A kill may fall between any two of: notes, labels, moments, mirrors, the end."""
-    out = shutil.copytree(unfinished, tmp_path / "out")
+    out = shutil.copytree(killed, tmp_path / "out")
     for files in (ShardFiles(out, index) for index in shards):
         files.moments.rename(out / f".{files.moments.name}.1234.tmp")
         for path in (files.note, files.labels, files.flip) if state != "no moments" else ():
             path.unlink()
-    if state == "only a temporary file":
+    if state == "only temporary files":
         (out / "encoding.json").rename(out / ".encoding.json.77.tmp")
     elif state == "dataset.json too":
         shutil.copy(whole / "dataset.json", out)
@@ -188,9 +166,6 @@ def test_whatever_a_kill_leaves_is_completed_to_the_same_bytes(
     assert encode(world, out, "--flip") == read(whole)
     assert all(path.stat().st_mtime_ns == before[path] for path in before)
     assert not list(out.glob(".*.tmp"))
-
-
-# ---- damage and locks ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, how", [
@@ -225,65 +200,48 @@ def test_one_command_encodes_into_a_folder_at_a_time(world, tmp_path):
     assert not read(tmp_path / "out")
 
 
-# ---- bad images ------------------------------------------------------------------------------
-
-
 def test_bad_images_are_named_and_the_rest_is_encoded(world, whole, spoilt, tmp_path, capsys):
     """What is encoded stays when they are repaired."""
-    out = tmp_path / "out"
+    (images, names), out = spoilt, tmp_path / "out"
     with refused("3 of 26 unreadable", "--skip-bad-images"):
-        encode(world, out, "--flip", images=spoilt.images)
+        encode(world, out, "--flip", images=images)
     met, listed = capsys.readouterr().err.split("unreadable images:")
-    assert listed.split() == spoilt.names
-    for name in spoilt.names:
-        assert f"--data-path must hold readable images, got {spoilt.images}/{name}" in met
-        shutil.copy(world / "images" / name, spoilt.images / name)
-    with refused("without dataset.json"):
-        LatentShards(out)
+    assert listed.split() == names and not (out / "dataset.json").exists()
+    for name in names:
+        assert f"--data-path must hold readable images, got {images}/{name}" in met
+        shutil.copy(world / "images" / name, images / name)
     before = {path: path.stat().st_mtime_ns for path in out.glob("shard*.npy")}
-    assert encode(world, out, "--flip", images=spoilt.images) == read(whole)
+    assert encode(world, out, "--flip", images=images) == read(whole)
     changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
     assert changed == set(ShardFiles(out, 2).arrays(True))
 
 
 def test_skipped_images_are_recorded(world, whole, spoilt, tmp_path):
-    out, skip = tmp_path / "out", ("--flip", "--skip-bad-images")
-    before = encode(world, out, *skip, images=spoilt.images)
+    (images, names), out, skip = spoilt, tmp_path / "out", ("--flip", "--skip-bad-images")
+    before = encode(world, out, *skip, images=images)
     info = json.loads((out / "dataset.json").read_text())
-    assert info["skipped"] == spoilt.names
-    assert info["count"] == 23 and info["shards"] == [7, 7, 4, 5]
+    assert info["skipped"] == names and info["count"] == 23 and info["shards"] == [7, 7, 4, 5]
     kept = torch.tensor([row for row in range(26) if row not in (14, 15, 16)])
     torch.testing.assert_close(all_of(out), tuple(part[kept] for part in all_of(whole)))
     with refused("3 of 26 unreadable"):
-        encode(world, out, "--flip", images=spoilt.images)
+        encode(world, out, "--flip", images=images)
     for damage in (lambda: flip_bit(out / "shard-00002.npy", -8),
                    lambda: (out / "shard-00002.json").write_text('"names"')):
         damage()
-        assert encode(world, out, *skip, images=spoilt.images) == before
+        assert encode(world, out, *skip, images=images) == before
 
 
-def test_a_folder_of_bad_images_alone_is_refused(world, tmp_path):
-    (tmp_path / "images" / "a").mkdir(parents=True)
-    (tmp_path / "images" / "a" / "0.jpg").write_text("no image")
-    with refused("--data-path must hold readable images, got 1 of 1"):
-        encode(world, tmp_path / "out", "--skip-bad-images", images=tmp_path / "images")
-
-
-# ---- refusals --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options, word", [
-    (["--flip", "--image-size", "64"], "image_size"), (["--flip", "--dtype", "float32"], "dtype"),
-    (["--flip", "--shard-size", "8"], "shard_size"), (["--flip", "--vae", "none"], "encoder"),
-    (["--flip", "--precision", "bf16"], "precision"), ([], "flip True, now False"),
-    (["--flip"], "files")])
-def test_a_folder_of_another_configuration_is_refused(world, whole, tmp_path, options, word):
+@pytest.mark.parametrize("option, word", [
+    ("--flip --image-size 64", "image_size"), ("--flip --dtype float32", "dtype"),
+    ("--flip --shard-size 8", "shard_size"), ("--flip --vae none", "encoder"),
+    ("--flip --precision bf16", "precision"), ("", "flip True, now False"), ("--flip", "files")])
+def test_a_folder_of_another_configuration_is_refused(world, whole, tmp_path, option, word):
     before, images = read(whole), world / "images"
     if word == "files":
         images = shutil.copytree(world / "images", tmp_path / "images")
         shutil.copy(images / "china" / "0.jpg", images / "china" / "new.jpg")
     with refused("--out-path", word, "choose another"):
-        encode(world, whole, *options, images=images)
+        encode(world, whole, *option.split(), images=images)
     assert read(whole) == before
 
 
@@ -296,9 +254,6 @@ def test_a_folder_of_something_else_is_refused_and_kept(world, tmp_path, name, t
     assert read(tmp_path) == {name: text.encode()}
 
 
-@pytest.mark.parametrize("option", [
-    ["--image-size", "36"], ["--out-path", "{world}/images/new"]])
-def test_options_that_do_not_suit_each_other_are_refused(world, tmp_path, option):
-    with refused(option[0]):
-        encode(world, tmp_path / "out", *(text.format(world=world) for text in option))
-    assert not (tmp_path / "out").exists() and not (world / "images" / "new").exists()
+def test_shards_among_the_images_are_refused(world):
+    with refused("--out-path", "--data-path"):
+        encode_imagenet.parse_args(options(world, world / "images" / "new"))

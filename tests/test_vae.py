@@ -55,17 +55,15 @@ def test_weights_with_the_names_of_the_published_files_are_read(codec, copy):
 
 
 @pytest.mark.parametrize("size, parts", [(16, [8]), (32, [2, 2, 2, 2]), (64, [1] * 8)])
-def test_a_pass_holds_fewer_images_where_they_are_larger(codec, size, parts, monkeypatch):
+def test_a_pass_holds_fewer_images_where_they_are_larger(folder, size, parts, monkeypatch):
     """32 images of 512 px at once took 8 GiB for one activation of the decoder."""
-    x, lengths = images(8, size), []
+    codec, x, lengths = load_codec(str(folder)), images(8, size), []
     whole = codec.encode(x)
     monkeypatch.setattr("dataset.vae.PIXELS", 2 * 32**2)
-    hooks = [module.register_forward_pre_hook(lambda module, inputs: lengths.append(len(inputs[0])))
-             for module in (codec.model.encoder, codec.model.decoder)]
+    for module in (codec.model.encoder, codec.model.decoder):
+        module.register_forward_pre_hook(lambda module, inputs: lengths.append(len(inputs[0])))
     torch.testing.assert_close(codec.encode(x), whole, rtol=1e-5, atol=1e-6)
     assert codec.decode(whole[:, 0]).shape == (8, 3, size, size) and lengths == parts * 2
-    for hook in hooks:
-        hook.remove()
 
 
 def test_decoding_undoes_the_scale(codec):
@@ -128,18 +126,14 @@ def test_a_vae_neither_cached_nor_downloadable_is_refused(tmp_path, monkeypatch)
         load_codec("ema")
 
 
-@pytest.mark.parametrize("how", ["pickled", "empty", "a weight is missing", "torn", "shifted"])
+@pytest.mark.parametrize("how", ["pickled", "a weight is missing", "shifted"])
 def test_a_folder_without_a_vae_that_suits_is_refused(copy, how):
-    """diffusers words it, differently in each version, or fills in random weights."""
+    """diffusers fills in random weights, with a warning."""
     path, config = copy / "diffusion_pytorch_model.safetensors", copy / "config.json"
     weights = load_file(path)
     if how == "pickled":
         torch.save(weights, copy / "diffusion_pytorch_model.bin")
         path.unlink()
-    elif how == "empty":
-        config.unlink()
-    elif how == "torn":
-        path.write_bytes(path.read_bytes()[:1000])
     elif how == "shifted":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.1}))
     else:
