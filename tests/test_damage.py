@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import call, tiny
+from conftest import call, refused, tiny
 from torch.utils._pytree import tree_flatten
 
 from dataset.latents import LatentShards, ShardFiles
@@ -84,10 +84,10 @@ def flipped(path, position, bit):
 
 @pytest.mark.slow
 def test_no_flipped_bit_is_used(trained, shards, reference):
-    """Training used 18 of 20 damaged checkpoints, and shards and references likewise. Each of 200
-    flips is refused in one line, or changes nothing that is read (a time stamp, say). Half of those
-    in an archive are in its last bytes, the directory, which has more to misread."""
-    numbers, refused, harmless, files = random.Random(0), 0, 0, ShardFiles(shards, 1)
+    """Training used 18 of 20 damaged checkpoints. Each of 200 flips is refused in one line, or
+    changes nothing that is read (a time stamp, say). Half of those in an archive are in its last
+    bytes, the directory."""
+    numbers, refusals, harmless, files = random.Random(0), 0, 0, ShardFiles(shards, 1)
     for path, read, source, flips, tail in (
             (trained, read_checkpoint, trained, 60, 5000),
             (reference, read_reference, reference, 60, 1000),
@@ -102,16 +102,16 @@ def test_no_flipped_bit_is_used(trained, shards, reference):
                     assert read(source) == whole, f"{path.name}, byte {position}, bit {bit}"
                     harmless += 1
                 except UserError as error:
-                    refused += 1
+                    refusals += 1
                     assert "\n" not in str(error) and path.name in str(error), error
-    assert refused + harmless == 200 and refused >= 140, (refused, harmless)
+    assert refusals + harmless == 200 and refusals >= 140, (refusals, harmless)
 
 
 def test_an_array_that_a_flipped_bit_hides_is_missed(reference):
     """A length in the archive's directory that is too large by 256 hides the entries after it."""
     content = reference.read_bytes()
     last_but_one = content.rindex(b"PK\1\2", 0, content.rindex(b"PK\1\2"))
-    with flipped(reference, last_but_one + 33, 0), pytest.raises(UserError, match="the list"):
+    with flipped(reference, last_but_one + 33, 0), refused("the list"):
         verify_npz(reference, WORLD)
 
 
@@ -129,10 +129,9 @@ def test_training_names_damaged_labels_and_latents_it_did_not_compare(
         shards, tmp_path, monkeypatch, capfd):
     options = [*tiny(shards, tmp_path / "run"), "--encoded-data", "--max-steps", 1]
     labels, line = ShardFiles(shards, 1).labels, "GB of latents were not compared"
-    for verified in (4e9, 0):
-        monkeypatch.setattr("dataset.latents.VERIFIED", verified)
-        with flipped(labels, labels.stat().st_size - 8, 0), pytest.raises(UserError, match="labels"):
-            call("train", *options)
+    monkeypatch.setattr("dataset.latents.VERIFIED", 0)
+    with flipped(labels, labels.stat().st_size - 8, 0), refused(labels.name):
+        call("train", *options)
     assert not (tmp_path / "run").exists()
     call("train", *options)
     assert capfd.readouterr().err.count(line) == 1
@@ -146,11 +145,11 @@ def test_damaged_references_and_samples_are_refused(reference, trained, tmp_path
     position = reference.read_bytes().index(b"arr_0.npy") + 8000
     whole = shutil.copy(reference, tmp_path / "whole.npz")
     with flipped(reference, position, 3):
-        with pytest.raises(UserError, match="--samples .*arr_0.npy"):
+        with refused("--samples ", "arr_0.npy"):
             call("evaluate_fid", *samples, "--make-ref", new)
-        with pytest.raises(UserError, match="--ref .*arr_0.npy"):
+        with refused("--ref ", "arr_0.npy"):
             call("evaluate_fid", *samples[2:], "--samples", whole, "--ref", reference)
-        with pytest.raises(UserError, match="--fid-ref .*arr_0.npy"):
+        with refused("--fid-ref ", "arr_0.npy"):
             call("sample", "--ckpt", trained, "--num-fid-samples", 4, *evaluate)
     assert not new.exists()
     call("evaluate_fid", *samples, "--make-ref", new)

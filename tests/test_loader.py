@@ -22,9 +22,6 @@ ALONE = SimpleNamespace(rank=0, size=1)
 CPU = torch.device("cpu")
 
 
-# ---- the order -------------------------------------------------------------------------------
-
-
 def order(start=0, stop=10, **changes):
     return list(BatchSampler(**{"count": 103, "global_batch": 20, "seed": 1, "flip": True,
                                 "world": ALONE, **changes}).steps(start, stop))
@@ -54,9 +51,6 @@ def test_half_of_the_images_are_mirrored_if_asked():
 def test_fewer_images_than_a_batch_are_refused():
     with refused("--global-batch-size", "19", "20"):
         order(count=19)
-
-
-# ---- prefetching -----------------------------------------------------------------------------
 
 
 class Squares:
