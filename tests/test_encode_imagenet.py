@@ -223,6 +223,9 @@ def test_skipped_images_are_recorded(world, whole, spoilt, tmp_path):
     assert info["skipped"] == names and info["count"] == 23 and info["shards"] == [7, 7, 4, 5]
     kept = torch.tensor([row for row in range(26) if row not in (14, 15, 16)])
     torch.testing.assert_close(all_of(out), tuple(part[kept] for part in all_of(whole)))
+    time = (out / "shard-00002.npy").stat().st_mtime_ns
+    encode(world, out, *skip, images=images)
+    assert (out / "shard-00002.npy").stat().st_mtime_ns == time
     with refused("3 of 26 unreadable"):
         encode(world, out, "--flip", images=images)
     for damage in (lambda: flip_bit(out / "shard-00002.npy", -8),
