@@ -131,7 +131,7 @@ MAKERS = {"arange", "array", "cat", "concatenate", "cos", "empty", "expand", "fr
 SHAPE = re.compile(r"\([A-Z0-9n][\w.* ^/-]*,[^)]*\)|scalar|any shape")
 
 # What is called so and is none: PIL's images, ranges of rows, data sets
-OTHERS = {("images", "center_crop"), ("encode_imagenet", "make_record"),
+OTHERS = {("images", "center_crop"), ("encode_imagenet", "__init__"),
           ("encode_imagenet", "encode"), ("encode_imagenet", "split"), ("evaluate_fid", "measure"),
           ("evaluate_fid", "compare"), ("evaluate_fid", "make_reference"),
           ("reference", "of"), ("classes", "imagenet_names"), ("meanflow", "equal_rows")}
