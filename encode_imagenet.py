@@ -4,9 +4,8 @@
         --data-path imagenet/train --out-path imagenet-latents
 
 One process needs no torchrun. If interrupted, rerun the command: it continues, and ends with the
-same bytes for any number of processes, because a shard's content does not depend on who encodes it.
-Rerun on a finished folder, it compares every file with its checksum and encodes damaged shards
-again. dataset/latents.py describes the format.
+same bytes for any number of processes. Rerun on a finished folder, it compares every file with its
+checksum and encodes damaged shards again. dataset/latents.py describes the format.
 """
 
 import functools
@@ -21,21 +20,11 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
 from dataset.images import ImageFolder
-from dataset.latents import (
-    CROP,
-    DTYPES,
-    FORMAT_VERSION,
-    UNFINISHED,
-    ShardFiles,
-    add_checksum,
-    checksum,
-    map_array,
-    write_shard,
-)
+from dataset.latents import FORMAT, ShardFiles, add_checksum, is_intact, map_array, write_shard
 from dataset.loader import map_ahead, read_images, stack_images
 from dataset.vae import load_codec
 from engine.checkpoint import differences
@@ -45,11 +34,10 @@ from engine.files import FolderLock, check_folder, list_folder, remove_temporary
 from engine.log import describe_environment
 from engine.options import Parser, int_range
 
+UNFINISHED = "encoding.json"  # stands in for dataset.json until the last shard is written
 # What two runs into one folder must share: files is the list of images, encoder the VAE's weights
 IDENTITY = ("format_version", "files", "image_size", "encoder", "dtype", "flip", "precision",
             "shard_size", "crop")
-# What reading a file of JSON, and parts of it, raises if it is missing or damaged
-BAD_JSON = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def parse_args(argv=None):
@@ -63,22 +51,20 @@ def parse_args(argv=None):
     add("--flip", action="store_true",
         help="store the latents of the mirror images too: twice the disk and time")
     add("--skip-bad-images", action="store_true",
-        help="skip unreadable images and list them in dataset.json; without it they are named and "
-             "no dataset.json is written")
+        help="skip unreadable images and list them in dataset.json, not written without it")
     add = parser.add_argument_group("encoding").add_argument
     add("--vae", default="ema",
         help="ema or mse (one encoder), a folder with an AutoencoderKL, or none: pixels")
-    add("--dtype", choices=list(DTYPES), default="float16",
+    add("--dtype", choices=("float16", "float32"), default="float16",
         help="numbers on disk; float16 halves the disk and rounds by 2^-11")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
         help="of the VAE on a GPU; tf32 and bf16 are faster and coarser")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=int_range(1), default=32,
-        help="images per batch of a process; above 256 px they go through the VAE in several "
-             "passes")
+        help="images per batch of a process; above 256 px the VAE takes several passes")
     add("--shard-size", type=int_range(1), default=8192,
-        help="images per shard, the most that a killed process loses; it is held in memory: 8192 "
-             "of 256 px take 0.3 GB, twice that with --flip")
+        help="images per shard, the most that a killed process loses; 8192 of 256 px take 0.3 GB "
+             "of memory, twice that with --flip")
     add("--num-workers", type=int_range(0, 1024), default=8,
         help="reading processes per process; 0 = none")
     args = parser.parse_args(argv)
@@ -95,8 +81,8 @@ def main(args):
             check_folder(args.out_path)
         read_record(args.out_path)  # refuses a foreign folder before anything heavy
         images = ImageFolder(args.data_path, args.image_size, world)
-        codec = load_codec(args.vae, world.device, precision=args.precision, chunk=args.batch_size)
-        output = OutputFolder(args, make_record(args, images, codec))
+        codec = load_codec(args.vae, world.device, precision=args.precision)
+        output = OutputFolder(args, images, codec)
         todo = output.open(world, stack)
         if world.main:
             print(*describe_environment(world), f"{len(images)} images of {len(images.classes)} "
@@ -111,21 +97,6 @@ def main(args):
 # ---- the folder ------------------------------------------------------------------------------
 
 
-def make_record(args, images, codec):
-    """What encoding.json, and later dataset.json, say of this encoding. Raises UserError.
-
-    images: an ImageFolder; codec: see dataset/vae.py.
-    """
-    return {
-        "format_version": FORMAT_VERSION, "crop": CROP,
-        "image_size": args.image_size, "latent_shape": list(codec.latent_shape(args.image_size)),
-        "vae": args.vae, "scale": float(codec.scale), "encoder": codec.fingerprint(),
-        "precision": args.precision, "dtype": args.dtype, "flip": args.flip,
-        "shard_size": args.shard_size, "images": len(images), "files": images.fingerprint(),
-        "classes": images.classes,
-    }
-
-
 def read_record(out):
     """The content of dataset.json, or of encoding.json, in --out-path; {} if it is empty or new.
 
@@ -138,7 +109,7 @@ def read_record(out):
         path = out / ("dataset.json" if "dataset.json" in names else UNFINISHED)
         record = json.loads(path.read_text())
         return {key: record[key] for key in IDENTITY} | record
-    except BAD_JSON as error:
+    except Exception as error:  # of the file, of JSON, or for whatever JSON holds instead
         raise UserError(f"--out-path must be new, empty or of the same command before, got {out} "
                         f"with {min(names)} of something else; choose another folder") from error
 
@@ -146,24 +117,20 @@ def read_record(out):
 class OutputFolder:
     """--out-path: its shards and, at the end, dataset.json.
 
-    record: of make_record. rows: of the image folder, by shard, unreadable images included.
+    record: what dataset.json says of this encoding. rows: those of the image folder, by shard.
     """
 
-    def __init__(self, args, record):
-        self.args, self.path, self.record = args, args.out_path, record
-        self.rows = split(range(record["images"]), args.shard_size)
+    def __init__(self, args, images, codec):
+        self.args, self.path = args, args.out_path
+        self.rows = split(range(len(images)), args.shard_size)
         self.files = [ShardFiles(self.path, shard) for shard in range(len(self.rows))]
-
-    def read_notes(self):
-        """(names of the skipped images by shard, CRC-32 by file name), by dataset.json and the
-        notes of shards (see write_shard). A shard whose note is damaged counts as damaged."""
-        sums, skipped = dict(read_record(self.path).get("crc32", {})), [[] for _ in self.files]
-        for files, names in zip(self.files, skipped):
-            with suppress(*BAD_JSON):
-                note = json.loads(files.note.read_text())
-                sums |= note["crc32"]
-                names += note["skipped"]
-        return skipped, sums
+        shape = codec.latent_shape(args.image_size)
+        self.record = {
+            **FORMAT, "image_size": args.image_size, "latent_shape": list(shape), "vae": args.vae,
+            "scale": float(codec.scale), "encoder": codec.fingerprint(),
+            "precision": args.precision, "dtype": args.dtype, "flip": args.flip,
+            "shard_size": args.shard_size, "images": len(images), "files": images.fingerprint(),
+            "classes": images.classes}
 
     def open(self, world, stack):
         """Lock the folder until the stack is left. Returns the shards to encode: those with a
@@ -172,7 +139,13 @@ class OutputFolder:
         def lock():
             with naming("--out-path"):
                 stack.enter_context(FolderLock(self.path))
-            self._check(read_record(self.path))
+            record = read_record(self.path)
+            fault = record and differences(*({key: each[key] for key in IDENTITY}
+                                             for each in (record, self.record)))
+            if fault:
+                raise UserError(f"--out-path must be new, empty or of the same command before, got "
+                                f"{self.path} of another ({fault}); repeat the command that began "
+                                f"it or choose another folder")
             remove_temporary_files(self.path)
             if not (self.path / "dataset.json").exists():
                 write_json(self.path / UNFINISHED, self.record)
@@ -186,18 +159,16 @@ class OutputFolder:
                 bar.update(min(world.size, bar.total - bar.n))
         return sorted(itertools.chain(*world.gather(todo)))
 
-    def _check(self, record):
-        """Raise UserError if what the folder holds was made in another way."""
-        if not record:
-            return
-        fault = differences(*({key: config[key] for key in IDENTITY}
-                              for config in (record, self.record)))
-        if record.get("skipped") and not self.args.skip_bad_images:
-            fault = f"--skip-bad-images and {len(record['skipped'])} images left out"
-        if fault:
-            raise UserError(f"--out-path must be new, empty or of the same command before, got "
-                            f"{self.path} of another ({fault}); repeat the command that began it "
-                            f"or choose another folder")
+    def read_notes(self):
+        """(names of the skipped images by shard, CRC-32 by file name), by dataset.json and the
+        notes of shards (see write_shard). A shard whose note is damaged counts as damaged."""
+        skipped, sums = [[] for _ in self.files], read_record(self.path).get("crc32", {})
+        for shard, files in enumerate(self.files):
+            with suppress(Exception):
+                note = json.loads(files.note.read_text())
+                sums |= note["crc32"]
+                skipped[shard] = note["skipped"]
+        return skipped, sums
 
     def _is_whole(self, shard, skipped, sums):
         """Whether a shard needs no encoding. skipped, sums: of read_notes."""
@@ -205,12 +176,11 @@ class OutputFolder:
         count, paths = len(self.rows[shard]) - len(gaps), files.arrays(self.args.flip)
         if not all(path.exists() for path in paths) or (gaps and not self.args.skip_bad_images):
             return False
-        for path in paths:
-            dtype, shape = ("int64", (count,)) if path == files.labels else (
-                self.args.dtype, (count, 2, *self.record["latent_shape"]))
+        latents = self.args.dtype, (count, 2, *self.record["latent_shape"])
+        for path, (dtype, shape) in zip(paths, [("int64", (count,)), latents, latents]):
             with suppress(UserError):
                 map_array(path, dtype, shape)
-                if checksum(path) == sums.get(path.name):
+                if is_intact(path, sums):
                     continue
             tqdm.write(f"{path} is damaged: its shard is encoded again", file=sys.stderr)
             return False
@@ -220,11 +190,11 @@ class OutputFolder:
         """Write dataset.json. Raises UserError if images are unreadable and may not be skipped."""
         skipped, sums = self.read_notes()
         names, count = list(itertools.chain(*skipped)), self.record["images"]
-        if len(names) == count or (names and not self.args.skip_bad_images):
+        if names and not self.args.skip_bad_images:
             print("unreadable images:", *names, sep="\n  ", file=sys.stderr)
             raise UserError(f"--data-path must hold readable images, got {len(names)} of {count} "
-                            f"unreadable; repair them or, if others are left, add "
-                            f"--skip-bad-images, then repeat the command: what is encoded stays")
+                            f"unreadable; repair them or add --skip-bad-images, then repeat the "
+                            f"command: what is encoded stays")
         paths = [path for files in self.files for path in files.arrays(self.args.flip)]
         write_json(self.path / "dataset.json", add_checksum({
             **self.record, "count": count - len(names),
@@ -260,9 +230,7 @@ def encode(args, images, codec, output, todo, world):
             write_shard(output.files[shard], of_shard)
     world.barrier()
     if world.main and todo:
-        seconds = time.monotonic() - start
-        print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} images/s",
-              file=sys.stderr)
+        print(f"{count / (time.monotonic() - start):.1f} images/s", file=sys.stderr)
 
 
 def split(rows, size):
@@ -271,9 +239,9 @@ def split(rows, size):
 
 
 def encode_batch(args, images, codec, device, batch):
-    """The (items, results) of read_images -> what write_shard takes: labels (n,) int64, moments
-    (n, 2, C, h, w) of --dtype, on the CPU, those of the mirror images or None, and the names of
-    unreadable images, whose errors are printed. Raises UserError."""
+    """The (items, results) of read_images -> what write_shard takes: names of unreadable images,
+    whose errors are printed, labels (n,) int64, moments (n, 2, C, h, w) of --dtype, on the CPU,
+    and with --flip those of the mirror images. Raises UserError."""
     rows, pixels, unreadable = [], [], []
     for (row, _), image in zip(*batch):
         if isinstance(image, UserError):
@@ -282,21 +250,15 @@ def encode_batch(args, images, codec, device, batch):
         else:
             rows.append(row)
             pixels.append(image)
-    blank = np.zeros((3, args.image_size, args.image_size), np.uint8)
-    pixels = stack_images(pixels or [blank]).to(device)  # a codec need not take empty batches
+    blank = torch.zeros(1, 3, args.image_size, args.image_size)  # diffusers takes no empty batch
+    pixels = (stack_images(pixels) if rows else blank).to(device)
     with one_thread():
-        moments = encode_pixels(args, codec, pixels)[:len(rows)]
-        mirror = encode_pixels(args, codec, pixels.flip(3))[:len(rows)] if args.flip else None
-    return images.labels[rows], moments, mirror, unreadable
-
-
-def encode_pixels(args, codec, pixels):
-    """uint8 (n, 3, H, W) -> moments (n, 2, C, h, w) of --dtype on the CPU. Raises UserError."""
-    moments = codec.encode(pixels).to(DTYPES[args.dtype])
-    if not moments.isfinite().all():
+        moments = [codec.encode(side)[:len(rows)].to(getattr(torch, args.dtype)).cpu()
+                   for side in (pixels, pixels.flip(3))[:1 + args.flip]]
+    if not all(part.isfinite().all() for part in moments):
         raise UserError(f"--dtype must hold the moments of --vae, got values beyond {args.dtype} "
                         f"or not finite; give --dtype float32 or another VAE")
-    return moments.cpu()
+    return unreadable, images.labels[rows], *moments
 
 
 if __name__ == "__main__":

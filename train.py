@@ -635,9 +635,9 @@ class Run(ExitStack):
 
     def read(self, step):
         """Yields this rank's part of each batch after this step: images or moments, labels (B,)."""
-        self.order.start, self.order.stop = step, max(step, self.total_steps)
+        steps = self.order.steps(step, self.total_steps)
         with self.world.progress(self.total_steps, initial=step) as bar:
-            for batch in load_batches(self.dataset, self.order, workers=self.args.num_workers,
+            for batch in load_batches(self.dataset, steps, workers=self.args.num_workers,
                                       device=self.world.device):
                 step += 1
                 self.world.position = f"step {step}"

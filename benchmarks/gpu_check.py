@@ -452,9 +452,10 @@ def loading(args, out):
     batch, count = (16, 8) if args.tiny else (256, 200)
     with start_processes() as world:
         for workers in (0, 4):
-            order = BatchSampler(len(dataset), batch, seed=0, flip=False, world=world, stop=count)
+            order = BatchSampler(len(dataset), batch, seed=0, flip=False, world=world)
             begin = time.perf_counter()
-            for images, _ in load_batches(dataset, order, workers=workers, device=world.device):
+            for images, _ in load_batches(dataset, order.steps(0, count), workers=workers,
+                                          device=world.device):
                 last = images
             float(last.sum())  # waits for the device
             taken = time.perf_counter() - begin

@@ -34,8 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.images import ImageFolder  # noqa: E402
 from dataset.latents import (  # noqa: E402
-    CROP,
-    FORMAT_VERSION,
+    FORMAT,
     LatentShards,
     ShardFiles,
     add_checksum,
@@ -131,7 +130,7 @@ def write_shards(folder, count):
     folder.mkdir()
     counts, sums = [min(8192, count - first) for first in range(0, count, 8192)], {}
     for index, size in enumerate(counts):
-        batch = torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half(), None, []
+        batch = [], torch.arange(size) % 1000, torch.randn(size, 2, *SHAPE).half()
         files = ShardFiles(folder, index)
         write_shard(files, [batch])
         sums |= json.loads(files.note.read_text())["crc32"]
@@ -141,17 +140,16 @@ def write_shards(folder, count):
 def write_description(folder, counts, sums):
     """Write dataset.json for shards of so many latents, with the checksums of their files."""
     write_json(folder / "dataset.json", add_checksum({
-        "format_version": FORMAT_VERSION, "crop": CROP, "image_size": 256,
-        "latent_shape": SHAPE, "vae": "none", "scale": 0.18215, "dtype": "float16", "flip": False,
-        "classes": [str(i) for i in range(1000)], "count": sum(counts), "shards": counts,
-        "crc32": sums}))
+        **FORMAT, "image_size": 256, "latent_shape": SHAPE, "vae": "none", "scale": 0.18215,
+        "dtype": "float16", "flip": False, "classes": [str(i) for i in range(1000)],
+        "count": sum(counts), "shards": counts, "crc32": sums}))
 
 
 def rate(dataset, args, workers, steps, seed):
     """Latents per second: float32 batches in the shuffled order of training."""
     world = World(0, 1, CPU, "fp32")
-    order = BatchSampler(len(dataset), args.batch_size, seed=seed, start=0, stop=steps + 1,
-                         flip=False, world=world)
+    order = BatchSampler(len(dataset), args.batch_size, seed=seed, flip=False,
+                         world=world).steps(0, steps + 1)
     batches = (load_batches(dataset, order, workers=workers, device=CPU)
                if isinstance(dataset, LatentShards) else
                iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers,
@@ -233,8 +231,8 @@ def time_start_up(args, folder):
     start = time.perf_counter()
     shards = LatentShards(folder)
     opened = time.perf_counter()
-    order = BatchSampler(len(shards), args.batch_size, seed=0, start=123_456, stop=123_460,
-                         flip=False, world=World(0, 1, CPU, "fp32"))
+    order = BatchSampler(len(shards), args.batch_size, seed=0, flip=False,
+                         world=World(0, 1, CPU, "fp32")).steps(123_456, 123_460)
     next(load_batches(shards, order, workers=args.num_workers, device=CPU))
     end = time.perf_counter()
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -359,7 +357,7 @@ def compare_encoding(args, folder, world):
     images = save_images(folder / "images", args.encode_images, args.encode_size)
     if world.device.type == "cpu":
         torch.set_num_threads(1)  # as in encode_imagenet.py
-    codec = load_codec(str(folder / "vae"), world.device, chunk=args.encode_batch)
+    codec = load_codec(str(folder / "vae"), world.device)
     bare = [bare_rate(codec, images, args, world.device)]
     done = subprocess.run(
         [sys.executable, ROOT / "encode_imagenet.py", "--data-path", folder / "images",

@@ -90,9 +90,9 @@ class ImageFolder:
     def __len__(self):
         return len(self.files)
 
-    def batches(self, sampler, workers):
+    def batches(self, steps, workers):
         """Yields images (B, 3, size, size) and labels (B,) for each (rows, mirrored)."""
-        items = (list(zip(rows.tolist(), mirrored.tolist())) for rows, mirrored in sampler)
+        items = (list(zip(rows.tolist(), mirrored.tolist())) for rows, mirrored in steps)
         for batch, images in read_images(self.read, items, workers=workers):
             yield stack_images(images), self.labels[[row for row, _ in batch]]
 

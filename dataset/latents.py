@@ -1,13 +1,12 @@
 """Latents on disk: a folder that encode_imagenet.py writes and LatentShards serves.
 
-    dataset.json             what the shards hold, how they were made, and the CRC-32 of each file's
-                             numbers and of itself
+    dataset.json             what the shards hold, how they were made, and checksums (CRC-32)
     shard-00000.npy ...      (n, 2, C, h, w): mean and std of every image's posterior, unscaled
     shard-00000.labels.npy   (n,) int64
     shard-00000.flip.npy     as shard-00000.npy, of the mirror images; where dataset.json says flip
 
 While a folder is being encoded, encoding.json stands in for dataset.json, and shard-00000.json
-holds the shard's checksums. Files are memory-mapped: serving an image copies its numbers once.
+holds the shard's checksums.
 """
 
 import itertools
@@ -23,10 +22,7 @@ from dataset.loader import map_ahead
 from engine.errors import UserError
 from engine.files import atomic_file, write_json
 
-FORMAT_VERSION = 1
-CROP = "adm-center"
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-UNFINISHED = "encoding.json"  # stands in for dataset.json until the last shard is written
+FORMAT = {"format_version": 1, "crop": "adm-center"}  # a part of dataset.json
 # train.py compares latents with their checksums up to so many bytes: 2 s from a disk of 2 GB/s
 VERIFIED = 4e9
 
@@ -36,13 +32,12 @@ class ShardFiles:
 
     def __init__(self, folder, index):
         stem = f"{Path(folder)}/shard-{index:05d}"
-        self.moments, self.labels = Path(f"{stem}.npy"), Path(f"{stem}.labels.npy")
-        self.flip = Path(f"{stem}.flip.npy")
-        self.note = Path(f"{stem}.json")  # see write_shard
+        self.labels, self.moments, self.flip, self.note = (
+            Path(stem + end) for end in (".labels.npy", ".npy", ".flip.npy", ".json"))
 
     def arrays(self, flip):
         """The files that must be there, and of which dataset.json has a checksum."""
-        return [self.labels, self.moments, *[self.flip][:flip]]
+        return [self.labels, self.moments, self.flip][:2 + flip]
 
 
 def map_array(path, dtype, shape):
@@ -51,16 +46,14 @@ def map_array(path, dtype, shape):
     Raises UserError unless the file exists, is complete, and has this dtype and shape.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if (array.shape, array.dtype, array.flags.c_contiguous) != (tuple(shape), dtype, True):
-            raise ValueError(f"it holds {array.shape} of {array.dtype}")
-        if path.stat().st_size != array.offset + array.nbytes:
-            raise ValueError("it is too long")
+        array, size = np.load(path, mmap_mode="r", allow_pickle=False), path.stat().st_size
+        if (array.shape, array.dtype, array.flags.c_contiguous, size) != (
+                tuple(shape), dtype, True, array.offset + array.nbytes):
+            raise ValueError(f"it has {array.shape} of {array.dtype} in {size} bytes")
     except Exception as error:  # NumPy lets errors of many kinds through
         raise UserError(f"{path} must hold {' x '.join(map(str, shape))} numbers of {dtype}, got "
-                        f"another file ({error!s:.200}); remove it and repeat the "
-                        f"encode_imagenet.py command, or raise the limit of open files (ulimit -n) "
-                        f"if there are too many") from error
+                        f"another file ({error!s:.200}); repeat the encode_imagenet.py command, or "
+                        f"raise the limit of open files (ulimit -n)") from error
     return np.asarray(array)  # rows of an np.memmap take longer
 
 
@@ -72,43 +65,34 @@ def prefetch_row(array, row):
     array.base.base.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
 
-def checksum(path):
-    """The CRC-32 of an .npy file's numbers; map_array compares the header. Raises UserError."""
+def is_intact(path, sums):
+    """Whether an .npy file's numbers can be read and have the CRC-32 in sums, by file name. Headers
+    are compared by map_array."""
     try:
-        return zlib.crc32(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read all of {path} ({error!s:.200}): check the disk, or remove "
-                        f"the file and repeat the encode_imagenet.py command") from error
+        return zlib.crc32(np.load(path, allow_pickle=False)) == sums.get(path.name)
+    except (OSError, ValueError):
+        return False
 
 
 def add_checksum(info):
-    """The content of dataset.json with the checksum of that content beside those of the shards."""
-    sums = {name: crc for name, crc in info["crc32"].items() if name != "dataset.json"}
-    text = json.dumps({**info, "crc32": sums}, sort_keys=True)
-    return {**info, "crc32": {**sums, "dataset.json": zlib.crc32(text.encode())}}
+    """The content of dataset.json with its own checksum."""
+    text = json.dumps({key: info[key] for key in info if key != "checksum"}, sort_keys=True)
+    return {**info, "checksum": zlib.crc32(text.encode())}
 
 
 def read_dataset_json(folder):
-    """dataset.json of a folder of shards. Raises UserError if it is missing or damaged.
-
-    What it says of a shard is compared with that shard's headers when they are opened.
-    """
+    """dataset.json of a folder of shards. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "dataset.json"
     if not path.exists():
-        state, remedy = "without dataset.json", "encode the images or leave out --encoded-data"
-        if path.with_name(UNFINISHED).exists():
-            state, remedy = "whose encoding was cut short", "repeat the encode_imagenet.py command"
-        raise UserError(f"--data-path must be a folder that encode_imagenet.py has finished for "
-                        f"--encoded-data, got {folder} {state}; {remedy}")
+        raise UserError(f"--data-path must be a folder that encode_imagenet.py has finished, got "
+                        f"{folder} without dataset.json; repeat that command or leave out "
+                        f"--encoded-data")
     try:
         info = json.loads(path.read_text())
-        if (info["format_version"], info["crop"]) != (FORMAT_VERSION, CROP):
-            raise ValueError("it is of another version")
-        if add_checksum(info) != info:
-            raise ValueError("it differs from its checksum")
+        if info != {**add_checksum(info), **FORMAT}:
+            raise ValueError("damaged or of another version")
     except Exception as error:  # of the file, of JSON, or for whatever JSON holds instead
-        fault = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} must be as encode_imagenet.py writes it, got another ({fault}); "
+        raise UserError(f"{path} must be as encode_imagenet.py writes it, got another ({error}); "
                         f"repeat that command") from error
     return info
 
@@ -116,107 +100,88 @@ def read_dataset_json(folder):
 class LatentShards:
     """A data set for training (see dataset/loader.py): a folder written by encode_imagenet.py.
 
-    Serves moments (B, 2, C, h, w) in the dtype on disk: float16 halves the transfer to a GPU,
-    and labels (B,). Shards are memory-mapped: opening reads headers and labels, and processes share
-    one page cache. Raises UserError for a folder that is missing, unfinished, damaged or foreign.
+    Serves moments (B, 2, C, h, w) in the dtype on disk and labels (B,). Files are memory-mapped:
+    processes share one page cache. Raises UserError for missing, damaged or foreign files.
     """
 
     def __init__(self, path):
         info = read_dataset_json(path)
-        self.folder, self.counts = Path(path), info["shards"]
+        self.folder, self.flip, self.dtype = Path(path), info["flip"], info["dtype"]
         self.classes, self.image_size = info["classes"], info["image_size"]
         self.latent_shape = tuple(info["latent_shape"])
-        self.vae, self.scale = info["vae"], info["scale"]
-        self.flip, self.dtype = info["flip"], info["dtype"]
-        self.sums, self.note = info["crc32"], None
+        self.vae, self.scale, self.sums = info["vae"], info["scale"], info["crc32"]
+        self.files = [ShardFiles(path, shard) for shard in range(len(info["shards"]))]
         self.arrays, labels = ([], []), []  # moments, those of the mirror images
-        for index, count in enumerate(self.counts):
-            files, shape = ShardFiles(path, index), (count, 2, *self.latent_shape)
-            for arrays, file in zip(self.arrays, [files.moments, *[files.flip][:self.flip]]):
-                arrays.append(map_array(file, self.dtype, shape))
+        for files, count in zip(self.files, info["shards"]):
             labels.append(map_array(files.labels, "int64", (count,)))
-            if count and not 0 <= labels[-1].min() <= labels[-1].max() < len(self.classes):
-                raise UserError(f"{files.labels} must hold labels below {len(self.classes)}, got "
-                                f"others; repeat the encode_imagenet.py command")
+            for arrays, file in zip(self.arrays, files.arrays(self.flip)[1:]):
+                arrays.append(map_array(file, self.dtype, (count, 2, *self.latent_shape)))
         self.labels = torch.from_numpy(np.concatenate(labels))  # (N,) int64
-        self.starts = np.cumsum([0, *self.counts])[:-1]
+        self.starts = np.cumsum([0, *info["shards"]])[:-1]
 
     def __len__(self):
         return len(self.labels)
 
-    def batches(self, sampler, workers):
+    def batches(self, steps, workers):
         """Yields moments (B, 2, C, h, w) and labels (B,) for each (rows, mirrored)."""
         if not workers:
-            return map(self.read, sampler)
+            return map(self.read, steps)
         # Threads: passing latents between processes costs ten times as much as reading them
-        return map_ahead(self.read, sampler, threads=workers, depth=2 * workers)
+        return map_ahead(self.read, steps, threads=workers, depth=2 * workers)
 
     def read(self, batch):
-        """The moments (B, 2, C, h, w) and labels (B,) of (rows, mirrored).
-
-        All rows are prefetched before the first is copied. From a cold disk that is 3 to 8 times
-        as fast; from memory it takes 1.2 to 1.8 times as long (benchmarks/loading.py).
-        """
+        """The moments (B, 2, C, h, w) and labels (B,) of (rows, mirrored)."""
         rows, mirrored = (part.numpy() for part in batch)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         places = [(self.arrays[mirror][shard], row) for mirror, shard, row in zip(
             mirrored.tolist(), shards.tolist(), (rows - self.starts[shards]).tolist())]
-        for array, row in places:
+        for array, row in places:  # 3 to 8 times as fast from a cold disk (benchmarks/loading.py)
             prefetch_row(array, row)
-        moments = torch.empty(len(rows), 2, *self.latent_shape, dtype=DTYPES[self.dtype])
-        target = moments.numpy()  # NumPy copies a row in a tenth of torch's time
-        for i, (array, row) in enumerate(places):
-            target[i] = array[row]
-        return moments, self.labels[batch[0]]
+        moments = np.empty((len(rows), 2, *self.latent_shape), self.dtype)
+        for i, (array, row) in enumerate(places):  # torch takes ten times as long for a row
+            moments[i] = array[row]
+        return torch.from_numpy(moments), self.labels[batch[0]]
 
     def verify(self):
         """Compare labels and, of up to VERIFIED bytes, latents with the checksums of dataset.json.
 
-        Returns a line that says what was not compared, else None. Raises UserError.
+        Returns a line for the log if latents were not compared, else None. Raises UserError.
         """
-        remedy = "repeat the encode_imagenet.py command"
         size = sum(array.nbytes for arrays in self.arrays for array in arrays)
-        for index in range(len(self.counts)):
-            files = ShardFiles(self.folder, index)
+        for files in self.files:
             for path in files.arrays(self.flip) if size <= VERIFIED else [files.labels]:
-                if checksum(path) != self.sums.get(path.name):
-                    raise UserError(f"{path} is damaged: {remedy}, which encodes that shard again")
-        if size > VERIFIED:
-            return (f"of {self.folder} the labels were compared with their checksums, "
-                    f"{size / 1e9:.0f} GB of latents were not: {remedy} to do so")
-        return None
+                if not is_intact(path, self.sums):
+                    raise UserError(f"{path} is damaged: repeat the encode_imagenet.py command, "
+                                    f"which encodes that shard again")
+        return None if size <= VERIFIED else (
+            f"{size / 1e9:.0f} GB of latents were not compared with their checksums: repeat the "
+            f"encode_imagenet.py command to do so")
 
     def check(self, *, codec, image_size, flip):
         """Raise UserError unless the shards suit --vae (codec, or None), --image-size, --flip."""
         if image_size != self.image_size:
             raise UserError(f"--image-size must be that of the latents in {self.folder}, "
-                            f"{self.image_size}, got {image_size}; give --image-size "
-                            f"{self.image_size} or encode again")
-        if codec and (codec.scale, codec.latent_shape(image_size)) != (
-                self.scale, self.latent_shape):
-            raise UserError(f"--vae must be the one that encoded {self.folder}, {self.vae} with "
-                            f"scale {self.scale} and latents {self.latent_shape}, got "
-                            f"{codec.name} with {codec.scale} and "
-                            f"{codec.latent_shape(image_size)}; give --vae {self.vae}")
+                            f"{self.image_size}, got {image_size}; leave it out or encode again")
+        shape = codec and codec.latent_shape(image_size)
+        if codec and (codec.scale, shape) != (self.scale, self.latent_shape):
+            raise UserError(f"--vae must be that of {self.folder}, {self.vae} with scale "
+                            f"{self.scale}, got {codec.name} with {codec.scale}, {shape}; leave it "
+                            f"out")
         if flip and not self.flip:
             raise UserError(f"--flip must come with latents of mirror images, got {self.folder} "
                             f"without; leave it out or encode with --flip")
 
 
 def write_shard(files, batches):
-    """Write one shard's files, each whole. The moments come last and mark the shard as complete.
+    """Write one shard's files, each whole, and a note with the CRC-32 of their numbers and the
+    names of skipped images, which dataset.json takes over. Raises UserError if the disk is full.
 
-    batches: of (labels (n,) int64, moments (n, 2, C, h, w), the same of the mirror images or None,
-    names of skipped images), tensors on the CPU, all in memory at once. The note holds these names
-    and the CRC-32 of the numbers; dataset.json takes them over. Raises UserError if the disk is
-    full.
+    batches: of (names of skipped images, labels (n,) int64, moments (n, 2, C, h, w) and, with
+    --flip, those of the mirror images), tensors on the CPU, all in memory at once.
     """
-    labels, moments, mirrors, skipped = zip(*batches)
-    parts = {files.labels: labels, files.flip: mirrors, files.moments: moments}
-    arrays = {path: torch.cat(tensors).numpy() for path, tensors in parts.items()
-              if tensors[0] is not None}
-    # First, so that files of two runs do not pass for a shard; of the data in memory, so that what
-    # the disk damages is noticed
+    skipped, *parts = zip(*batches)
+    arrays = {path: torch.cat(tensors).numpy() for path, tensors in zip(files.arrays(True), parts)}
+    # First: files of two runs must not pass for a shard
     write_json(files.note, {
         "skipped": list(itertools.chain(*skipped)),
         "crc32": {path.name: zlib.crc32(array) for path, array in arrays.items()}})

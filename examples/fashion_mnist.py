@@ -299,8 +299,8 @@ def train_classifier(split, world):
     steps = EPOCHS * (len(split) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     print(f"training the classifier: {steps} steps of {batch} images", file=sys.stderr)
-    rows = BatchSampler(len(split), batch, seed=0, flip=True, world=world, stop=steps)
-    for images, labels in split.batches(rows, workers=0):
+    rows = BatchSampler(len(split), batch, seed=0, flip=True, world=world)
+    for images, labels in split.batches(rows.steps(0, steps), workers=0):
         F.cross_entropy(net(images), labels, label_smoothing=0.05).backward()
         optimizer.step()
         optimizer.zero_grad()

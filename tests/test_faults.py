@@ -422,8 +422,8 @@ def test_a_full_disk_is_one_line_and_older_files_stay(digits, tmp_path, uninterr
 def test_readers_leave_the_end_to_the_training_process(digits, capfd):
     """A signal to the whole process group, as from a terminal, reaches the workers, too."""
     images = ImageFolder(digits, 8)
-    batches = BatchSampler(200, 10, seed=0, flip=False, world=WORLD, stop=10**6)
-    loaded = load_batches(images, batches, workers=1, device=torch.device("cpu"))
+    batches = BatchSampler(200, 10, seed=0, flip=False, world=WORLD)
+    loaded = load_batches(images, batches.steps(0, 10**6), workers=1, device=torch.device("cpu"))
     next(loaded)
     reader, = multiprocessing.active_children()
     for number in STOP_SIGNALS:

@@ -15,19 +15,16 @@ from conftest import ROOT, refused, save_folder
 from soak import HANG_S
 
 from dataset.images import ImageFolder
-from dataset.loader import BatchSampler, load_batches, map_ahead, prefetch, read_images
+from dataset.loader import BatchSampler, load_batches, read_images
 from engine.errors import UserError
 
 ALONE = SimpleNamespace(rank=0, size=1)
 CPU = torch.device("cpu")
 
 
-# ---- the order -------------------------------------------------------------------------------
-
-
-def order(**changes):
-    return BatchSampler(**{"count": 103, "global_batch": 20, "seed": 1, "start": 0, "stop": 10,
-                           "flip": True, "world": ALONE, **changes})
+def order(start=0, stop=10, **changes):
+    return list(BatchSampler(**{"count": 103, "global_batch": 20, "seed": 1, "flip": True,
+                                "world": ALONE, **changes}).steps(start, stop))
 
 
 def test_an_epoch_covers_the_set_once_and_the_next_is_another():
@@ -37,18 +34,12 @@ def test_an_epoch_covers_the_set_once_and_the_next_is_another():
     assert max(first + second) == 102
 
 
-def test_ranks_are_disjoint_and_make_up_the_global_batch():
-    whole = list(order())
-    parts = [list(order(world=SimpleNamespace(rank=rank, size=4))) for rank in range(4)]
-    for step, (rows, mirrored) in enumerate(whole):
-        for rank in range(4):
-            assert torch.equal(parts[rank][step][0], rows[rank::4])
-            assert torch.equal(parts[rank][step][1], mirrored[rank::4])
-
-
-def test_the_order_starts_at_any_step():
-    for ours, theirs in zip(list(order())[7:], order(start=7), strict=True):
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+def test_ranks_share_the_global_batch_of_any_step():
+    for rank in range(4):
+        part = order(start=3, world=SimpleNamespace(rank=rank, size=4))
+        for ours, whole in zip(part, order()[3:], strict=True):
+            assert torch.equal(ours[0], whole[0][rank::4])
+            assert torch.equal(ours[1], whole[1][rank::4])
 
 
 def test_half_of_the_images_are_mirrored_if_asked():
@@ -62,70 +53,48 @@ def test_fewer_images_than_a_batch_are_refused():
         order(count=19)
 
 
-# ---- prefetching -----------------------------------------------------------------------------
-
-
 class Squares:
-    """A data set as a user would write it: no files, no threads."""
+    """A data set as a user would write it: no files, no threads. taken: how many steps it had."""
 
-    classes = ["even", "odd"]
+    classes, taken = ["even", "odd"], 0
 
     def __len__(self):
         return 103
 
-    def batches(self, sampler, workers):
-        for rows, mirrored in sampler:
+    def batches(self, steps, workers):
+        for rows, mirrored in steps:
+            self.taken += 1
             yield torch.where(mirrored, -rows, rows) ** 2, rows % 2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_set_is_a_class_with_batches(workers):
-    served = list(load_batches(Squares(), order(flip=False), workers=workers, device=CPU))
-    assert len(served) == 10
-    for (x, y), (rows, _) in zip(served, order(flip=False)):
+@pytest.mark.parametrize("workers, taken", [(0, 1), (2, 3)])
+def test_a_data_set_is_a_class_with_batches_which_are_prefetched(workers, taken):
+    dataset = Squares()
+    served = load_batches(dataset, order(), workers=workers, device=CPU)
+    first = next(served)
+    time.sleep(0.5)
+    assert dataset.taken == taken
+    for (x, y), (rows, _) in zip([first, *served], order(), strict=True):
         assert torch.equal(x, rows**2) and torch.equal(y, rows % 2)
 
 
-def test_prefetch_takes_two_items_ahead_and_yields_all():
-    taken = []
-    items = prefetch(taken.append(i) or i for i in range(9))
-    assert next(items) == 0
-    time.sleep(0.2)
-    assert len(taken) <= 4 and list(items) == list(range(1, 9))
-
-
-def test_an_error_ahead_is_raised_at_its_item():
-    results = map_ahead(lambda x: 1 // x, [1, 1, 0, 1], threads=2, depth=4)
-    assert [next(results), next(results)] == [1, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-
-
-@pytest.fixture
-def torn(tmp_path):
-    """Ten images, of which row 3 is cut short."""
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_readers_serve_batches_of_any_length_in_order_and_name_the_unreadable(tmp_path, workers):
     path = save_folder(tmp_path / "images") / "a" / "3.png"
     path.write_bytes(path.read_bytes()[:-200])
-    return ImageFolder(tmp_path / "images", 32)
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_readers_serve_batches_of_any_length_in_order(torn, workers):
+    images = ImageFolder(tmp_path / "images", 32)
     batches = [[(row, False) for row in rows] for rows in ([0], range(10), [9, 8, 7], [3, 1])]
-    served = list(read_images(torn.read, batches, workers=workers))
+    served = list(read_images(images.read, batches, workers=workers))
     assert [batch for batch, _ in served] == batches
-    for batch, images in served:
-        for item, image in zip(batch, images, strict=True):
+    for batch, results in served:
+        for item, result in zip(batch, results, strict=True):
             if item == (3, False):
-                assert isinstance(image, UserError) and "a/3.png" in str(image)
+                assert isinstance(result, UserError) and "a/3.png" in str(result)
             else:
-                assert np.array_equal(image, torn.read(item).numpy())
-
-
-def test_the_loader_names_the_unreadable_image(torn):
-    sampler = BatchSampler(10, 10, seed=0, start=0, stop=1, flip=False, world=ALONE)
+                assert np.array_equal(result, images.read(item).numpy())
     with refused("a/3.png"):
-        list(load_batches(torn, sampler, workers=1, device=CPU))
+        list(load_batches(images, order(count=10, global_batch=10, stop=1), workers=workers,
+                          device=CPU))
 
 
 # Reads batches of 6 MB, and kills itself while its two readers go on
@@ -144,12 +113,10 @@ os.kill(os.getpid(), 9)
 
 @pytest.mark.slow
 def test_readers_need_no_shared_memory_and_end_with_a_process_that_is_killed(tmp_path):
-    """Docker gives 64 MB, in which eight readers had two batches of 6 MB each: the run hung. Here
-    it is 1 MB, if this user may make a mount namespace. The readers of a killed process hung on the
-    pipe that it emptied no more, and held the lock of its folder."""
+    """Docker gives 64 MB, in which a run hung; here it is 1 MB, if this user may make a mount
+    namespace. Readers of a killed process hung on the pipe that it emptied no more."""
     save_folder(tmp_path / "images", per_class=4)
-    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"',
-             "sh"]
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm; exec "$@"', ""]
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"]).returncode:
         small = []
     with open(tmp_path / "out", "w") as out:  # no pipe, which the readers would hold open
@@ -160,12 +127,4 @@ def test_readers_need_no_shared_memory_and_end_with_a_process_that_is_killed(tmp
     while (alive := [pid for pid in readers if Path("/proc", pid).exists()]) and (
             time.monotonic() < end):
         time.sleep(0.1)
-    for pid in alive:
-        os.kill(int(pid), 9)
     assert int(count) == 128 and len(readers) == 2 and not alive
-
-
-def test_a_killed_reader_ends_reading_in_one_line():
-    batches = read_images(lambda item: os.kill(os.getpid(), 9), [[0]], workers=1)
-    with refused("killed", "--num-workers"):
-        list(batches)
