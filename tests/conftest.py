@@ -351,15 +351,24 @@ def golden(name, dtype):
     return {key: convert[arrays[key].dtype.kind](arrays[key]) for key in arrays}
 
 
-def golden_method(numbers, **options):
-    """(method, draws) of a golden file of a loss; options of MeanFlow that it does not tell."""
+def golden_step(name, dtype=torch.float32):
+    """(network, method, (x, labels, draws), numbers) of a golden file of a loss."""
+    numbers = golden(name, dtype)
+    method, draws = golden_method(numbers)
+    net = (golden_improved_network if "omega" in numbers else golden_network)(dtype)
+    return net, method, (numbers["x"], numbers["labels"], draws), numbers
+
+
+def golden_method(numbers):
+    """(method, draws) of a golden file of a loss."""
     s = json.loads(numbers["settings"])
     rows = [numbers[name] for name in ("r", "t", "e", "drop_mask")]
     equal = int(numbers["equal"] if "equal" in numbers else s["batch"] * s["data_proportion"])
-    options |= {"num_classes": s["num_classes"], "c": s["norm_eps"], "p": s["norm_p"]}
+    options = {"num_classes": s["num_classes"], "c": s["norm_eps"], "p": s["norm_p"]}
     if "omega" not in numbers:
         method = MeanFlow(kappa=s["kappa"], cfg=s["omega"] / (1 - s["kappa"]),
-                          cfg_interval=(s["t_start"], s["t_end"]), **options)
+                          cfg_interval=(s["t_start"], s["t_end"]),
+                          tangent="network" if "variant" in s else "velocity", **options)
         return method, Draws(*rows, equal)
     method = ImprovedMeanFlow(omega_max=1 + s["s_max"], beta=s["cfg_beta"],
                               ratio=1 - s["data_proportion"],
@@ -381,7 +390,7 @@ def assert_official(ours, theirs):
 
 def official_gradients(net, numbers, stride):
     """(ours, theirs) of all gradients; files may hold each stride-th value, as gradsub.KEY."""
-    stored = {key.split(".", 1)[1]: key for key in numbers if key.startswith("grad")}
+    stored = {key.split(".", 1)[1]: key for key in numbers if key.startswith(("grad.", "gradsub."))}
     for name, p in net.named_parameters():
         step = stride if stored[name].startswith("gradsub.") else 1
         yield p.grad.flatten()[::step], numbers[stored[name]].flatten()
