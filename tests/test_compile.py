@@ -25,19 +25,8 @@ def refuse(graph, inputs):
     raise RuntimeError("no such\ninstruction\n\nset a variable for more")
 
 
-FAILS_IN_BACKWARD = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward,
-                                 bw_compiler=refuse)
-
-
-def fail_in(monkeypatch, which):
-    """A compiler that fails in this pass: a stand-in for one that lacks what it needs."""
-    def compile(function, **options):
-        derivative = getattr(function, "__func__", None) is MeanFlow.time_derivative
-        refused = which == "forward" or which == "derivative" and derivative
-        backend = refuse if refused else FAILS_IN_BACKWARD if which == "backward" else "eager"
-        return original(function, **options, backend=backend)
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", compile)
+BACKENDS = {"forward": refuse, "derivative": refuse, "backward": aot_autograd(
+    fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=refuse)}  # by where they fail
 
 
 def compile_unasked(monkeypatch):
@@ -59,16 +48,20 @@ def shallow():
 
 @pytest.fixture(scope="module")
 def plain(digits, tmp_path_factory):
-    """The folder of a run of two steps without the compiler."""
     folder = tmp_path_factory.mktemp("plain")
     call("train", *tiny(digits, folder), "--max-steps", 2, "--no-compile")
     return folder
 
 
-@pytest.mark.parametrize("which", ["forward", "backward", "derivative"])
+@pytest.mark.parametrize("which", BACKENDS)
 def test_a_run_goes_on_plain_where_the_compiler_fails(which, plain, digits, tmp_path, monkeypatch):
     """It once ended with the compiler's traceback."""
-    fail_in(monkeypatch, which)
+    def compile(function, original=torch.compile, **options):
+        derivative = getattr(function, "__func__", None) is MeanFlow.time_derivative
+        fails = which != "derivative" or derivative
+        return original(function, backend=BACKENDS[which] if fails else "eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
     compile_unasked(monkeypatch)
     call("train", *tiny(digits, tmp_path), "--max-steps", 2)
     line, = re.findall("torch.compile failed.*", (tmp_path / "log.txt").read_text())
