@@ -277,7 +277,7 @@ REFUSED = {  # what the message tells: the file
     "net.pos_embed": lambda net: renamed(net, "^", "net.") | renamed(net, "^", "net_ema."),
     "add --raw": lambda net: {"model": net},
     "other tensors": lambda net: {},
-    "int8": lambda net: net | {BIAS: torch.ones(240, dtype=torch.int8)},
+    "float8": lambda net: net | {BIAS: torch.ones(240).to(torch.float8_e4m3fn)},
     "not finite": lambda net: net | {BIAS: torch.full((240,), 1e300, dtype=torch.float64)},
     "ValueError": lambda net: {name: torch.ones(7) for name in net},
     "blocks.2.attn": lambda net: renamed(net, "blocks.2", "blocks.1000000000"),
