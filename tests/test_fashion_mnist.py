@@ -15,14 +15,6 @@ from torchvision import datasets
 COUNTS = {"train": 300, "t10k": 100}
 
 
-@pytest.fixture(autouse=True)
-def module(monkeypatch):
-    """With a classifier of a few steps."""
-    monkeypatch.setattr(fashion_mnist, "BATCH", 20)
-    monkeypatch.setattr(fashion_mnist, "EPOCHS", 4)
-    return fashion_mnist
-
-
 def idx(array):
     head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
     return gzip.compress(head + array.tobytes(), mtime=0)
@@ -51,20 +43,19 @@ def source(tmp_path):
 
 @pytest.fixture
 def data(source, tmp_path, monkeypatch):
-    """The folder that the script wrote, of files that torchvision would have downloaded."""
+    """The folder that the script wrote, of files that torchvision would download."""
     monkeypatch.setattr(datasets, "FashionMNIST", lambda root, download: SimpleNamespace(
         raw_folder=source if download and root == tmp_path / "data" else None))
     call("fashion_mnist", "write", tmp_path / "data")
     return tmp_path / "data"
 
 
-def test_write_makes_a_folder_of_each_class_and_only_what_is_missing(data, source, module,
-                                                                     monkeypatch):
+def test_write_makes_a_folder_of_each_class_and_only_what_is_missing(data, source, monkeypatch):
     for seed, (split, count) in enumerate(zip(("train", "test"), COUNTS.values())):
         images, labels = made_up(count, seed)
         assert len(list((data / split).rglob("*.png"))) == count
         for i in (0, 1, count - 1):
-            path = data / split / module.CLASSES[labels[i]] / f"{i:05d}.png"
+            path = data / split / fashion_mnist.CLASSES[labels[i]] / f"{i:05d}.png"
             assert np.array_equal(Image.open(path), images[i])
     monkeypatch.setattr(datasets, "FashionMNIST", None)  # to download is an error
     (data / "train").rename(data / "old")
@@ -74,9 +65,11 @@ def test_write_makes_a_folder_of_each_class_and_only_what_is_missing(data, sourc
     assert (data / "test" / "mark").exists()
 
 
-def test_judge_tells_good_samples_from_bad(data, module, tmp_path, monkeypatch, capsys):
+def test_judge_tells_good_samples_from_bad(data, tmp_path, monkeypatch, capsys):
     """Sample i is of the class i modulo 10, in the order of names."""
-    files = [sorted((data / "test" / name).iterdir())[:5] for name in sorted(module.CLASSES)]
+    monkeypatch.setattr(fashion_mnist, "BATCH", 20)
+    monkeypatch.setattr(fashion_mnist, "EPOCHS", 4)
+    files = [sorted(folder.iterdir())[:5] for folder in sorted((data / "test").iterdir())]
     good = np.stack([Image.open(path).convert("RGB") for row in zip(*files) for path in row])
     noise = np.random.RandomState(9).randint(0, 256, good.shape).astype(np.uint8)
     for name, images in (("good", good), ("shifted", np.roll(good, 1, 0)), ("noise", noise),
@@ -84,7 +77,7 @@ def test_judge_tells_good_samples_from_bad(data, module, tmp_path, monkeypatch, 
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
     call("fashion_mnist", "judge", data, tmp_path / "small.npz")
     call("fashion_mnist", "judge", data)
-    monkeypatch.setattr(module, "train_classifier", None)  # once for each size
+    monkeypatch.setattr(fashion_mnist, "train_classifier", None)  # once for each size
     call("fashion_mnist", "judge", data,
          *(tmp_path / f"{name}.npz" for name in ("good", "shifted", "noise")))
     _, _, everything, real, *lines, mean = map(json.loads, capsys.readouterr().out.splitlines())
