@@ -30,21 +30,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_threads():
+def few_threads_and_own_compiled_code(tmp_path_factory):
+    """The cache in /tmp may hold code for other vector instructions."""
     torch.set_num_threads(THREADS)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache_of_compiled_code(tmp_path_factory):
-    """The one in /tmp is shared, and a program takes from it what another compiled for other
-    vector instructions (ATEN_CPU_CAPABILITY), which then does not compile."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 def pytest_configure(config):
-    """Hide GPUs, unless -m gpu asks for the tests that need one. Else pairs of runs, in this
-    process and in children on the CPU, would compare two devices."""
-    if config.option.markexpr != "gpu":
+    if config.option.markexpr != "gpu":  # else a run here and one in a child differ in the device
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -56,30 +49,22 @@ def no_compiled_code():
         torch._dynamo.reset()
 
 
-sharding = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < SHARDING_SINCE,
-    reason="--shard needs torch " + ".".join(map(str, SHARDING_SINCE)))
+sharding = pytest.mark.skipif(torch.__version__ < SHARDING_SINCE,
+                              reason="torch is too old for --shard")
 
 
 # ---- scripts -----------------------------------------------------------------------------------
 
 
 def torchrun(*words, output, **env):
-    """A torchrun with these options; its workers are new Pythons, as a user's are.
-
-    The agent is forked, which saves the seconds that its imports take.
-    """
+    """A torchrun, forked to save the time of imports; its workers are new Pythons as a user's."""
     script = output.with_suffix(".py")
     script.write_text("from torch.distributed.run import main\nmain()")
     return Child(script, *words, output=output, **env)
 
 
 def run_ranks(script, *options, processes, output, **env):
-    """Run a script to its end in so many processes of one group; what each rank printed.
-
-    They are forked, which saves the seconds that torchrun and every import of PyTorch take. output:
-    a path without suffix for their output files.
-    """
+    """Run a script in so many forked processes; what each printed, and wrote to output.RANK.txt."""
     env = {name: str(value) for name, value in env.items()}
     group = [Child(script, *options, output=f"{output}.{rank}.txt", **place, **env)
              for rank, place in enumerate(ranks(processes))]
@@ -96,11 +81,8 @@ def call(script, *options):
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, capfd):
-    """A function that runs a script which must refuse its options; returns the line on stderr.
-
-    It checks exit code 2, one line that names the option, and that nothing in the folder changed,
-    which is tmp_path if none is given.
-    """
+    """A function that runs a script which must refuse its options: with exit code 2, one line on
+    stderr that names the option, which it returns, and an unchanged folder."""
     def run(script, options, option, folder=tmp_path):
         module, before = importlib.import_module(script), snapshot(folder)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, options)])
@@ -122,7 +104,7 @@ def snapshot(folder):
             for path in folder.rglob("*") if not path.is_symlink() and path.name != LOCK}
 
 
-# ---- data and runs -----------------------------------------------------------------------------
+# ---- data, runs and networks -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +137,7 @@ def tiny(digits, run_dir):
 
 @pytest.fixture(scope="session")
 def guided():
-    """Options, beside those of tiny, of a run of eight steps with all passes of guidance."""
+    """Options, beside those of tiny, of a run with all passes of guidance."""
     return ["--max-steps", 8, "--cfg", 2, "--kappa", 0.5]
 
 
@@ -201,13 +183,11 @@ def hub(tmp_path, monkeypatch):
     return hub
 
 
-# ---- images, a VAE and Inception weights -----------------------------------------------------
-
 PHOTO = Image.fromarray(load_sample_images().images[0])  # a real photograph, 640 x 427
 
 
 def refused(*words):
-    """Raises a UserError of one line with these words, in this order."""
+    """Expects a UserError of one line with these words, in this order."""
     return pytest.raises(UserError, match=".*".join(map(re.escape, map(str, words))))
 
 
@@ -218,13 +198,12 @@ def flip_bit(path, position):
     path.write_bytes(content)
 
 
-def save_folder(path, per_class=5, size=32):
+def save_folder(path, per_class=5):
     """A class folder each of 'b' and 'a' with pieces of the photograph."""
-    for offset, name in enumerate("ba"):
+    for y, name in (0, "b"), (60, "a"):
         (path / name).mkdir(parents=True)
         for i in range(per_class):
-            x, y = 40 * i, 60 * offset
-            PHOTO.crop((x, y, x + size + i, y + size)).save(path / name / f"{i}.png")
+            PHOTO.crop((40 * i, y, 41 * i + 32, y + 32)).save(path / name / f"{i}.png")
     return path
 
 
@@ -232,12 +211,10 @@ def save_odd_files(folder):
     """Photographs in every mode that ImageNet holds, and some that it does not."""
     square = PHOTO.crop((0, 0, 32, 32))
     folder.mkdir(parents=True, exist_ok=True)
-    square.convert("L").save(folder / "grey.jpg")
-    square.convert("CMYK").save(folder / "cmyk.jpg")
-    square.convert("P").save(folder / "palette.png")
+    for mode, name in (("L", "grey.jpg"), ("CMYK", "cmyk.jpg"), ("P", "palette.png"),
+                       ("1", "bits.png"), ("LA", "grey-alpha.png")):
+        square.convert(mode).save(folder / name)
     square.convert("P").save(folder / "transparent.gif", transparency=3)
-    square.convert("1").save(folder / "bits.png")
-    square.convert("LA").save(folder / "grey-alpha.png")
     alpha = Image.linear_gradient("L").resize((32, 32))
     Image.merge("RGBA", (*square.split(), alpha)).save(folder / "alpha.png")
     deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
@@ -265,33 +242,22 @@ GRADIENT_ROUNDING = 1e-4
 def assert_same_training(ours, theirs, start=None):
     """Two checkpoints of one run, whose steps were computed in another order.
 
-    What rounding moves by a small share is the gradient, so AdamW's moments are compared, which are
-    averages of the gradients of all steps and of their squares: max |a-b| <= GRADIENT_ROUNDING max
-    |b| of each tensor. A gradient is the end of some 50 sums of up to 400 products, each rounded by
-    2^-24: sqrt(50 * 400) 2^-24 = 8e-6 if roundings are independent, 50 * 400 * 2^-24 = 1e-3 if all
-    add up. Measured: 5e-6, and 2e-5 between instruction sets. A wrong label in one of four rows
-    moves it by 3e-3 or more.
-
-    No such bound holds for single weights. AdamW moves one by the rate times m / sqrt(v), whatever
-    the size of its gradient, so a gradient that is smaller than the rounding, as that of the biases
-    of attention keys, moves it anywhere. If gradients lie about evenly around zero, a share d / |g|
-    of them is below d, and the squares of the differences add up to about d: in the 2-norm weights
-    and averages differ by sqrt(GRADIENT_ROUNDING) of the way that they have come. start: the
-    weights at its beginning, by default the initial ones of the config's network and seed.
+    AdamW's moments, averages of gradients, are compared: some 50 sums of 400 products round by
+    sqrt(50 * 400) 2^-24 = 8e-6 (measured: up to 2e-5), a wrong label moves them by 3e-3 or more.
+    Weights whose gradient is mere rounding move anywhere. They are about that share of all, so the
+    2-norm differs by its root of the way from start (default: the config's network and seed).
     """
     for index, moments in theirs["opt"]["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
             a, b = ours["opt"]["state"][index][name], moments[name]
-            difference, size = float((a - b).abs().max()), float(b.abs().max())
-            assert difference <= GRADIENT_ROUNDING * size, (index, name)
+            assert (a - b).abs().max() <= GRADIENT_ROUNDING * b.abs().max(), (index, name)
     if start is None:
         torch.manual_seed(theirs["config"]["seed"])
         start = build(theirs["config"]).state_dict()
     for kind in ("model", "ema"):
         a, b, c = (torch.cat([weights[key].flatten() for key in start])
                    for weights in (ours[kind], theirs[kind], start))
-        difference, way = float((a - b).norm()), float((b - c).norm())
-        assert difference <= GRADIENT_ROUNDING ** 0.5 * way, kind
+        assert (a - b).norm() <= GRADIENT_ROUNDING ** 0.5 * (b - c).norm(), kind
 
 
 def save_small_vae(path, **changes):
@@ -320,29 +286,24 @@ def pictures(count, size, seed):
 
 @pytest.fixture(scope="session")
 def torch_home(tmp_path_factory):
-    """A TORCH_HOME with random weights where pytorch-fid and torch-fidelity look for theirs.
-
-    The published ones cannot be had without a network. Filters have no mean and batch norms hold
-    the statistics of a few pictures, so that features and classes differ between pictures.
-    """
+    """A TORCH_HOME with random weights where pytorch-fid and torch-fidelity look for theirs, such
+    that features and classes differ between pictures."""
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
-    generator = torch.Generator().manual_seed(0)
-    net = build_inception().to_empty(device="cpu").train()
+    torch.manual_seed(0)
+    net = build_inception().to_empty(device="cpu").train().requires_grad_(False)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            weight = torch.randn(module.weight.shape, generator=generator)
-            weight -= weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))
-            module.weight.data = weight * (2 / weight[0].numel()) ** 0.5
+            weight = torch.randn(module.weight.shape) * (2 / module.weight[0].numel()) ** 0.5
+            module.weight.copy_(weight - weight.mean([*range(1, weight.ndim)], keepdim=True))
         elif isinstance(module, nn.BatchNorm2d):
-            module.weight.data.normal_(1, 0.1, generator=generator)
-            module.bias.data.normal_(0, 0.1, generator=generator)
+            module.weight.normal_(1, 0.1)
+            module.bias.normal_(0, 0.1)
             module.reset_running_stats()
             module.momentum = 1.0  # the running statistics become the batch's
-    net.fc.weight.data.mul_(4)
-    net.fc.bias.data.normal_(0, 1, generator=generator)
-    with torch.no_grad():
-        net(pictures(8, 150, seed=0).float() / 127.5 - 1)
+    net.fc.weight.mul_(4)
+    net.fc.bias.normal_()
+    net(pictures(8, 150, seed=0).float() / 127.5 - 1)
     home = tmp_path_factory.mktemp("torch")
     folder = home / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -368,19 +329,15 @@ precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def golden_network(dtype):
     """The small network with the weights that the golden numbers were computed with."""
     net = DiT(**GOLDEN_SIZES)
-    params = np.load(GOLDEN / "params.npz")
-    missing, unexpected = net.load_state_dict(
-        {key: torch.from_numpy(params[key]) for key in params}, strict=False)
-    assert missing == ["pos_embed"] and not unexpected
+    net.load_state_dict({"pos_embed": net.pos_embed, **golden("params", torch.float32)})
     return net.to(dtype)
 
 
 def golden_improved_network(dtype, v_head=True):
     """The same for improved MeanFlow, as released checkpoints are if without the v head."""
     net = ImprovedDiT(**{**GOLDEN_SIZES, "depth": 4}, head_depth=2, v_head=v_head)
-    params = np.load(GOLDEN / "imf" / "params.npz")
-    net.load_state_dict({key: torch.from_numpy(params[key]) for key in params
-                         if v_head or not key.startswith("v_")})
+    params = golden("imf/params", torch.float32)
+    net.load_state_dict({key: params[key] for key in params if v_head or key[:2] != "v_"})
     return net.to(dtype)
 
 
@@ -392,27 +349,36 @@ def golden(name, dtype):
     return {key: convert[arrays[key].dtype.kind](arrays[key]) for key in arrays}
 
 
-def golden_method(numbers, **options):
-    """(method, draws) of a golden file of a loss, on the device of its numbers; options of MeanFlow
-    that the file does not tell."""
+def golden_step(name, dtype=torch.float32):
+    """(network, method, (x, labels, draws), numbers) of a golden file of a loss."""
+    numbers = golden(name, dtype)
+    method, draws = golden_method(numbers)
+    net = (golden_improved_network if "omega" in numbers else golden_network)(dtype)
+    return net, method, (numbers["x"], numbers["labels"], draws), numbers
+
+
+def golden_method(numbers):
+    """(method, draws) of a golden file of a loss."""
     s = json.loads(numbers["settings"])
     rows = [numbers[name] for name in ("r", "t", "e", "drop_mask")]
     equal = int(numbers["equal"] if "equal" in numbers else s["batch"] * s["data_proportion"])
+    options = {"num_classes": s["num_classes"], "c": s["norm_eps"], "p": s["norm_p"]}
     if "omega" not in numbers:
-        method = MeanFlow(
-            num_classes=s["num_classes"], kappa=s["kappa"], cfg=s["omega"] / (1 - s["kappa"]),
-            c=s["norm_eps"], p=s["norm_p"], cfg_interval=(s["t_start"], s["t_end"]), **options)
+        method = MeanFlow(kappa=s["kappa"], cfg=s["omega"] / (1 - s["kappa"]),
+                          cfg_interval=(s["t_start"], s["t_end"]),
+                          tangent="network" if "variant" in s else "velocity", **options)
         return method, Draws(*rows, equal)
-    method = ImprovedMeanFlow(
-        num_classes=s["num_classes"], ratio=1 - s["data_proportion"], omega_max=1 + s["s_max"],
-        beta=s["cfg_beta"], label_drop=s["class_dropout_prob"], p=s["norm_p"], c=s["norm_eps"])
-    return method, ImprovedDraws(*rows, equal, *(numbers[name] for name in
-                                                 ("omega", "t_min", "t_max")))
+    method = ImprovedMeanFlow(omega_max=1 + s["s_max"], beta=s["cfg_beta"],
+                              ratio=1 - s["data_proportion"],
+                              label_drop=s["class_dropout_prob"], **options)
+    guidance = (numbers[name] for name in ("omega", "t_min", "t_max"))
+    return method, ImprovedDraws(*rows, equal, *guidance)
 
 
 def official_error(ours, theirs):
     """The measure of the golden numbers: max |a-b| / max |b|."""
-    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+    ours, theirs = ours.detach().double(), theirs.double()
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def assert_official(ours, theirs):
@@ -422,15 +388,11 @@ def assert_official(ours, theirs):
 
 
 def official_gradients(net, numbers, stride):
-    """(ours, theirs) for all gradients of net: golden files hold grad.KEY, or every stride-th value
-    as gradsub.KEY."""
-    gradients = {key: p.grad for key, p in net.named_parameters()}
-    stored = {key for key in numbers if key.startswith(("grad.", "gradsub."))}
-    assert {key.split(".", 1)[1] for key in stored} == gradients.keys()
-    for key in stored:
-        kind, name = key.split(".", 1)
-        found = gradients[name] if kind == "grad" else gradients[name].flatten()[::stride]
-        yield found, numbers[key]
+    """(ours, theirs) of all gradients; files may hold each stride-th value, as gradsub.KEY."""
+    stored = {key.split(".", 1)[1]: key for key in numbers if key.startswith(("grad.", "gradsub."))}
+    for name, p in net.named_parameters():
+        step = stride if stored[name].startswith("gradsub.") else 1
+        yield p.grad.flatten()[::step], numbers[stored[name]].flatten()
 
 
 def assert_official_gradients(net, numbers, stride):

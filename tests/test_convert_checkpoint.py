@@ -1,7 +1,6 @@
 """convert_checkpoint.py: one command from a file of others to images, and back."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -40,16 +39,15 @@ def test_two_commands_make_images_of_a_released_file(hub, tmp_path, capfd, v_hea
     assert len(config["latent_mean"]) == 4 and config["vae"] == "mse"
 
 
-def test_a_flow_model_of_others_starts_a_run(digits, tmp_path, capfd):
+def test_a_flow_model_of_others_starts_a_run(digits, tmp_path):
     """A bare SiT file of ten classes, in pixel space: its table of labels is kept."""
     weights = DiT_models["DiT-T/4"](input_size=8, in_channels=3, num_classes=10).state_dict()
     weights = {name: value for name, value in weights.items() if "r_embedder" not in name}
-    for kind, size in (("weight", (96, 96)), ("bias", (96,))):
-        weights[f"final_layer.linear.{kind}"] = torch.randn(size)  # 6 channels for 3
+    weights |= {"final_layer.linear.weight": torch.randn(96, 96),  # 6 channels for 3
+                "final_layer.linear.bias": torch.randn(96)}
     torch.save(weights, tmp_path / "sit.pt")
     start = tmp_path / "start.safetensors"
     call("convert_checkpoint", "--in", tmp_path / "sit.pt", "--out", start, "--source", "sit")
-    assert "recognised: willisma/SiT" in capfd.readouterr().err
     call("train", *tiny(digits, tmp_path / "run"), "--init", start, "--max-steps", 2, "--lr", 1e-9)
     ours = load_checkpoint(tmp_path / "run" / "checkpoints" / "0000002.pt")
     for name, value in load_checkpoint(start)["ema"].items():
@@ -61,24 +59,18 @@ def test_ours_to_safetensors_and_back_is_bit_equal(trained, tmp_path):
     there, back = tmp_path / "model.safetensors", tmp_path / "back.pt"
     call("convert_checkpoint", "--in", trained, "--out", there)
     call("convert_checkpoint", "--in", there, "--out", back)
-    assert there.stat().st_mode == back.stat().st_mode  # others may read both or neither
     state, mine, original = (load_checkpoint(path) for path in (there, back, trained))
     assert state["config"] == mine["config"] == original["config"]
-    assert mine["step"] == 0 and mine["opt"] is None
     for tensors in (state["ema"], mine["ema"], mine["model"], load_file(there)):
         assert_same(tensors, original["ema"])
+    images = set()
     for path in (trained, there, back):
-        call("sample", "--ckpt", path, "--num-fid-samples", 10, "--sample-dir",
-             tmp_path / path.stem)
-    images = [(tmp_path / f"{path.stem}.npz").read_bytes() for path in (trained, there, back)]
-    assert images[0] == images[1] == images[2]
-
-
-def test_raw_takes_the_weights_of_the_last_step(trained, tmp_path):
+        folder = tmp_path / path.stem
+        call("sample", "--ckpt", path, "--num-fid-samples", 10, "--sample-dir", folder)
+        images.add(folder.with_suffix(".npz").read_bytes())
+    assert len(images) == 1
     call("convert_checkpoint", "--in", trained, "--out", tmp_path / "raw.pt", "--raw")
-    ours, original = load_checkpoint(tmp_path / "raw.pt"), load_checkpoint(trained)
-    assert_same(ours["ema"], original["model"])
-    assert os.path.getsize(tmp_path / "raw.pt") < 0.5 * os.path.getsize(trained)  # model is ema
+    assert_same(load_checkpoint(tmp_path / "raw.pt")["ema"], original["model"])
 
 
 @pytest.mark.parametrize("port", ["noamelata", "zhuyu", "haoyizhu"])
@@ -87,16 +79,11 @@ def test_ours_to_another_port_and_back_is_bit_equal(trained, tmp_path, port):
     call("convert_checkpoint", "--in", trained, "--out", there, "--format", port)
     call("convert_checkpoint", "--in", there, "--out", back,
          *(["--source", port] if port == "noamelata" else []))  # whose files have no step
-    theirs, back, original = (load_weights(path) for path in (there, back, trained))
+    theirs, back, original = (torch.load(path, weights_only=True)["ema"]
+                              for path in (there, back, trained))
     embedder = "h_embedder" if port == "haoyizhu" else "r_embedder"
     assert theirs.keys() == {name.replace("r_embedder", embedder) for name in original}
     assert_same(back, original)
-    config = load_checkpoint(tmp_path / "back.pt")["config"]
-    assert config["model"] == "DiT-T/4" and config["image_size"] == 8
-
-
-def load_weights(path):
-    return torch.load(path, weights_only=True)["ema"]
 
 
 def assert_same(ours, theirs):
@@ -104,15 +91,10 @@ def assert_same(ours, theirs):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-# ---- refusals ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("out", "more", "named"), [
-    ("out.bin", [], "--out"), ("old.pt", [], "--out"), ("/proc/nowhere/out.pt", [], "--out"),
+    ("old.pt", [], "--out"), ("/proc/nowhere/out.pt", [], "--out"),
     ("out.safetensors", ["--format", "zhuyu"], "--out"),
-    ("out.pt", ["--format", "imeanflow"], "--format"), ("out.pt", ["--heads", 3], "--heads"),
-    ("out.pt", ["--heads", 0], "--heads"), ("out.pt", ["--image-size", 8], "--image-size"),
-    ("out.pt", ["--source", "sit"], "--source"), ("out.pt", ["--source", "dit"], "--source")])
+    ("out.pt", ["--format", "imeanflow"], "--format"), ("out.pt", ["--heads", 3], "--heads")])
 def test_options_that_do_not_fit_are_refused(trained, refusal, tmp_path, out, more, named):
     (tmp_path / "old.pt").write_text("is never replaced")
     refusal("convert_checkpoint", ["--in", trained, "--out", tmp_path / out, *more], named)
@@ -123,6 +105,6 @@ def test_what_is_no_checkpoint_is_refused(trained, tmp_path, refusal):
     (tmp_path / "folder").mkdir()
     state = load_checkpoint(trained)  # of another network than its config's
     torch.save(state | {"config": state["config"] | {"model": "iMF-T/4"}}, tmp_path / "wrong.pt")
-    for name in ("notes.txt", "folder", "wrong.pt", "nowhere.pt", "hf://ann"):
+    for name in ("notes.txt", "folder", "wrong.pt", "hf://ann"):
         path = name if "hf" in name else tmp_path / name
         refusal("convert_checkpoint", ["--in", path, "--out", tmp_path / "out.pt"], "--in must")
