@@ -40,7 +40,7 @@ def test_a_path_is_itself(hub, tmp_path):
     "hf://", "hf://ann", "hf://ann/digits", "hf://ann/digits/", "hf://ann//a.pt", "hf:///digits/a",
     "hf://ann/digits@/a.pt", "hf://ann/digits/a.pt@v1", "hf://a nn/digits/a.pt"])
 def test_a_malformed_address_is_refused(address, served):
-    with refused("must be", "hf://OWNER/REPO/FILE", address):
+    with refused("must be", "hf://OWNER/REPO[@REVISION]/FILE", address):
         local_file(address)
     assert not served.asked
 
