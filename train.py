@@ -383,12 +383,12 @@ def add_gradients(state, data, y, *, exchange=True):
     for i in range(count):
         # This rank has every world.size-th row of the global batch, this micro-batch every count-th
         # of those
-        first, step = world.rank + world.size * i, world.size * count
+        first, stride = world.rank + world.size * i, world.size * count
         moments = data[i::count]
         if not state.args.encoded_data:
             moments = state.codec.encode(moments)
-        x = posterior_sample(moments, posterior_noise[first::step], *state.normalisation)
-        draws = global_draws.part(first, step)
+        x = posterior_sample(moments, posterior_noise[first::stride], *state.normalisation)
+        draws = global_draws.part(first, stride)
         exchange_now = exchange and i == count - 1
         with nullcontext() if exchange_now else sharding.local_gradients(state.forward):
             with world.autocast():
@@ -588,7 +588,7 @@ class Run(ExitStack):
                 bar.update()
 
     def is_due(self, every, step):
-        """Whether work of every so many steps, 0 = never, is due after this one or the last."""
+        """Whether work of every so many steps, 0 = never, is due; after the last step all is."""
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def record(self, step, means, interval_ends):
@@ -651,7 +651,7 @@ def check_batch(args, world):
         # Ranks gather the shards together: a rank without such rows would skip the derivative
         rows = batch - make_method(args, num_classes=1).equal_rows(batch)
         if 0 < rows < count:
-            raise UserError(f"--global-batch-size must have at least {count} rows with r < t for "
+            raise UserError(f"--global-batch-size must have {count} rows with r < t or more for "
                             f"--shard, one per rank and micro-batch, got {rows} of {batch}; choose "
                             f"a larger one or another --ratio")
 

@@ -14,10 +14,8 @@ from engine.files import atomic_file, sync, write_error
 
 
 class Log(contextlib.AbstractContextManager):
-    """log.txt, metrics.jsonl and TensorBoard events of a run; does nothing unless active.
-
-    Drops records later than ``step``, the step that the run resumes from: they are written again.
-    Every method raises UserError where the disk is full.
+    """log.txt, metrics.jsonl and TensorBoard events of a run; does nothing unless active. Drops
+    records later than ``step``, from which the run resumes. Raises UserError if the disk is full.
     """
 
     def __init__(self, folder, *, active, step=0):
@@ -57,7 +55,10 @@ class Log(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError):  # the terminal was closed
                 tqdm.write(line, file=sys.stderr)
             with self._writing():
-                self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+                self._write(line)
+
+    def _write(self, line):
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def record(self, step, **values):
         """Write one object to metrics.jsonl, and each of its numbers as a TensorBoard scalar."""
@@ -86,7 +87,7 @@ class Log(contextlib.AbstractContextManager):
         if self.active:
             with contextlib.suppress(OSError) if error else self._writing():
                 if error:
-                    self.text.write(f"ended by {kind.__name__}: {' '.join(str(error).split())}\n")
+                    self._write(f"ended by {kind.__name__}: {' '.join(str(error).split())}")
                 for file in (self.text, self.metrics, self.board):
                     file.close()
 

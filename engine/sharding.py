@@ -76,11 +76,8 @@ def check_sharding(world):
 
 
 def shard_parameters(net, world):
-    """Divide the parameters of net among the ranks, in place.
-
-    In bf16 the weights of linear layers and convolutions are gathered in bfloat16: autocast would
-    keep rounded copies of the whole network until the backward.
-    """
+    """Divide the parameters of net among the ranks, in place. In bf16 those of linear layers and
+    convolutions are gathered in bfloat16: autocast would keep rounded copies until the backward."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not written to
     mesh = init_device_mesh(world.device.type, (world.size,))
     rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
