@@ -3,8 +3,7 @@
     python convert_checkpoint.py --in hf://Lyy0725/iMF/iMF-B-2.pth --out iMF-B-2.pt
     python convert_checkpoint.py --in results/run/checkpoints/0400000.pt --out model.safetensors
 
-sample.py and train.py --init take what this writes. A report on stderr says what was recognised,
-renamed and left out; the path of the new file is printed on stdout.
+sample.py and train.py --init take what this writes. stderr has a report, stdout the new path.
 """
 
 import os
@@ -31,15 +30,13 @@ def parse_args(argv=None):
                     "a flow model (SiT, REPA) as a start for training. Or write ours for others.")
     parser.add_argument("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
                         help="file or folder, or hf://OWNER/REPO[@REVISION]/FILE")
-    parser.add_argument("--out", type=Path, required=True,
-                        help="new file: .pt, or .safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="new file: .pt or .safetensors")
     parser.add_argument("--raw", action="store_true",
                         help="take the weights of the last step, not their average")
     parser.add_argument("--heads", type=int_range(1, 1024),
                         help="attention heads, for a DiT of a width that is not published")
     parser.add_argument("--image-size", type=int_range(1, 2**16),
-                        help="side of the images in pixels, for files without a position table "
-                             "(JAX, improved MeanFlow; default: 256)")
+                        help="in pixels, for files that do not tell (default: 256)")
     parser.add_argument("--source", choices=REPOSITORIES,
                         help="repository that saved the weights, where the file does not tell")
     parser.add_argument("--format", choices=FORMATS, default="ours",

@@ -1,14 +1,11 @@
 """The networks, and the table of their sizes.
 
-DiT (Peebles & Xie, arXiv 2212.09748) for the average velocity u(z, r, t), conditioned on two times
-and a label. Architecture, initialisation and sizes are those of the official MeanFlow
-implementation (Gsunshine/meanflow), which differs from the original DiT in three places: a second
-embedder for the interval t - r, times in [0, 1] that are not multiplied by 1000, and no variance
-channels in the output.
+DiT (Peebles & Xie, arXiv 2212.09748) for the average velocity u(z, r, t), as in the official
+MeanFlow (Gsunshine/meanflow): with a second embedder for the interval t - r, times in [0, 1] that
+are not multiplied by 1000, and no variance channels in the output.
 
-ImprovedDiT for improved MeanFlow (arXiv 2512.02012): conditions are tokens before the patches, and
-two heads give u and the instantaneous velocity v. As in the official implementation
-(Lyy-iiis/imeanflow).
+ImprovedDiT for improved MeanFlow (arXiv 2512.02012), as in the official Lyy-iiis/imeanflow:
+conditions are tokens before the patches; two heads give u and the instantaneous velocity v.
 """
 
 import math
@@ -28,8 +25,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.frequencies = frequencies
         self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def features(self, t):
         """(B,) times -> (B, frequencies): cosines, then sines, of t * 10000^(-i / half)."""
@@ -118,30 +114,24 @@ class DiT(nn.Module):
         grid = input_size // patch_size
         self.register_buffer("pos_embed", sincos_table(hidden_size, grid))
         self.blocks = nn.ModuleList(
-            [DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
-        )
+            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
 
     def initialize_weights(self):
         """Xavier for the transformer, N(0, 0.02) for embedders, zeros where u must start at 0."""
-        # Every linear layer of the blocks; fused qkv counts as one matrix of 3D rows
         for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear):  # fused qkv counts as one matrix of 3D rows
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-
         # The patch embedding is a linear layer on flattened patches, not a convolution
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-
-        # Embedders of label, time and interval
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for embedder in (self.t_embedder, self.r_embedder):
             for linear in (embedder.mlp[0], embedder.mlp[2]):
                 nn.init.normal_(linear.weight, std=0.02)
                 nn.init.zeros_(linear.bias)
-
         # Zero gates make every block the identity, a zero output layer makes u = 0
         zeroed = [block.adaLN_modulation[1] for block in self.blocks]
         for linear in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
@@ -161,9 +151,8 @@ class DiT(nn.Module):
 def check_sizes(input_size, patch_size, hidden_size, num_heads):
     """Raise ValueError where the sizes of a network do not fit together."""
     if input_size < 1 or input_size % patch_size:
-        raise ValueError(f"input size {input_size} is not a multiple of patch size "
-                         f"{patch_size}; choose another image size or a model with another "
-                         f"patch size")
+        raise ValueError(f"input size {input_size} is not a multiple of patch size {patch_size}; "
+                         f"choose another image size or model")
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the "
                          f"{num_heads} heads; choose a hidden size that is")
@@ -179,11 +168,8 @@ def unpatchify(x, p):
 
 
 def sincos_table(hidden_size, grid):
-    """The fixed position table (1, grid^2, hidden_size), as in MAE (arXiv 2111.06377).
-
-    The first half of the channels encodes the column, the second the row, each as sines, then
-    cosines, with wavelengths in geometric progression.
-    """
+    """The fixed position table (1, grid^2, hidden_size) of MAE (arXiv 2111.06377): half of the
+    channels encode the column, then half the row, each as sines, then cosines."""
     i = torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] / 10000**i  # (grid, D / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D / 2)
@@ -201,8 +187,7 @@ class ImprovedDiT(nn.Module):
     ``net(z, r, t, y, omega, t_min, t_max)``: z, r, t, y as for DiT; omega (B,) the guidance scale,
     1 or more, which acts at times from t_min to t_max, both (B,) in [0, 1]. Returns (u, v), each
     (B, C, H, W). heads: "uv", or "u" or "v" alone, which saves the other head's blocks and returns
-    None in its place; by default all that there are. Of the times only t - r is an input, as in the
-    official code.
+    None in its place; by default all that there are. Of the times only t - r is an input.
 
     depth counts the blocks of the u path: depth - head_depth shared ones, then head_depth of the u
     head; the v head has as many. v_head=False leaves it out: sampling needs u alone. Set
@@ -218,8 +203,7 @@ class ImprovedDiT(nn.Module):
         if not 0 < head_depth < depth:
             raise ValueError(f"head depth {head_depth} is not between 0 and the depth {depth}")
         if hidden_size // num_heads % 2:
-            raise ValueError(f"{hidden_size // num_heads} channels a head cannot be paired for the "
-                             f"rotary embedding; choose an even number")
+            raise ValueError(f"{hidden_size // num_heads} channels a head are not an even number")
         self.patch_size, self.num_classes = patch_size, num_classes
         self.checkpoint_activations = False
 
@@ -279,12 +263,12 @@ class ImprovedDiT(nn.Module):
         x = self.sequence(z, t - r, y, omega, t_min, t_max)  # (B, N, D), N = 20 + (H / p)^2
         x = self.through(self.shared_blocks, x)
         paths = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}
-        found = {}
+        velocities = {}
         for head in heads or ("uv" if self.v_final_layer else "u"):
             blocks, final_layer = paths[head]
             patches = self.through(blocks, x)[:, 20:]  # (B, T, D)
-            found[head] = unpatchify(final_layer(patches), self.patch_size)  # (B, C, H, W)
-        return found.get("u"), found.get("v")
+            velocities[head] = unpatchify(final_layer(patches), self.patch_size)  # (B, C, H, W)
+        return velocities.get("u"), velocities.get("v")
 
     def through(self, blocks, x):
         """(B, N, D) -> (B, N, D) through blocks."""
@@ -399,32 +383,24 @@ IMPROVED_SIZES = {
 # The table: "DiT-B/4" -> constructor, to which input_size, in_channels and num_classes are given
 DiT_models = {
     f"DiT-{size}/{patch}": partial(
-        DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch
-    )
+        DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
     for size, (depth, width, heads) in SIZES.items()
     for patch in (2, 4, 8)
 } | {
     f"iMF-{size}": partial(
         ImprovedDiT, depth=depth, head_depth=head_depth, hidden_size=width, num_heads=heads,
-        patch_size=patch
-    )
+        patch_size=patch)
     for size, (depth, head_depth, width, heads, patch) in IMPROVED_SIZES.items()
 }
-
-
 # Networks outside the table, whose sizes the config has
 FAMILIES = {"DiT": DiT, "iMF": ImprovedDiT}
 
 
 def is_improved(name):
     """Whether the network of this name takes guidance as input and returns u and v."""
-    constructor = _constructor(name)
+    constructor = (DiT_models | FAMILIES)[name]
     network = getattr(constructor, "func", constructor)
     return isinstance(network, type) and issubclass(network, ImprovedDiT)
-
-
-def _constructor(name):
-    return FAMILIES[name] if name in FAMILIES else DiT_models[name]
 
 
 def describe(config):
@@ -436,14 +412,14 @@ def describe(config):
 def build(config):
     """The network that a config describes, freshly initialised.
 
-    config: a dict with model, latent_shape (C, H, W) and num_classes. model is a name of the table,
-    or a family, DiT or iMF. sizes, if it is there and not None, is a dict of arguments of the
-    constructor, such as depth or v_head, that replace the table's. Raises ValueError for an unknown
-    name and for sizes that do not fit together.
+    config: a dict with model, a name of DiT_models or FAMILIES, latent_shape (C, H, W), num_classes
+    and perhaps sizes, arguments of the constructor that replace the table's. Raises ValueError for
+    an unknown name and for sizes that do not fit together.
     """
-    if config["model"] not in FAMILIES | DiT_models:
+    networks = DiT_models | FAMILIES
+    if config["model"] not in networks:
         raise ValueError(f"--model must be one of {', '.join(DiT_models)}, got {config['model']}")
     channels, height, _ = config["latent_shape"]
-    return _constructor(config["model"])(
+    return networks[config["model"]](
         input_size=height, in_channels=channels, num_classes=config["num_classes"],
         **(config.get("sizes") or {}))

@@ -17,7 +17,7 @@ import json
 import re
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -30,6 +30,7 @@ from dataset.images import ImageFolder
 from dataset.latents import LatentShards, read_dataset_json
 from dataset.loader import BatchSampler, load_batches
 from dataset.vae import LATENT_MEAN, LATENT_STD, load_codec, normalisation, posterior_sample
+from engine import sharding
 from engine.checkpoint import (
     Saver,
     check_config,
@@ -43,15 +44,6 @@ from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import FolderLock, make_folder, remove_temporary_files, write_json
 from engine.log import Log, describe_environment
 from engine.options import Parser, float_range, int_range
-from engine.sharding import (
-    check_sharding,
-    full_tensor,
-    gathered_parameters,
-    local_gradients,
-    local_shard,
-    parallelise,
-    replace_network,
-)
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow, SettingError
 from metrics.inception import PROTOCOLS
@@ -68,56 +60,43 @@ MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep
               "protocol")
 DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
-# Defaults of the options that only one method has, or that differ between the two
 MEANFLOW = {"ratio": 0.25, "time_sampler": "logit_normal", "cfg": 3.0, "kappa": 0.0,
             "cfg_interval": (0.0, 1.0), "tangent": "velocity"}
 IMPROVED_MEANFLOW = {"ratio": 0.5, "omega_max": 8.0, "beta": 1.0}
 
 
-def make_parser():
-    parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
-                    "command to resume its run.")
-    add_data_options(parser.add_argument_group("data"))
-    add_method_options(parser.add_argument_group(
-        "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)"))
-    add_optimisation_options(parser.add_argument_group("model and optimisation"))
-    add_run_options(parser.add_argument_group("run"))
-    return parser
-
-
 def parse_args(argv=None):
     """The options as they are given; resolve fills in the others."""
-    parser = make_parser()
+    parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
+                    "command to resume its run.")
+    add_data_options(parser.add_argument_group("data").add_argument)
+    add_method_options(parser.add_argument_group(
+        "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)").add_argument)
+    add_optimisation_options(parser.add_argument_group("model and optimisation"))
+    add_run_options(parser.add_argument_group("run").add_argument)
     args = parser.parse_args(argv)
     if args.eval_every and args.fid_ref is None:
-        parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; name "
-                     f"the reference statistics")
+        parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; give "
+                     f"reference statistics")
     if args.shard and args.compile:
-        parser.error("--compile must come without --shard, which is not compiled, got both; leave "
-                     "one out")
+        parser.error("--compile must come without --shard, got both; leave one out")
     return args
 
 
-def add_data_options(group):
-    add = group.add_argument
+def add_data_options(add):
     add("--data-path", type=Path, required=True,
-        help="folder with one folder of images per class; with --encoded-data, the folder that "
-             "encode_imagenet.py wrote")
-    add("--encoded-data", action="store_true", help="train on encoded latents")
+        help="folder with a folder of images per class, or that encode_imagenet.py wrote")
+    add("--encoded-data", action="store_true", help="train on latents of encode_imagenet.py")
     add("--image-size", type=int_range(1),
-        help="side of the centre crop, in pixels (default: that of the latents or of --init, else "
-             "256)")
+        help="side of the centre crop, pixels (default: of the latents or of --init, else 256)")
     add("--vae", help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a local "
-                      "AutoencoderKL; none: train on pixels (default: what the latents or --init "
-                      "need, else ema)")
+                      "AutoencoderKL; none: pixels (default: of the latents or --init, else ema)")
     add("--flip", action="store_true", help="mirror half of the images at random")
     add("--num-workers", type=int_range(0, 1024), default=4,
-        help="readers per rank: processes for images, threads for latents; 0 = read in the "
-             "training process")
+        help="processes that read images, threads that read latents, per rank; 0 = none of them")
 
 
-def add_method_options(group):
-    add = group.add_argument
+def add_method_options(add):
     add("--ratio", type=float_range(0, 1),
         help="share of rows with r < t; 0 is plain flow matching (default: 0.25, iMF 0.5)")
     add("--p-mean", type=float_range(-1e9), default=-0.4, help="mean of the logit-normal times")
@@ -126,23 +105,19 @@ def add_method_options(group):
     add("--time-sampler", choices=("logit_normal", "uniform"),
         help="distribution of the times (DiT only; default: logit_normal)")
     add("--cfg", type=float_range(0),
-        help="effective guidance scale omega' = omega / (1 - kappa), 1 = none (DiT only; default: "
-             "3)")
+        help="guidance scale omega' = omega / (1 - kappa), 1 = none (DiT only; default: 3)")
     add("--kappa", type=float_range(0),
         help="weight of the network's own labelled velocity, below 1 (DiT only; default: 0)")
     add("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("FROM", "TO"),
         help="times t in which guidance acts, both ends included (DiT only; default: 0 1)")
     add("--tangent", choices=("velocity", "network"),
-        help="of the derivative du/dt: the guided velocity, or u(z, t, t, y), the boundary variant "
-             "of improved MeanFlow (DiT only; default: velocity)")
+        help="of du/dt: guided velocity, or u(z, t, t, y) (DiT only; default: velocity)")
     add("--omega-max", type=float_range(1),
-        help="largest guidance scale that the network learns, 1 = no guidance (iMF only; default: "
-             "8)")
+        help="largest guidance scale that is learnt, 1 = no guidance (iMF only; default: 8)")
     add("--beta", type=float_range(0),
         help="guidance scales are drawn with density ~ omega^-beta (iMF only; default: 1)")
     add("--label-drop", type=float_range(0, 1), default=0.1, help="probability of the null label")
-    add("--p", type=float_range(0), default=1.0,
-        help="power of the adaptive weight; 0 = plain L2")
+    add("--p", type=float_range(0), default=1.0, help="power of the adaptive weight; 0 = plain L2")
     add("--c", type=float_range(0, above=True), default=0.01,
         help="constant of the adaptive weight")
 
@@ -150,16 +125,13 @@ def add_method_options(group):
 def add_optimisation_options(group):
     add = group.add_argument
     add("--model", choices=DiT_models, metavar="NAME",
-        help="DiT-{T,S,B,M,L,XL}/{2,4,8} for MeanFlow, or iMF-{B,M,L,XL}/2 or iMF-T/4 for improved "
+        help="DiT-{T,S,B,M,L,XL}/{2,4,8} for MeanFlow, iMF-{B,M,L,XL}/2 or iMF-T/4 for improved "
              f"MeanFlow: size and patch size (default: that of --init, else {DEFAULT_MODEL})")
     add("--init", type=file_or_address, metavar="FILE",
-        help="start network and average from the averaged weights of a checkpoint, .pt or "
-             ".safetensors, that train.py or convert_checkpoint.py wrote, or of "
-             "hf://OWNER/REPO[@REVISION]/FILE")
+        help="start from a checkpoint's averaged weights: path or hf://OWNER/REPO[@REVISION]/FILE")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int_range(1), default=80, help="passes over the data")
-    length.add_argument("--max-steps", type=int_range(1),
-                        help="optimiser steps, in place of --epochs")
+    length.add_argument("--max-steps", type=int_range(1), help="steps, in place of --epochs")
     add("--global-batch-size", type=int_range(1), default=256,
         help="images per optimiser step, over all processes")
     add("--grad-accum-steps", type=int_range(1), default=1,
@@ -167,14 +139,11 @@ def add_optimisation_options(group):
     add("--checkpoint-activations", action="store_true",
         help="recompute activations in the backward pass: less memory, more time")
     add("--shard", action="store_true",
-        help="divide weights, gradients, optimiser and averages among the ranks (FSDP2): less "
-             "memory, more communication; needs torch 2.13")
-    add("--lr", type=float_range(0, above=True), default=1e-4,
-        help="rate of AdamW, constant after the warm-up")
+        help="divide weights, gradients, moments and averages among the ranks; needs torch 2.13")
+    add("--lr", type=float_range(0, above=True), default=1e-4, help="AdamW's rate after warm-up")
     add("--warmup-steps", type=int_range(0), default=0,
         help="steps in which the rate rises linearly from 0; 0 = none")
-    add("--weight-decay", type=float_range(0), default=0.0,
-        help="decoupled weight decay of AdamW; 0 = none")
+    add("--weight-decay", type=float_range(0), default=0.0, help="AdamW's decay; 0 = none")
     add("--clip-grad", type=float_range(0), default=0.0,
         help="gradient norm above which gradients are scaled down to it; 0 = off")
     add("--ema-decay", type=float_range(0, 1), default=0.9999,
@@ -186,16 +155,13 @@ def add_optimisation_options(group):
     add("--seed", type=int_range(0), default=0, help="fixes weights, data order and all noise")
 
 
-def add_run_options(group):
-    add = group.add_argument
+def add_run_options(add):
     add("--run-dir", type=Path,
-        help="where everything goes (default: results/<model>-cfg<scale>, iMF "
-             "results/<model>-omega<largest>)")
+        help="folder (default: results/<model>-cfg<scale>, iMF results/<model>-omega<largest>)")
     add("--ckpt-every", type=int_range(1), default=5000, help="steps between checkpoints")
     add("--keep-last", type=int_range(0), default=3, help="checkpoints kept; 0 = all")
     add("--skip-nonfinite", type=int_range(0), default=0,
-        help="steps in a row that may be skipped because their gradient is not finite; at the next "
-             "one training stops")
+        help="steps in a row that may be skipped for a gradient that is not finite")
     add("--log-every", type=int_range(1), default=100, help="steps between log lines")
     add("--sample-every", type=int_range(0), default=5000,
         help="steps between pictures of one-step samples; 0 = none")
@@ -204,15 +170,14 @@ def add_run_options(group):
     add("--fid-ref", type=Path, metavar="REF.npz", help="reference statistics for --eval-every")
     add("--eval-samples", type=int_range(2), default=10000,
         help="images per evaluation; published figures use 50000")
-    add("--protocol", choices=PROTOCOLS, default="pytorch-fid",
-        help="how to evaluate; evaluate_fid.py --help says more")
+    add("--protocol", choices=PROTOCOLS, default="pytorch-fid", help="as in evaluate_fid.py")
 
 
 def main(args):
     with start_processes(args.precision) as world:
-        start = resolve(args, world)
-        run = Run(args, world, start)
-        state = TrainingState(args, run.config, run.codec, world, start)
+        initial = resolve(args, world)
+        run = Run(args, world, initial)
+        state = TrainingState(args, run.config, run.codec, world, initial)
         with run:
             run.open(state)
             train(run, state)
@@ -224,8 +189,8 @@ def train(run, state):
     for data, y in run.read(state.step):
         if not state.warm:
             warm_up(state, run.log, data, y)
-            meter.start(state.step)
-        meter.add(train_step(state, data, y))
+            meter.begin(state.step)
+        meter.sums += train_step(state, data, y)
 
         stop = run.signals.stop()
         interval_ends, draw, evaluate, save = (
@@ -233,8 +198,8 @@ def train(run, state):
             (args.log_every, args.sample_every, args.eval_every, args.ckpt_every))
         save = save or evaluate or stop  # an evaluation takes long
         if interval_ends or save:
-            state.guard.check()  # other steps do not wait for the device
-            run.saver.check()
+            state.guard.raise_if_stopped()  # other steps do not wait for the device
+            run.saver.raise_errors()
         if interval_ends or stop:
             run.record(state.step, meter.read(state.step), interval_ends)
         if save:
@@ -253,15 +218,15 @@ def train(run, state):
 
 def resolve(args, world):
     """Fill in, in place, the options that are not given, by the file of --init, the latents and the
-    method. Returns the InitialWeights of --init; None without, and for a run that continues from
-    its own checkpoint, which no longer needs that file. Raises UserError."""
-    start, known = None, {"model": args.model or DEFAULT_MODEL}
+    method. Returns the InitialWeights, or None without --init and for a run that has its own
+    checkpoints and no longer needs that file. Raises UserError."""
+    initial, known = None, {"model": args.model or DEFAULT_MODEL}
     if args.init:
         known = world.on_main(lambda: begun_config(args))
         if known is None:
             with naming("--init"):
-                start = InitialWeights(args.init, world)
-            known = {**start.config, "model": start.model, "sizes": start.sizes}
+                initial = InitialWeights(args.init, world)
+            known = {**initial.config, "sizes": initial.sizes}
         if args.model not in (None, known["model"]):
             raise UserError(f"--model must be {known['model']} like the network of --init, got "
                             f"{args.model}; leave it out")
@@ -278,34 +243,32 @@ def resolve(args, world):
         scale += "-boundary" if args.tangent == "network" else ""
         scale += "-init" if args.init else ""
         args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
-    if args.data_path.resolve() in (args.run_dir.resolve(), *args.run_dir.resolve().parents):
-        raise UserError(f"--run-dir must lie outside --data-path, where it would be taken for a "
-                        f"class, got {args.run_dir}; choose another folder")
-    return start
+    if args.run_dir.resolve().is_relative_to(args.data_path.resolve()):
+        raise UserError(f"--run-dir must lie outside --data-path, whose folders are classes, got "
+                        f"{args.run_dir}; choose another folder")
+    return initial
 
 
 def begun_config(args):
     """The config of the run in --run-dir if it began from --init and has checkpoints, else None."""
-    try:
+    # Whatever suppress hides, check_config refuses or the run begins anew
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         config = json.loads((args.run_dir / "config.json").read_text())
         if list_checkpoints(args.run_dir / "checkpoints") and config["init"] == str(args.init):
             is_improved(config["model"])  # KeyError for an unknown one
             return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # whatever it is, check_config refuses it or the run begins anew
     return None
 
 
-def method_options(model):
-    """(defaults of the options of this model's method, those of the other method)."""
-    both = MEANFLOW, IMPROVED_MEANFLOW
-    return both[::-1] if is_improved(model) else both
+def method_defaults(model):
+    """Values of the options that only this model's method has, or that differ between the two."""
+    return IMPROVED_MEANFLOW if is_improved(model) else MEANFLOW
 
 
 def resolve_method(args):
     """Fill in the options of the model's method; refuse the other's and what the method refuses."""
-    defaults, others = method_options(args.model)
-    for name in others.keys() - defaults.keys():
+    defaults = method_defaults(args.model)
+    for name in (MEANFLOW | IMPROVED_MEANFLOW).keys() - defaults.keys():
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} must come with another method's network, "
                             f"got {args.model}; leave it out")
@@ -328,23 +291,23 @@ def make_method(args, num_classes):
                     cfg_interval=args.cfg_interval, tangent=args.tangent, **shared)
 
 
-def default_options(model):
-    """The value of every option that is not given, for a stored config that lacks it."""
-    return vars(make_parser().parse_args(["--data-path", "."])) | method_options(model)[0]
-
-
 # ---- a training step -----------------------------------------------------------------------------
+
+# What a step is measured by, from which Meter makes means. Of error, velocity error and 1: sums
+# over the leading rows, which have r = t, and over those with r < t, by the number of all rows
+STATISTICS = ("loss", "error_equal", "velocity_error_equal", "share_equal", "error_unequal",
+              "velocity_error_unequal", "share_unequal", "grad_norm", "made_steps")
 
 
 class TrainingState:
     """What training changes: the step, the network, its average, the optimiser.
 
     net: the bare network, sharded or not. forward: net for the forward with gradient, perhaps in
-    DistributedDataParallel, perhaps compiled, as the passes of method may be. start: the
+    DistributedDataParallel, perhaps compiled, as the passes of method may be. initial: the
     InitialWeights, or None. Raises UserError for a network that cannot be built.
     """
 
-    def __init__(self, args, config, codec, world, start=None):
+    def __init__(self, args, config, codec, world, initial=None):
         self.args, self.config, self.codec, self.world = args, config, codec, world
         self.step, self.warm = 0, False
         torch.manual_seed(args.seed)  # the same initial weights on every rank
@@ -356,12 +319,12 @@ class TrainingState:
         if args.checkpoint_activations and not hasattr(self.net, "checkpoint_activations"):
             raise UserError(f"--checkpoint-activations must come with a network that can, got "
                             f"--model {args.model}; leave it out")
-        if start:
-            start.load_into(self.net)
+        if initial:
+            initial.load_into(self.net)
         self.net = self.net.to(world.device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.net.checkpoint_activations = args.checkpoint_activations
-        self.forward = parallelise(self.net, self.ema, world, shard=args.shard)
+        self.forward = sharding.parallelise(self.net, self.ema, world, shard=args.shard)
         self.params = list(self.net.parameters())
         self.optimizer = torch.optim.AdamW(
             self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -379,105 +342,86 @@ def train_step(state, data, y):
     """One optimiser step on this rank's share of the global batch.
 
     data: images uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,)
-    int64. Returns (9,), on the device: what add_gradients returns, the gradient norm before
-    clipping, and a 1 that counts the step; zeros where the step was skipped.
+    int64. Returns STATISTICS (9,), on the device: zeros where the step was skipped.
     """
     args = state.args
     try:
         losses = add_gradients(state, data, y)
     except Exception as error:
-        if type(error).__name__ == "FailOnRecompileLimitHit":  # its module takes seconds to import
-            raise RunError(f"step {state.step + 1}: torch.compile would need ever more graphs: "
-                           f"{type(state.net).__name__} changes from step to step, in its shapes "
-                           f"or in what it holds besides tensors; give --no-compile") from error
-        raise
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # its module takes seconds to import
+            raise
+        raise RunError(f"step {state.step + 1}: torch.compile needs ever more graphs, as "
+                       f"{type(state.net).__name__} changes; give --no-compile") from error
     if args.warmup_steps:
         rate = args.lr * min(1, state.step / args.warmup_steps)
         state.optimizer.param_groups[0]["lr"] = rate
     state.step += 1
 
-    # propagate_nonfinite gave NaN gradients to a loss that is not finite, and DDP spread them to
-    # all ranks. Fused optimisers skip their step where found_inf, a tensor on the device that is
-    # made for loss scaling, is 1: the host need not wait
-    norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in state.params]))
-    skip = state.guard.should_skip(state.step, losses[0], norm)
+    norm = sharding.full_tensor(torch.nn.utils.get_total_norm([p.grad for p in state.params]))
+    skip = state.guard.judge(state.step, losses[0], norm)
+    # Made for loss scaling: a fused optimiser skips its step where this is 1, and no host waits
     state.optimizer.found_inf = skip
     if args.clip_grad:
         torch.nn.utils.clip_grads_with_norm_(state.params, args.clip_grad, norm)
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_average(state.ema, state.net, args.ema_decay)
-
-    values = torch.cat([losses, norm[None], torch.ones_like(norm)[None]])
-    return torch.where(skip > 0, 0, values)
+    statistics = torch.cat([losses, norm[None], torch.ones_like(norm)[None]])
+    return torch.where(skip > 0, 0, statistics)
 
 
 def add_gradients(state, data, y, *, exchange=True):
     """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
 
-    Returns (7,), means over the micro-batches: the loss, and what split_errors returns. In the
-    backward of the last, if exchange, DistributedDataParallel averages the gradients over the
-    ranks; a sharded network does so in every one.
+    Returns the STATISTICS of the losses (7,), means over the micro-batches. In the backward of the
+    last, if exchange, DistributedDataParallel averages the gradients over the ranks; a sharded
+    network does so in every one.
     """
     world, count = state.world, state.args.grad_accum_steps
     posterior_noise, global_draws = draw_global_batch(state)
     losses = torch.zeros(7, device=world.device)
     for i in range(count):
-        # This rank has every world.size-th row of the global batch, the micro-batch every count-th
+        # This rank has every world.size-th row of the global batch, this micro-batch every count-th
         # of those
-        part, parts = world.rank + world.size * i, world.size * count
-        x = make_data(state, data[i::count], posterior_noise[part::parts])
-        draws = global_draws.part(part, parts)
+        first, stride = world.rank + world.size * i, world.size * count
+        moments = data[i::count]
+        if not state.args.encoded_data:
+            moments = state.codec.encode(moments)
+        x = posterior_sample(moments, posterior_noise[first::stride], *state.normalisation)
+        draws = global_draws.part(first, stride)
         exchange_now = exchange and i == count - 1
-        with nullcontext() if exchange_now else local_gradients(state.forward):
+        with nullcontext() if exchange_now else sharding.local_gradients(state.forward):
             with world.autocast():
                 out = state.method.loss(state.net, x, y[i::count], draws, forward=state.forward)
             (propagate_nonfinite(out.loss) / count).backward()
-        losses += torch.cat([out.loss.detach()[None], split_errors(out, draws.equal)]) / count
+        # Sums over rows by the number of all rows add up over micro-batches, ranks and steps
+        errors = torch.stack([out.error, out.velocity_error, torch.ones_like(out.error)], dim=1)
+        sums = errors[:draws.equal].sum(0), errors[draws.equal:].sum(0)
+        losses += torch.cat([out.loss.detach()[None], torch.cat(sums) / len(errors)]) / count
     return losses
 
 
-def split_errors(out, equal):
-    """(6,): sums of error, velocity error and 1 over the leading rows, which have r = t, then over
-    those with r < t, divided by the number of all rows. So they add up over micro-batches, ranks
-    and steps whatever rows each of these has."""
-    rows = torch.stack([out.error, out.velocity_error, torch.ones_like(out.error)], dim=1)
-    return torch.cat([rows[:equal].sum(0), rows[equal:].sum(0)]) / len(rows)
-
-
 def draw_global_batch(state):
-    """All noise of a step, for the global batch, so that a run does not depend on how that is
-    divided: the posterior's (B, C, h, w), and the Draws of the method."""
+    """All noise of a step, for the global batch, however that is divided: the posterior's
+    (B, C, h, w), and the Draws of the method."""
     args, device = state.args, state.world.device
     shape = (args.global_batch_size, *state.config["latent_shape"])
-
-    def generator(purpose):
-        return counted_generator(args.seed, state.step, purpose, device=device)
-
-    noise = torch.randn(shape, device=device, generator=generator("posterior"))
-    return noise, state.method.draw(shape, device=device, generator=generator("method"))
-
-
-@torch.no_grad()
-def make_data(state, data, noise):
-    """x (B, C, h, w) of images uint8 (B, 3, H, W), or of moments, and noise (B, C, h, w)."""
-    moments = data if state.args.encoded_data else state.codec.encode(data)
-    return posterior_sample(moments, noise, *state.normalisation)
+    posterior, method = (counted_generator(args.seed, state.step, purpose, device=device)
+                         for purpose in ("posterior", "method"))
+    noise = torch.randn(shape, device=device, generator=posterior)
+    return noise, state.method.draw(shape, device=device, generator=method)
 
 
 @torch.no_grad()
 def update_average(ema, net, decay):
     """ema += (1 - decay) (weights - ema), in place. Buffers are constant and not averaged."""
-    torch._foreach_lerp_([local_shard(p) for p in ema.parameters()],
-                         [local_shard(p) for p in net.parameters()], 1 - decay)
-
-
-# ---- what DistributedDataParallel and torch.compile need -----------------------------------------
+    torch._foreach_lerp_([sharding.local_shard(p) for p in ema.parameters()],
+                         [sharding.local_shard(p) for p in net.parameters()], 1 - decay)
 
 
 def warm_up(state, log, data, y):
-    """Compile, and let DistributedDataParallel settle, on the first batch, (B, ...) and (B,) as in
-    train_step. Weights, gradients and random state stay as they are."""
+    """Compile, and let DistributedDataParallel settle, on a first batch as in train_step. Weights,
+    gradients and random state stay as they are."""
     if state.config["compile"]:
         compile_passes(state, log, data, y)
     if state.world.distributed:
@@ -489,15 +433,16 @@ def warm_up(state, log, data, y):
 
 
 def compile_passes(state, log, data, y):
-    """Compile the passes, and try them, forward and backward, on a batch (B, ...), (B,).
+    """Compile the passes, and try them, forward and backward, on a batch as in train_step.
 
-    Each pass is one graph (fullgraph), or torch.compile could leave any part of it to Python
-    without a word. Where that fails on any rank, all train without it and the log says why; if
-    --compile was given, it is a UserError.
+    Each pass is one graph (fullgraph), or torch.compile could leave any part of it to Python. If
+    that fails on any rank, all train without it and the log says why; if --compile was given, it
+    is a UserError.
     """
-    start, reason, plain = time.perf_counter(), None, state.method
+    began, reason, plain = time.perf_counter(), None, state.method
     try:
-        state.forward = replace_network(state.forward, torch.compile(state.net, fullgraph=True))
+        compiled = torch.compile(state.net, fullgraph=True)
+        state.forward = sharding.replace_network(state.forward, compiled)
         state.method = copy.copy(plain)
         state.method.compile()
         # No all-reduce: if the compiler failed on one rank, the others would hang in it
@@ -511,12 +456,12 @@ def compile_passes(state, log, data, y):
                if reason]
     name = type(state.net).__name__
     if not reasons:
-        log.say(f"compiled the passes of {name} in {time.perf_counter() - start:.0f} s")
+        log.say(f"compiled the passes of {name} in {time.perf_counter() - began:.0f} s")
         return
     if state.args.compile:
-        raise UserError(f"--compile: torch.compile failed for {name} on {reasons[0]}; change or "
-                        f"install what it names, or give --no-compile")
-    state.forward, state.method = replace_network(state.forward, state.net), plain
+        raise UserError(f"--compile: torch.compile failed for {name} on {reasons[0]}; give "
+                        f"--no-compile or mend what it names")
+    state.forward, state.method = sharding.replace_network(state.forward, state.net), plain
     log.say(f"torch.compile failed for {name}, training goes on without it; {reasons[0]}")
 
 
@@ -529,50 +474,49 @@ def describe_compiler_error(error):
     return f"{type(error).__name__}: {what:.200}{places[-1] if places else ''}"
 
 
-# ---- what happens between the steps --------------------------------------------------------------
-
-
 class Meter:
     """Means over the steps since the last log line; the sums stay on the device until then."""
 
     def __init__(self, world, batch):
         self.world, self.batch = world, batch
-        self.sums = torch.zeros(9, device=world.device)
+        self.sums = torch.zeros(len(STATISTICS), device=world.device)
 
-    def start(self, step):
+    def begin(self, step):
         """Begin an interval after this step."""
         self.step, self.time = step, time.perf_counter()
-
-    def add(self, values):
-        """Add the values (9,) of a step."""
-        self.sums += values
+        self.sums.zero_()
 
     def read(self, step):
         """The means over steps and ranks, by name; the next interval begins.
 
-        error_equal is that of error over the rows with r = t, error_unequal over those with r < t,
-        if there are any; so with velocity_error. gpu_memory_gb: the most, 10^9 bytes, that this
-        rank's tensors have taken at once so far.
+        _equal, _unequal: over the rows with r = t and with r < t, if there are any. gpu_memory_gb:
+        the most, 10^9 bytes, that this rank's tensors have taken at once so far.
         """
-        *sums, count = (self.world.total(self.sums) / self.world.size).tolist()
-        loss, *errors, grad_norm = (value / max(count, 1) for value in sums)
-        equal, unequal = errors[:3], errors[3:]
-        steps = step - self.step
-        means = {"error": equal[0] + unequal[0], "velocity_error": equal[1] + unequal[1],
-                 "loss": loss, "grad_norm": grad_norm, "skipped_steps": round(steps - count),
-                 "images_per_second": steps * self.batch / (time.perf_counter() - self.time)}
+        sums = (self.world.total(self.sums) / self.world.size).tolist()
+        made, steps = sums[-1], step - self.step
+        mean = {name: value / max(made, 1) for name, value in zip(STATISTICS, sums, strict=True)}
+        means = {name: mean[f"{name}_equal"] + mean[f"{name}_unequal"]
+                 for name in ("error", "velocity_error")}
+        means |= {"loss": mean["loss"], "grad_norm": mean["grad_norm"],
+                  "skipped_steps": round(steps - made),
+                  "images_per_second": steps * self.batch / (time.perf_counter() - self.time)}
         if self.world.device.type == "cuda":
             means["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        for name, (error, velocity_error, share) in (("equal", equal), ("unequal", unequal)):
-            if share:
-                means |= {f"error_{name}": error / share,
-                          f"velocity_error_{name}": velocity_error / share}
-        self.sums.zero_()
-        self.start(step)
+        for rows in ("equal", "unequal"):
+            if share := mean[f"share_{rows}"]:
+                means |= {f"{name}_{rows}": mean[f"{name}_{rows}"] / share
+                          for name in ("error", "velocity_error")}
+        self.begin(step)
         return means
 
 
 # ---- the run -------------------------------------------------------------------------------------
+
+# The log line. error is the number to watch: at p = 1 the weighted loss stays about 1
+LOG_TEXTS = {"error": "error {:.4f}", "velocity_error": "velocity error {:.4f}",
+             "loss": "loss {:.4f}", "grad_norm": "gradient norm {:.4f}",
+             "images_per_second": "{:.1f} images/s", "gpu_memory_gb": "{:.2f} GB",
+             "skipped_steps": "{} steps left out, not finite"}
 
 
 class Run(ExitStack):
@@ -582,14 +526,14 @@ class Run(ExitStack):
     without pictures and evaluation; config: what a checkpoint says of the run. Raises UserError.
     """
 
-    def __init__(self, args, world, start=None):
+    def __init__(self, args, world, initial=None):
         super().__init__()
-        self.args, self.world, self.folder, self.start = args, world, args.run_dir, start
+        self.args, self.world, self.folder, self.initial = args, world, args.run_dir, initial
         check_batch(args, world)
         self.dataset, self.codec = open_data(args, world)
         self.config = make_config(args, self.dataset, self.codec)
-        if start:
-            start.check(self.config)
+        if initial:
+            initial.compare(self.config)
         self.order = BatchSampler(len(self.dataset), args.global_batch_size, seed=args.seed,
                                   flip=args.flip, world=world)
         self.total_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
@@ -605,7 +549,7 @@ class Run(ExitStack):
             path = world.on_main(self._open_folder)
             if path:
                 state.step = restore_checkpoint(path, state.net, state.ema, state.optimizer)
-        if not path and self.args.init and not self.start:
+        if not path and self.args.init and not self.initial:
             raise UserError(f"--run-dir must keep its checkpoints during the start, got none in "
                             f"{self.folder}; repeat the command to begin anew from --init")
         self.log = enter(Log(self.folder, active=world.main, step=state.step))
@@ -616,17 +560,16 @@ class Run(ExitStack):
         world.before_exit = self.saver.finish_writing
         self.signals = enter(Signals(world))  # left first: no deadline while the saver ends
         self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed)
-        cut_short = (state.step > 0 and self.is_due(self.args.eval_every, state.step)
-                     and not self.log.has(state.step, "fid"))
-        if world.broadcast(cut_short):  # the evaluation in which the last run ended
+        if state.step and self.is_due(self.args.eval_every, state.step) and not world.broadcast(
+                self.log.has(state.step, "fid")):  # the last run ended in this evaluation
             self.evaluate(state.step)
 
     def _open_folder(self):
         """Lock the folder, check that it is this run's, write config.json. Returns the newest
         checkpoint, or None. Raises BadValue."""
         self.lock = self.enter_context(FolderLock(self.folder))
-        check_config(self.folder, self.config, may_change=MAY_CHANGE,
-                     defaults=default_options(self.args.model))
+        defaults = vars(parse_args(["--data-path", "."])) | method_defaults(self.args.model)
+        check_config(self.folder, self.config, defaults=defaults, may_change=MAY_CHANGE)
         for name in ("checkpoints", "samples"):
             make_folder(self.folder / name)
             remove_temporary_files(self.folder / name)
@@ -634,7 +577,7 @@ class Run(ExitStack):
         return newest_checkpoint(self.folder / "checkpoints")
 
     def read(self, step):
-        """Yields this rank's part of each batch after this step: images or moments, labels (B,)."""
+        """Yields this rank's rows of each batch after this step: images or moments, labels (B,)."""
         steps = self.order.steps(step, self.total_steps)
         with self.world.progress(self.total_steps, initial=step) as bar:
             for batch in load_batches(self.dataset, steps, workers=self.args.num_workers,
@@ -645,21 +588,14 @@ class Run(ExitStack):
                 bar.update()
 
     def is_due(self, every, step):
-        """Whether what happens every so many steps, 0 = never, happens after this step: after the
-        last step everything does."""
+        """Whether work of every so many steps, 0 = never, is due; after the last step all is."""
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def record(self, step, means, interval_ends):
-        """One log line and, if the interval is complete, one metrics record. error is the number to
-        watch: at p = 1 the weighted loss is about 1 whatever the network does."""
-        line = (f"step {step}/{self.total_steps}  error {means['error']:.4f}  velocity error "
-                f"{means['velocity_error']:.4f}  loss {means['loss']:.4f}  gradient norm "
-                f"{means['grad_norm']:.4f}  {means['images_per_second']:.1f} images/s")
-        if "gpu_memory_gb" in means:
-            line += f"  {means['gpu_memory_gb']:.2f} GB"
-        if means["skipped_steps"]:
-            line += f"  {means['skipped_steps']} steps left out, not finite"
-        self.log.say(line)
+        """One log line and, if the interval is complete, one metrics record."""
+        texts = [text.format(means[name]) for name, text in LOG_TEXTS.items()
+                 if name in means and (means[name] or name != "skipped_steps")]
+        self.log.say("  ".join([f"step {step}/{self.total_steps}", *texts]))
         if interval_ends:
             self.log.record(step, **means)
 
@@ -669,60 +605,55 @@ class Run(ExitStack):
             self.saver.save(state.state_dict())
         else:
             for value in tree_leaves(state.state_dict()):
-                full_tensor(value)
+                sharding.full_tensor(value)
 
     def picture(self, step):
         """Write one-step samples of the averaged network as one picture, on rank 0."""
-        with gathered_parameters(self.sampler.net):
+        with sharding.gathered_parameters(self.sampler.net):
             if self.world.main:
-                self.saver.check()  # that the folder is still this run's
+                self.saver.raise_errors()  # that the folder is still this run's
                 self.sampler.picture(self.folder / "samples" / f"{step:07d}.png")
 
     def evaluate(self, step):
         """Measure one-step samples of the averaged network: one log line, one metrics record."""
-        with gathered_parameters(self.sampler.net):
+        with sharding.gathered_parameters(self.sampler.net):
             metrics = self.evaluation.measure(self.sampler, self.args.eval_samples, EVAL_BATCH)
         if self.world.main:
-            about = {"labels": self.sampler.labels, "seed": self.sampler.seed}
-            if self.sampler.guidance:
-                t_min, t_max = self.sampler.guidance["interval"]
-                about |= {"omega": self.sampler.guidance["omega"], "t_min": t_min, "t_max": t_max}
-            assert metrics.keys().isdisjoint(about)
-            metrics |= about
-            names, line = metric_names(metrics["protocol"]), f"step {step}"
-            for key, value in metrics.items():
-                text = f"{value:.4f}" if isinstance(value, float) else value
-                line += f"  {names.get(key, key)} {text}"
-            self.log.say(line)
+            metrics |= {"labels": self.sampler.labels, "seed": self.sampler.seed}
+            if guidance := self.sampler.guidance:
+                t_min, t_max = guidance["interval"]
+                metrics |= {"omega": guidance["omega"], "t_min": t_min, "t_max": t_max}
+            names = metric_names(metrics["protocol"])
+            texts = [f"{names.get(key, key)} "
+                     + (f"{value:.4f}" if isinstance(value, float) else f"{value}")
+                     for key, value in metrics.items()]
+            self.log.say("  ".join([f"step {step}", *texts]))
             self.log.record(step, **metrics)
 
     def finish(self, state):
         """Wait for the other ranks and the last checkpoint, and print its path."""
         self.signals.end_steps()
-        self.saver.check(wait=True)
-        if self.signals.stopped_by:
-            self.log.say(f"{self.signals.stopped_by}: saved step {state.step}; repeat the command "
-                         f"to go on")
+        self.saver.raise_errors(wait=True)
+        if name := self.signals.name:
+            self.log.say(f"{name}: saved step {state.step}; repeat the command to go on")
         if self.world.main:
             print(self.saver.path or newest_checkpoint(self.folder / "checkpoints"))
 
 
 def check_batch(args, world):
     """Raise UserError unless the global batch can be divided over ranks and micro-batches."""
-    parts, batch = world.size * args.grad_accum_steps, args.global_batch_size
-    if batch % parts:
-        raise UserError(f"--global-batch-size must divide over {world.size} process(es) times "
-                        f"--grad-accum-steps {args.grad_accum_steps}, got {batch}; choose a "
-                        f"multiple of {parts}")
+    count, batch = world.size * args.grad_accum_steps, args.global_batch_size
+    if batch % count:
+        raise UserError(f"--global-batch-size must be a multiple of {count}, processes times "
+                        f"--grad-accum-steps, got {batch}; choose another")
     if args.shard:
-        check_sharding(world)
+        sharding.check_sharding(world)
         # Ranks gather the shards together: a rank without such rows would skip the derivative
         rows = batch - make_method(args, num_classes=1).equal_rows(batch)
-        if 0 < rows < parts:
-            raise UserError(f"--global-batch-size must have {parts} rows with r < t or more for "
-                            f"--shard on {world.size} processes and --grad-accum-steps "
-                            f"{args.grad_accum_steps}, got {rows} of {batch}; choose a larger one "
-                            f"or another --ratio")
+        if 0 < rows < count:
+            raise UserError(f"--global-batch-size must have {count} rows with r < t or more for "
+                            f"--shard, one per rank and micro-batch, got {rows} of {batch}; choose "
+                            f"a larger one or another --ratio")
 
 
 def open_data(args, world):
@@ -749,8 +680,7 @@ def make_config(args, dataset, codec):
     if is_improved(args.model) and (dataset.vae if args.encoded_data else args.vae) != "none":
         if shape[0] != len(LATENT_MEAN):
             raise UserError(f"--vae must have latents of {len(LATENT_MEAN)} channels for --model "
-                            f"{args.model}, whose normalisation is of those, got {shape[0]}; give "
-                            f"--vae ema or mse")
+                            f"{args.model}, got {shape[0]}; give --vae ema or mse")
         config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
     return config | {
         "latent_shape": list(shape), "scale": scale, "classes": list(dataset.classes),
@@ -760,21 +690,20 @@ def make_config(args, dataset, codec):
 def introduction(run, state):
     """The first lines of the log."""
     args, dataset = run.args, run.dataset
-    parameters = sum(p.numel() for p in state.params)
-    resumed = f" from the checkpoint of step {state.step}" if state.step else ""
-    if state.step >= run.total_steps:
-        resumed += "; all steps are made: more need a larger --max-steps or --epochs"
     lines = describe_environment(run.world) + [
-        f"{describe(run.config)}, {parameters:,} parameters; {len(dataset):,} images of "
-        f"{len(dataset.classes)} classes; {args.global_batch_size} images per step",
-        f"steps {state.step} to {run.total_steps}, into {run.folder}{resumed}"]
+        f"{describe(run.config)}, {sum(p.numel() for p in state.params):,} parameters; "
+        f"{len(dataset):,} images of {len(dataset.classes)} classes; {args.global_batch_size} "
+        f"images per step",
+        f"steps {state.step} to {run.total_steps}, into {run.folder}"]
+    if state.step >= run.total_steps:
+        lines.append("all steps are made: more need a larger --max-steps or --epochs")
     if not args.init and run.total_steps * (1 - args.ema_decay) < 3:
         # The random first weights keep a share of 5 % or more
         decay = max(0, 1 - 10 / run.total_steps)
-        lines.append(f"pictures and samples will be noise: --ema-decay {args.ema_decay} averages "
-                     f"over more steps than the run has; {decay:.4g} would suit {run.total_steps}")
-    if run.start and not state.step:
-        lines += run.start.notes
+        lines.append(f"samples will be noise: --ema-decay {args.ema_decay} averages over more "
+                     f"steps than the run has; {decay:.4g} would suit {run.total_steps}")
+    if run.initial and not state.step:
+        lines += run.initial.notes
     if args.encoded_data and dataset.note:
         lines.append(dataset.note)
     if run.evaluation:

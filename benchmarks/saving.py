@@ -127,7 +127,7 @@ def around_a_save(training, saver, number, step):
     while not saver.job.done():
         excess += training.step() - step
     written = time.perf_counter() - begin
-    saver.check()
+    saver.raise_errors()
     return call, excess, written
 
 
@@ -137,9 +137,9 @@ def time_records(folder, args, world, count=200):
     with Log(folder, active=True) as log:
         run = SimpleNamespace(log=log, total_steps=count)
         meter = train.Meter(world, args.batch_size)
-        meter.start(0)
+        meter.begin(0)
         for step in range(1, count + 1):
-            meter.add(torch.ones_like(meter.sums))
+            meter.sums += torch.ones_like(meter.sums)
             begin = time.perf_counter()
             train.Run.record(run, step, meter.read(step), interval_ends=True)
             seconds.append(time.perf_counter() - begin)

@@ -1,15 +1,14 @@
 """Checkpoints: written whole or not at all, opened as data, found again after any crash.
 
-A checkpoint is one file of tensors and plain values, {"step", "model", "ema", "opt", "config"}:
-<run-dir>/checkpoints/0050000.pt. A .safetensors file is one, too: its tensors are "ema", and its
-metadata hold config as JSON, step, and the SHA-256 of all, as the format has no checksum.
+A checkpoint is a file of tensors and plain values, {"step", "model", "ema", "opt", "config"}:
+<run-dir>/checkpoints/0050000.pt. Or a .safetensors file: its tensors are "ema", its metadata hold
+config as JSON, step, and the SHA-256 of all, as the format has no checksum.
 """
 
 import concurrent.futures
 import contextlib
 import hashlib
 import json
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -24,17 +23,13 @@ from models import build
 
 KEYS = ("step", "model", "ema", "opt", "config")
 SAFETENSORS = ".safetensors"
-SAVE_TIMEOUT_S = 300  # for the checkpoint in progress when the process must end; torchrun may kill
-# the process sooner
-REMEDY = ("give a checkpoint that train.py wrote, or convert it first: python "
-          "convert_checkpoint.py --in FILE --out CONVERTED.pt")
-
-# ---- writing -------------------------------------------------------------------------------
+SAVE_TIMEOUT_S = 300  # for the checkpoint in progress at an early end; torchrun may kill sooner
+REMEDY = "give a checkpoint that train.py wrote, or convert it with convert_checkpoint.py"
 
 
 def save_checkpoint(path, state, *, keep_last=0):
     """Write a checkpoint, by its suffix as .safetensors (ema, step and config) or whole; then, if
-    keep_last > 0, remove all but the newest so many. Raises UserError where that is impossible."""
+    keep_last > 0, remove all but the newest so many. Raises UserError if it cannot be written."""
     path = Path(path)
     write = _write_safetensors if path.suffix == SAFETENSORS else torch.save
     with atomic_file(path) as temporary:
@@ -42,8 +37,7 @@ def save_checkpoint(path, state, *, keep_last=0):
             write(state, temporary)
         except RuntimeError as error:  # what PyTorch raises where the disk is full
             raise OSError(str(error).splitlines()[0]) from error
-    if keep_last:
-        # Later checkpoints are damaged, as this run resumed from an older one: do not count them
+    if keep_last:  # later checkpoints are damaged, as this run resumed from an older one
         until = [old for old in list_checkpoints(path.parent) if int(old.stem) <= int(path.stem)]
         for old in until[keep_last:]:
             with contextlib.suppress(OSError):
@@ -71,11 +65,11 @@ def fingerprint(tensors):
     return digest.hexdigest()
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager):
     """Writes a run's checkpoints in a thread, from a copy of the state, one at a time.
 
-    lock: of the run's folder. before_write: called first, for what must be on disk earlier. Leaving
-    ``with`` waits for the write in progress, also after an error.
+    lock: of the run's folder. before_write: called before each write. Leaving ``with`` waits for
+    the write in progress.
     """
 
     def __init__(self, folder, keep_last, *, lock=None, before_write=lambda: None):
@@ -84,31 +78,27 @@ class Saver:
         self.path = None  # of the last checkpoint
         self.thread, self.job = concurrent.futures.ThreadPoolExecutor(1), None
 
-    def __enter__(self):
-        return self
-
     def save(self, state):
-        """Copy the state, sharded tensors in full, and start to write it. Raises as ``check``."""
-        self.check(wait=True)
+        """Copy the state, sharded tensors in full, and start to write it. Raises earlier errors."""
+        self.raise_errors(wait=True)
         self.path = self.folder / f"{state['step']:07d}.pt"
-        copy = tree_map_only(torch.Tensor,
-                             lambda t: full_tensor(t.detach()).to("cpu", copy=True), state)
-        self.job = self.thread.submit(self._write, self.path, copy)
+        self.job = self.thread.submit(self._write, self.path, tree_map_only(
+            torch.Tensor, lambda t: full_tensor(t.detach()).to("cpu", copy=True), state))
 
     def _write(self, path, state):
         self.before_write()
         save_checkpoint(path, state, keep_last=self.keep_last)
 
-    def check(self, *, wait=False):
+    def raise_errors(self, *, wait=False):
         """Raises UserError if the last checkpoint could not be written, RunError if the folder is
-        no longer this run's. wait: wait for the end of a write in progress; otherwise skip it."""
+        no longer this run's. wait: for the end of a write in progress, else passed over."""
         if self.lock:
-            self.lock.check()
+            self.lock.raise_if_lost()
         if self.job and (wait or self.job.done()):
             self.job.result()
 
     def finish_writing(self):
-        """Wait for the write in progress, before the process must end; raises no errors."""
+        """Wait for the write in progress, before an early end of the process."""
         if self.job and not self.job.done():
             print_last("the checkpoint that is being written is finished first")
             concurrent.futures.wait([self.job], timeout=SAVE_TIMEOUT_S)
@@ -122,21 +112,22 @@ class Saver:
 
 def list_checkpoints(folder):
     """The checkpoints of a folder, newest first; files of other names are not ours."""
-    found = [path for path in Path(folder).glob("*.pt") if path.stem.isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem), reverse=True)
+    paths = [path for path in Path(folder).glob("*.pt") if path.stem.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
 
 
 def load_checkpoint(path, *, verify=False):
     """A checkpoint's dict, on the CPU, its tensors memory-mapped from the file.
 
     Of a .safetensors file model is ema, and opt is None. verify: compare every byte with the
-    checksums in the file, which torch.load does not. Raises BadValue for a missing, torn, damaged
-    or foreign file.
+    file's checksums. Raises BadValue for a missing, torn, damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
-        found, remedy = _explain(path)
-        raise BadValue(f"must be a checkpoint file, got {path} ({found}); {remedy}")
+        kind = "a folder" if path.is_dir() else "no such file"
+        inside = (*list_checkpoints(path / "checkpoints"), *list_checkpoints(path))
+        remedy = f"did you mean {inside[0]}?" if inside else REMEDY
+        raise BadValue(f"must be a checkpoint file, got {path} ({kind}); {remedy}")
     try:
         state = _read(path, verify)
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
@@ -148,7 +139,7 @@ def load_checkpoint(path, *, verify=False):
 
 
 def _read(path, verify):
-    """What load_checkpoint returns, or something else where the file is foreign."""
+    """The file's content: load_checkpoint's dict, unless the file is foreign."""
     if path.suffix == SAFETENSORS:
         weights, config, step = read_safetensors(path)
         return config and {"step": step, "model": weights, "ema": weights, "opt": None,
@@ -158,19 +149,8 @@ def _read(path, verify):
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _explain(path):
-    """(what is found, remedy) where a path is no file."""
-    if not path.is_dir():
-        return "no such file", REMEDY
-    for folder, kind in ((path / "checkpoints", "a run directory"),
-                         (path, "a folder of checkpoints")):
-        if newest := list_checkpoints(folder)[:1]:
-            return kind, f"did you mean {newest[0]}?"
-    return "a folder", REMEDY
-
-
 def read_safetensors(path):
-    """(tensors by name, config, step) of a .safetensors file; the latter are None in a foreign one.
+    """(tensors by name, config, step) of a .safetensors file; a foreign one has no config and step.
     Raises ValueError for damaged bytes, and errors of many kinds for a torn file."""
     from safetensors import safe_open
 
@@ -185,8 +165,8 @@ def read_safetensors(path):
 
 
 def newest_checkpoint(folder):
-    """The path of a folder's newest undamaged checkpoint; None where there are no checkpoints.
-    Raises BadValue if all are damaged: a run from the start would replace them."""
+    """The path of a folder's newest undamaged checkpoint, or None if it has no checkpoints. Raises
+    BadValue if all are damaged: a run from the start would replace them."""
     paths = list_checkpoints(folder)
     for path in paths:
         try:
@@ -195,14 +175,14 @@ def newest_checkpoint(folder):
         except BadValue as error:
             print(f"passing over a checkpoint: it {error}", file=sys.stderr)
     if paths:
-        raise BadValue(f"must hold a checkpoint that can be read, got none in {folder}; restore "
-                       f"one, or choose another folder to begin anew")
+        raise BadValue(f"must hold an undamaged checkpoint, got none in {folder}; restore one or "
+                       f"choose another folder")
     return None
 
 
 def network_of(state, name="the file"):
-    """The network of a checkpoint's config, with its EMA weights. name: for the BadValue that it
-    raises where config and weights do not fit."""
+    """The network of a checkpoint's config, with its EMA weights. Raises BadValue, which tells
+    name, where they do not fit."""
     config, weights = state["config"], state["ema"]
     with _fitting(name):
         check_fields(config, weights)
@@ -219,17 +199,17 @@ def load_network(path):
 
 def check_fields(config, weights):
     """Raises ValueError, KeyError or TypeError for a field that sampling cannot use, and for sizes
-    beyond those of the weights, which a network of them cannot have."""
-    kinds = {"model": str, "vae": str, "image_size": int, "num_classes": int, "latent_shape": list,
-             "scale": (float, int)}
-    _, height, width = config["latent_shape"]
-    for name, kind in kinds.items():
-        fits = isinstance(config[name], kind) and not isinstance(config[name], bool)
-        if not fits or height != width and name == "latent_shape":
+    beyond those of the weights, which would take any amount of memory."""
+    for name, kind in {"model": str, "vae": str, "image_size": int, "num_classes": int,
+                       "latent_shape": list, "scale": (float, int)}.items():
+        if not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise ValueError(f"{name} is {config[name]!s:.60}")
+    _, height, width = config["latent_shape"]
+    if height != width:
+        raise ValueError(f"latent_shape is {config['latent_shape']!s:.60}")
     largest = max(len(weights), *(tensor.numel() for tensor in weights.values()))
-    numbers = {"num_classes": config["num_classes"], "latent_shape": height}
-    for name, size in (numbers | (config.get("sizes") or {})).items():
+    sizes = {"num_classes": config["num_classes"], "latent_shape": height}
+    for name, size in (sizes | (config.get("sizes") or {})).items():
         if not 0 <= size <= largest:
             raise ValueError(f"{name} is {size!s:.60}")
 
@@ -243,8 +223,8 @@ def _fitting(name):
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadValue(f"must hold weights that fit its config, got {name} ({reason:.200}); give a "
-                       f"checkpoint that train.py wrote") from error
+        raise BadValue(f"must hold weights that fit its config, got {name} ({reason:.200}); "
+                       f"{REMEDY}") from error
 
 
 # ---- continuing a run ----------------------------------------------------------------------
@@ -263,7 +243,7 @@ def restore_checkpoint(path, net, ema, optimizer):
 
 
 def _load(net, tensors):
-    """net.load_state_dict(tensors), of which a sharded network takes this rank's parts."""
+    """net.load_state_dict(tensors); a sharded network takes this rank's rows of them."""
     ours = net.state_dict()
     net.load_state_dict({name: shard_like(tensor, ours.get(name))
                          for name, tensor in tensors.items()})
@@ -287,35 +267,26 @@ def _restore_moments(optimizer, moments, params):
 def check_config(folder, config, *, defaults, may_change):
     """Raise BadValue unless a run directory is new or of the run with this config.
 
-    defaults: a stored config that lacks an option has its default. may_change: names of the options
-    that may change when a run continues; before the first checkpoint all may.
+    defaults: values of options that a stored config lacks. may_change: names of the options that
+    may change when a run continues; before the first checkpoint all may.
     """
     path, begun = Path(folder) / "config.json", bool(list_checkpoints(Path(folder) / "checkpoints"))
-    if not path.exists():
-        if begun:
-            raise BadValue(f"must hold config.json beside its checkpoints, got {folder}; choose "
-                           f"another folder")
+    if not begun and not path.exists():
         return
     try:
         stored = defaults | json.loads(path.read_text())
         foreign = not config.keys() <= stored.keys()
-        found = differences(stored, config, may_change)
+        changed = differences(stored, config, may_change)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadValue(f"must hold a readable config.json, got {path} ({error!s:.200}); choose "
                        f"another folder") from error
-    if found and (begun or foreign):
-        raise BadValue(f"must be a run of the same options, got {folder} ({found}); give another "
+    if changed and (begun or foreign):
+        raise BadValue(f"must be a run of the same options, got {folder} ({changed}); give another "
                        f"--run-dir or the run's own options")
 
 
-def differences(stored, wanted, may_change=()):
+def differences(stored, present, may_change=()):
     """Lists the settings whose values differ, as "lr 0.1, now 0.2"; "" if none differ."""
-    return "; ".join(f"{name:.60} {_short(stored.get(name))}, now {_short(wanted.get(name))}"
-                     for name in sorted(stored.keys() | wanted.keys())
-                     if name not in may_change and stored.get(name) != wanted.get(name))
-
-
-def _short(value):
-    """The text of a value for a message: of a SHA-256 eight digits, else 60 characters at most."""
-    text = str(value)
-    return text[:8 if re.fullmatch("[0-9a-f]{64}", text) else 60]
+    return "; ".join(f"{name:.60} {stored.get(name)!s:.60}, now {present.get(name)!s:.60}"
+                     for name in sorted(stored.keys() | present.keys())
+                     if name not in may_change and stored.get(name) != present.get(name))

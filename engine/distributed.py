@@ -1,7 +1,4 @@
-"""Processes, their device and precision, and counted randomness.
-
-This module alone reads ranks from the environment and picks a device.
-"""
+"""Processes, their device and precision, and counted randomness."""
 
 import contextlib
 import hashlib
@@ -22,8 +19,7 @@ from engine.network import process_group
 class World:
     """This process's rank, the world size, its device and precision.
 
-    position: the step or image that the process works at, for error messages. before_exit: what
-    exit calls first, to finish what is being written.
+    position: the current step or image, for error messages. before_exit: what exit calls first.
     """
 
     rank: int
@@ -83,17 +79,13 @@ class World:
         """Starts an asynchronous max-reduce of an int; returns a function that waits for it."""
         tensor = torch.tensor([number])
         work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
-
-        def result():
-            work.wait()
-            return int(tensor)
-        return result
+        return lambda: work.wait() and int(tensor)
 
     def exit(self, reason, code):
-        """End the process, from any thread, once what is being written is whole."""
-        reason = f"rank {self.rank}: {reason} at {self.position}"
+        """End the process, from any thread, after before_exit."""
+        message = f"rank {self.rank}: {reason} at {self.position}; repeat the command to go on"
         self.before_exit()
-        print_last(f"{reason}; what is on disk is whole: repeat the command to go on")
+        print_last(message)
         os._exit(code)
 
     def autocast(self):
@@ -121,11 +113,10 @@ class World:
 
 @contextlib.contextmanager
 def start_processes(precision="fp32", *, timeout_hours=0.5):
-    """Yields this process's World, set up from torchrun's environment; without it, of one process.
+    """Yields this process's World by torchrun's environment; without it, of one process.
 
     precision: fp32, tf32 (fp32 with TensorFloat-32 products on GPUs) or bf16 (autocast).
-    timeout_hours: how long a rank waits for another that is alive; one that is gone is noticed
-    earlier (engine/network.py). Raises UserError and LostError.
+    timeout_hours: how long a rank waits for another that is alive. Raises UserError and LostError.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, _device(), precision)
@@ -140,11 +131,10 @@ def _device():
     """The GPU of this process's local rank, or the CPU. Raises UserError."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node must be at most the number of GPUs, "
-                        f"{torch.cuda.device_count()}; this is process {local_rank + 1}; "
-                        f"start fewer")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"--nproc_per_node must be at most the number of GPUs, {gpus}, got "
+                        f"{local_rank + 1} or more; start fewer")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -152,8 +142,8 @@ def _device():
 
 @contextlib.contextmanager
 def one_thread():
-    """Within ``with``, PyTorch uses one thread. The bits of a CPU's sums depend on the number of
-    threads, which is one under torchrun and one per core otherwise."""
+    """Within ``with``, PyTorch uses one thread, as under torchrun: the bits of a CPU's sums depend
+    on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -166,9 +156,8 @@ def counted_generator(seed, *counters, device="cpu"):
     """A generator that is a function of (seed, counters), such as (seed, step, "noise"): no random
     state needs saving.
 
-    PyTorch's CPU generator uses 32 bits of the hash, its CUDA generator 63. On a GPU a draw of more
-    numbers than it runs threads has an order of its own: the numbers are the same on GPUs of one
-    model only (ATen's DistributionTemplates.h).
+    PyTorch's CPU generator uses 32 bits of the hash, its CUDA generator 63. On a GPU the order of
+    many numbers depends on its count of threads, so on its model (ATen's DistributionTemplates.h).
     """
     digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -14,23 +14,16 @@ from tqdm import tqdm
 ERROR_WAIT_S = 10  # a rank that is alive so long after an error is the only one that has it
 
 
-class OneLine(Exception):
-    """An error that ends a script with one line, its message."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).split()))
-
-
-class UserError(OneLine, ValueError):
-    """The user's mistake: option, rule, value and remedy. The exit code is 2."""
+class UserError(ValueError):
+    """The user's mistake: option, rule, value and remedy, which are printed; exit code 2."""
 
 
 class BadValue(UserError):
-    """A mistake in a value of which only the caller knows the option: "must be ...". See naming."""
+    """A mistake in a value whose option only the caller knows: "must be ...". See naming."""
 
 
-class RunError(OneLine, RuntimeError):
-    """A failure that is not the user's mistake: what happened, what to do. The exit code is 1."""
+class RunError(RuntimeError):
+    """A failure that is not the user's mistake: what happened, what to do; exit code 1."""
 
 
 class LostError(RunError):
@@ -47,7 +40,7 @@ def naming(option):
 
 
 def run_main(main, parse_args):
-    """Run a script. Expected errors end it with one line: exit code 1 for a RunError, else 2."""
+    """Run a script. Expected errors end it with one line."""
     sys.stdout.reconfigure(errors="surrogateescape")  # results are paths, of any bytes
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by the script for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,22 +65,20 @@ def run_main(main, parse_args):
 
 
 def _memory_line(error):
-    """The line for an error that means too little memory; raises any other. On a CPU PyTorch's has
-    no class of its own and is known by its text."""
-    remedy = "lower the batch size or, for train.py, raise --grad-accum-steps"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"Out of GPU memory: {remedy}"
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return f"Out of memory: {remedy}"
+    """The line for an error that means too little memory; raises any other."""
+    gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
+    # On a CPU PyTorch's has no class of its own
+    if gpu or isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return (f"Out of {gpu}memory: lower the batch size or, for train.py, raise "
+                f"--grad-accum-steps")
     raise error
 
 
 def fail(message, *, code=2, at_once=False):
     """Prints one line on stderr and ends this process.
 
-    Most errors occur on all ranks. Local rank 0 prints at once, and torchrun then ends the others
-    of its machine. A rank that lives on for ERROR_WAIT_S seconds has an error of its own and prints
-    it, too; at_once: without this wait.
+    Most errors occur on all ranks. Local rank 0 prints at once, and torchrun then ends the other
+    ranks of its machine. One that outlives ERROR_WAIT_S has its own error; at_once: no such wait.
     """
     rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("LOCAL_RANK", 0)) and not at_once:

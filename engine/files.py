@@ -16,25 +16,23 @@ from engine.errors import BadValue, RunError, UserError
 
 LOCK, WRITER = ".lock", ".writer"  # files in a folder that one process holds: the lock, and who
 
-# ---- files ---------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def atomic_file(path, *, durable=True):
     """Yields a temporary path; at the end the file written there is renamed to path.
 
-    durable: the data is on disk before the rename, so that not even a power cut leaves half a file.
-    An exception within ``with`` leaves the old file. Raises UserError where it cannot be written.
+    durable: the data is on disk before the rename, so no power cut leaves half a file. An exception
+    within ``with`` leaves the old file. Raises UserError if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         if durable:
-            sync_file(temporary)
+            sync(temporary)
         os.replace(temporary, path)
         if durable:
-            sync_folder(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
     finally:
@@ -43,38 +41,31 @@ def atomic_file(path, *, durable=True):
 
 
 def write_json(path, value):
-    """Write a JSON file, whole or not at all. Raises UserError as atomic_file does."""
+    """Write a JSON file as atomic_file does."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def sync_file(path):
-    """Wait until a file would survive a power cut."""
+def sync(path):
+    """Wait until a file, or the names in a folder, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # CIFS and FUSE sync no folder; three errors tell of lost data
+        if os.path.isfile(path) or error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
     finally:
         os.close(descriptor)
 
 
-def sync_folder(folder):
-    """Wait until the names in a folder would survive a power cut, where it can be synced: not on
-    CIFS and FUSE, nor where it may not be read."""
-    try:
-        sync_file(folder)
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # data was lost
-            raise
-
-
 def write_error(path, error):
-    """The UserError for an OSError met while writing path."""
+    """The UserError for an OSError while writing path."""
     return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose a "
                      f"folder you may write")
 
 
 def list_folder(folder):
-    """The files in a folder but hidden ones, such as temporary files and locks."""
+    """The files in a folder, except temporary files, locks and other hidden ones."""
     return [path for path in Path(folder).iterdir() if path.name[0] != "."]
 
 
@@ -90,28 +81,25 @@ def find_damage(path, *, mapped=False):
     checksum, or None. mapped: parts will be mapped into memory, compressed ones count as damaged.
     Raises errors of many kinds where headers are damaged."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        # A damaged length in the list of contents hides later entries from zipfile. The last
-        # 22 bytes hold their number, or 65535 where there are too many
+        # A damaged length in the list of contents hides later parts. The last 22 bytes hold their
+        # number, or 65535 where there are too many
         file.seek(-22, os.SEEK_END)
-        end, count = file.read(), len(archive.infolist())
-        if end[:4] == b"PK\5\6" and int.from_bytes(end[10:12], "little") not in (count, 65535):
+        end, parts = file.read(), archive.infolist()
+        if end[:4] == b"PK\5\6" and int.from_bytes(end[10:12], "little") not in (len(parts), 65535):
             return "the list of contents"
-        compressed = [part.filename for part in archive.infolist()
-                      if mapped and part.compress_type != zipfile.ZIP_STORED]
-        return f"{compressed[0]}, compressed" if compressed else archive.testzip()
-
-
-# ---- folders -------------------------------------------------------------------------------
+        if mapped and any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            return "a compressed part"
+        return archive.testzip()
 
 
 def check_folder(path):
     """Raise BadValue unless this folder is, or could be made, writable."""
     path = Path(path)
     place = next(place for place in (path, *path.parents) if place.exists())
-    if not place.is_dir():
-        raise _folder_error(path, f"{place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise _folder_error(path, "no permission")
+    reason = "no permission" if place.is_dir() else f"{place} is a file"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise BadValue(f"must be a folder that can be written, got {path} ({reason}); choose "
+                       f"another")
 
 
 def make_folder(path):
@@ -120,19 +108,16 @@ def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _folder_error(path, error.strerror) from error
-
-
-def _folder_error(path, reason):
-    return BadValue(f"must be a folder that can be written, got {path} ({reason}); choose another")
+        raise BadValue(f"must be a folder that can be made, got {path} ({error.strerror}); choose "
+                       f"another") from error
 
 
 class FolderLock:
     """Within ``with``, no other process writes to this folder, which is made if it is missing.
 
-    The system releases the lock when this process ends, even by SIGKILL. A file says who holds it.
-    On file systems without locks the second process overwrites it, and ``check`` ends the first.
-    Raises BadValue where another process holds the lock.
+    The system releases the lock when this process ends, however. A file says who holds it; on file
+    systems without locks a second process overwrites it, and raise_if_lost ends the first. Raises
+    BadValue if another process holds the lock.
     """
 
     def __init__(self, folder):
@@ -150,27 +135,26 @@ class FolderLock:
                            f"{self._read() or 'another process'} is writing; end that or choose "
                            f"another folder") from error
         except (OSError, NotImplementedError) as error:
-            print(f"warning: {self.folder} cannot be locked here ({error}): start no second run in "
-                  f"it", file=sys.stderr)
+            print(f"warning: {self.folder} cannot be locked ({error}): start no second run in it",
+                  file=sys.stderr)
         with atomic_file(self.file, durable=False) as temporary:
             temporary.write_text(self.writer)
         return self
 
     def _read(self):
-        """Who writes to the folder: "" if its file is gone, this process if it cannot be read now.
-        """
+        """Who writes to the folder: "" if the file is gone, this process if it cannot be read."""
         try:
             return self.file.read_text(errors="replace")[:200]
         except OSError as error:
             return "" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) else self.writer
 
-    def check(self):
+    def raise_if_lost(self):
         """Raises RunError if the folder was removed, replaced or taken by another process."""
         writer = self._read()
         if writer != self.writer:
             fault = f"taken by {writer}" if writer else "removed or replaced"
-            raise RunError(f"{self.folder} was {fault} during the run; nothing more is written "
-                           f"there: repeat the command or choose another folder")
+            raise RunError(f"{self.folder} was {fault} during the run; repeat the command or "
+                           f"choose another folder")
 
     def __exit__(self, *_):
         if self._read() == self.writer:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,14 +10,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.files import atomic_file, sync_folder, write_error
+from engine.files import atomic_file, sync, write_error
 
 
-class Log:
-    """log.txt, metrics.jsonl and TensorBoard events of a run; does nothing unless active.
-
-    Drops records later than ``step``, the step that the run resumes from: they are written again.
-    Every method raises UserError where the disk is full.
+class Log(contextlib.AbstractContextManager):
+    """log.txt, metrics.jsonl and TensorBoard events of a run; does nothing unless active. Drops
+    records later than ``step``, from which the run resumes. Raises UserError if the disk is full.
     """
 
     def __init__(self, folder, *, active, step=0):
@@ -79,23 +76,18 @@ class Log:
                                    read_records(self.folder / "metrics.jsonl")[0])
 
     def to_disk(self):
-        """Wait until text and metrics would survive a power cut: before a checkpoint is written."""
+        """Wait until text and metrics would survive a power cut."""
         if self.active:
             with self._writing():
-                for file in (self.text, self.metrics):
-                    os.fsync(file.fileno())
-                sync_folder(self.folder)
-
-    def __enter__(self):
-        return self
+                for path in (self.text.name, self.metrics.name, self.folder):
+                    sync(path)
 
     def __exit__(self, kind, error, _):
         """Close all files; an error that ends the run becomes the last line of log.txt."""
         if self.active:
             with contextlib.suppress(OSError) if error else self._writing():
                 if error:
-                    reason = next(iter(str(error).splitlines()), "")
-                    self._write(f"ended by {kind.__name__}: {reason}")
+                    self._write(f"ended by {kind.__name__}: {' '.join(str(error).split())}")
                 for file in (self.text, self.metrics, self.board):
                     file.close()
 
@@ -122,5 +114,4 @@ def describe_environment(world):
     return [
         f"command: {' '.join(sys.argv)}",
         f"commit {commit or 'unknown'}, torch {torch.__version__}, CUDA {torch.version.cuda}",
-        f"{world.size} process(es) on {hardware}, precision {world.precision}",
-    ]
+        f"{world.size} process(es) on {hardware}, precision {world.precision}"]

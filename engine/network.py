@@ -15,20 +15,17 @@ import torch.distributed as dist
 
 from engine.errors import LostError
 
-HEARTBEAT_S = 20  # between two heartbeats
-HEARTBEAT_TIMEOUT_S = 300  # until a machine that does not answer counts as gone
+HEARTBEAT_S, HEARTBEAT_TIMEOUT_S = 20, 300  # between two; until a silent machine counts as gone
 
-# DistributedDataParallel holds its group and frees it, where nothing else does, without releasing
-# the GIL. If a thread of gloo waits for the GIL just then, the process stands still for ever
+# DistributedDataParallel would free the last reference to its group without releasing the GIL; if
+# a thread of gloo waits for the GIL just then, the process stands still for ever
 _ended_groups = []
 
 
 @contextlib.contextmanager
 def process_group(world, *, timeout_hours):
-    """Within ``with``, the processes of this World are one group: gloo, and NCCL on GPUs.
-
-    timeout_hours: how long a rank waits for another that is alive. Raises LostError.
-    """
+    """Within ``with``, the processes of this World are one group: gloo, and NCCL on GPUs. Raises
+    LostError. timeout_hours: how long a rank waits for another that is alive."""
     cuda, timeout = world.device.type == "cuda", datetime.timedelta(hours=timeout_hours)
     try:
         store = _fresh_store(world)
@@ -37,11 +34,9 @@ def process_group(world, *, timeout_hours):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
                                 rank=world.rank, world_size=world.size, timeout=timeout,
                                 device_id=world.device if cuda else None)
-        heartbeat = _Heartbeat(world) if _several_machines() else None
-        yield
-        world.barrier()  # gloo aborts a process that the others leave behind
-        if heartbeat:
-            heartbeat.end()
+        with _heartbeat(world) if _several_machines() else contextlib.nullcontext():
+            yield
+            world.barrier()  # gloo aborts a process that the others leave behind
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -58,10 +53,8 @@ def _lost_error(error, world):
             f"cannot reach the other processes ({reason}); if all machines are up, set "
             f"GLOO_SOCKET_IFNAME on each to the network interface that reaches the others; here it "
             f"is {os.environ.get('GLOO_SOCKET_IFNAME', 'not set')}")
-    return LostError(
-        f"lost the other processes at {world.position} ({reason}); the one that ended first says "
-        f"why; what is on disk is whole: repeat the command to go on, or let torchrun "
-        f"--max-restarts do so")
+    return LostError(f"lost the other processes at {world.position} ({reason}); the one that ended "
+                     f"first says why; repeat the command to go on, or use torchrun --max-restarts")
 
 
 def _several_machines():
@@ -71,9 +64,8 @@ def _several_machines():
 def _fresh_store(world):
     """The store by which processes find each other, under a name that is new at each start: rank 0
     chooses it, and answers the others, who ask under random words, until all have confirmed."""
-    # Needed up to torch 2.15: torchrun's store outlives the processes that --max-restarts replaces,
-    # and new ones take the old addresses in it for each other's (pytorch issue 135712). The count
-    # of restarts differs between machines, so it cannot be the name
+    # Needed up to torch 2.15: torchrun's store keeps the addresses of processes that --max-restarts
+    # replaces (pytorch issue 135712). Machines count restarts differently: that is no name
     store, _, _ = next(dist.rendezvous("env://"))
     word = uuid.uuid4().hex
     if world.rank:
@@ -89,9 +81,8 @@ def _fresh_store(world):
 
 
 def _choose_interface(store, world):
-    """Sets GLOO_SOCKET_IFNAME to the interface by which this machine reaches MASTER_ADDR; the
-    machine of that address, which does so by loopback, takes its route to another rank. IPv4 only.
-    """
+    """Sets GLOO_SOCKET_IFNAME to the interface by which this machine reaches MASTER_ADDR or, if
+    that is its own address, another rank. IPv4 only."""
     # Needed up to torch 2.15: gloo takes the address of the host name, often a loopback address
     address = _address_towards(os.environ["MASTER_ADDR"])
     store.set(f"address {world.rank}", address)
@@ -123,34 +114,29 @@ def _interface_of(address):
     return None
 
 
-class _Heartbeat(threading.Thread):
-    """A thread that ends this process when another machine no longer answers."""
+@contextlib.contextmanager
+def _heartbeat(world):
+    """Within ``with``, a thread ends this process when another machine no longer answers."""
     # Needed up to torch 2.15: a collective notices a silent machine only at its timeout, which must
     # be long, as rank 0 may work alone for hours; its heartbeat answers meanwhile
+    ending, timeout = threading.Event(), datetime.timedelta(seconds=HEARTBEAT_TIMEOUT_S)
+    group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def __init__(self, world):
-        super().__init__(daemon=True)
-        self.world, self.ending = world, threading.Event()
-        timeout = datetime.timedelta(seconds=HEARTBEAT_TIMEOUT_S)
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
-        self.start()
-
-    def run(self):
-        ended = False
-        while not ended:
-            beat = torch.tensor([int(self.ending.wait(HEARTBEAT_S))])
+    def run():
+        beat = torch.tensor([0])
+        while not beat:
+            beat[:] = int(ending.wait(HEARTBEAT_S))
             began = time.monotonic()
             try:
-                dist.all_reduce(beat, dist.ReduceOp.MAX, group=self.group)
+                dist.all_reduce(beat, dist.ReduceOp.MAX, group=group)
             except RuntimeError:
                 if time.monotonic() - began >= HEARTBEAT_TIMEOUT_S - 1:
-                    self.world.exit(f"another machine did not answer for {HEARTBEAT_TIMEOUT_S} s",
-                                    code=1)
+                    world.exit(f"another machine did not answer for {HEARTBEAT_TIMEOUT_S} s", 1)
                 return
-            ended = bool(beat)
 
-    def end(self):
-        """Called once all ranks are done: all threads end after the same beat."""
-        self.ending.set()
-        self.join()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    ending.set()  # all threads end after the same beat
+    thread.join()
 

@@ -20,33 +20,31 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors and whose help prints defaults."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=_Defaults)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Defaults)
 
     def error(self, message):
-        """Raises UserError. argparse's own messages have no remedy, ours have."""
+        """Raises UserError, of argparse's own messages with a remedy."""
         raise UserError(message if "; " in message else f"{message}; --help lists the options")
 
 
 def int_range(low, high=2**63 - 1):
     """An argparse type: a whole number from low to high."""
-    bound = f"{low} or more" if high == 2**63 - 1 else f"one from {low} to {high}"
-    return _number(int, lambda value: low <= value <= high, "a whole number", bound)
+    remedy = f"{low} or more" if high == 2**63 - 1 else f"one from {low} to {high}"
+    return _number(int, lambda value: low <= value <= high, "a whole number", remedy)
 
 
 def float_range(low, high=math.inf, *, above=False):
     """An argparse type: a finite number from low to high; above: low itself is refused."""
-    bound = f"above {low:g}" if above else f"{low:g} or more"
-    bound = bound if high == math.inf else f"from {low:g} to {high:g}"
+    remedy = f"above {low:g}" if above else f"{low:g} or more"
+    remedy = remedy if high == math.inf else f"from {low:g} to {high:g}"
     return _number(float, lambda value: (low < value if above else low <= value) and value <= high
-                   and math.isfinite(value), "a number", f"one {bound}")
+                   and math.isfinite(value), "a number", f"one {remedy}")
 
 
 def _number(kind, accepts, rule, remedy):
     def parse(text):
         with contextlib.suppress(ValueError):
-            value = kind(text)
-            if accepts(value):
+            if accepts(value := kind(text)):
                 return value
         raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}; give {remedy}")
     return parse

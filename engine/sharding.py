@@ -17,9 +17,8 @@ SHARDING_SINCE = 2, 13  # torch.func.jvp through fully_shard (pytorch pull reque
 
 
 def parallelise(net, ema, world, *, shard):
-    """The module for the forward with gradient of net, so that ranks average their gradients: net
-    in DistributedDataParallel, or net itself in one process. With shard it is net itself, too, and
-    the parameters of net and of its average ema are divided among the ranks."""
+    """The module for the forward with gradient, so that ranks average gradients: net in
+    DistributedDataParallel; net itself in one process or, with its average ema, sharded."""
     if shard:
         shard_parameters(net, world)
         shard_parameters(ema, world)
@@ -28,8 +27,7 @@ def parallelise(net, ema, world, *, shard):
 
 
 def local_gradients(forward):
-    """A context in which the gradients of a backward stay on their rank, for a later one to
-    average. A sharded network averages them at once: no rank has room for all of them."""
+    """A context in which DistributedDataParallel averages no gradients: a later backward does."""
     return forward.no_sync() if hasattr(forward, "no_sync") else contextlib.nullcontext()
 
 
@@ -37,8 +35,7 @@ def data_parallel(net):
     """net in DistributedDataParallel, which averages gradients over the ranks."""
     with warnings.catch_warnings():  # that an option has a new name, which torch 2.11 lacks
         warnings.simplefilter("ignore")
-        # The buffers are constant: no broadcast each step. Gradients alias DDP's buckets, which
-        # saves a copy of them
+        # The buffers are constant: no broadcast each step. Gradients alias the buckets: no copy
         return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True,
                                        bucket_cap_mb=bucket_mib(net))
 
@@ -55,9 +52,8 @@ def replace_network(forward, net):
 def bucket_mib(net):
     """MiB of gradients that DistributedDataParallel sends at once: two blocks', or 25 at least.
 
-    torch.compile cuts the network where a bucket is full: of 25 MiB, PyTorch's default, DiT-B has
-    18 graphs and DiT-XL 58, of two blocks 8 and 16. DiT-XL/2 then sends a fourteenth of its
-    gradients after the backward.
+    torch.compile cuts the network where a bucket is full: DiT-XL into 58 graphs with 25 MiB, into
+    16 with two blocks, of which one fourteenth of the gradients is sent after the backward.
     """
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters())
               for block in list_blocks(net)]
@@ -72,22 +68,16 @@ def list_blocks(net):
 
 def check_sharding(world):
     """Raise UserError unless parameters can be sharded here."""
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if version < SHARDING_SINCE:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SHARDING_SINCE:
         raise UserError(f"--shard must come with torch {'.'.join(map(str, SHARDING_SINCE))} or "
-                        f"newer, whose fully_shard has forward mode, got {torch.__version__}; "
-                        f"install that or leave --shard out")
+                        f"newer, got {torch.__version__}; install that or leave --shard out")
     if not world.distributed:
-        raise UserError("--shard must come with several processes, got 1; start more with torchrun "
-                        "or leave it out")
+        raise UserError("--shard must come with several processes, got 1; use torchrun")
 
 
 def shard_parameters(net, world):
-    """Divide the parameters of net among the ranks, in place, by PyTorch's fully_shard.
-
-    In bf16 the weights of linear layers and convolutions are gathered in bfloat16: autocast would
-    keep rounded copies of the whole network until the backward.
-    """
+    """Divide the parameters of net among the ranks, in place. In bf16 those of linear layers and
+    convolutions are gathered in bfloat16: autocast would keep rounded copies until the backward."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not written to
     mesh = init_device_mesh(world.device.type, (world.size,))
     rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -106,8 +96,7 @@ def shard_parameters(net, world):
 
 @contextlib.contextmanager
 def gathered_parameters(net):
-    """Within ``with``, which all ranks must enter, every rank holds all parameters of net, so that
-    each may run it as often as it likes. Without sharding every rank does anyway."""
+    """Within ``with``, which all ranks must enter, every rank holds all parameters of net."""
     modules = [module for module in net.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -131,10 +120,9 @@ def full_tensor(tensor):
 
 
 def shard_like(tensor, other):
-    """The full tensor (N, ...) sharded as other is, from this rank's own copy; itself if other is
-    not."""
+    """This rank's rows of a tensor (N, ...), if other is sharded; else the tensor."""
     if not isinstance(other, DTensor):
         return tensor
-    # Without the clone the shard would be a view of the full tensor and keep it
-    shard = distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-    return shard.clone()
+    # The clone frees the full tensor, of which the shard is a view
+    return distribute_tensor(tensor, other.device_mesh, other.placements,
+                             src_data_rank=None).clone()

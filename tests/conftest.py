@@ -187,8 +187,8 @@ PHOTO = Image.fromarray(load_sample_images().images[0])  # a real photograph, 64
 
 
 def refused(*words):
-    """Expects a UserError of one line with these words, in this order."""
-    return pytest.raises(UserError, match=".*".join(map(re.escape, map(str, words))))
+    """Expects a UserError with these words, in this order."""
+    return pytest.raises(UserError, match="(?s)" + ".*".join(map(re.escape, map(str, words))))
 
 
 def flip_bit(path, position):

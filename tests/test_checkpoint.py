@@ -91,7 +91,7 @@ def test_what_is_written_is_the_state_of_its_step(tmp_path, slow_disk):
     with Saver(tmp_path, keep_last=0) as saver:
         saver.save({**state(1), "opt": {"state": {0: [weight]}}})
         weight.zero_()  # training goes on
-        saver.check(wait=True)
+        saver.raise_errors(wait=True)
     assert torch.equal(load_checkpoint(tmp_path / "0000001.pt")["opt"]["state"][0][0],
                        torch.ones(3))
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_could_not_be_written_is_known_before_the_next(tmp_pat
         saver.save(state(1))
         wait([saver.job])
         with pytest.raises(UserError, match="cannot write .*0000001.pt"):
-            saver.check()
+            saver.raise_errors()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="a file of Linux")

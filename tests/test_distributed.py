@@ -166,7 +166,7 @@ with start_processes() as world, faults.Signals(world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("numbers", "grace", "code", "line"), [
-    ([signal.SIGINT, signal.SIGTERM], 600, 130, "rank 0: interrupted twice at the start; what"),
+    ([signal.SIGINT, signal.SIGTERM], 600, 130, "rank 0: interrupted twice at the start; repeat"),
     ([signal.SIGTERM], 1, 1, "rank 0: the step did not end within 1.0 s of a signal at the start")])
 def test_a_process_that_waits_for_another_can_be_stopped(numbers, grace, code, line, tmp_path):
     pair = begin(tmp_path, STUCK, grace)

@@ -97,19 +97,19 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     with FolderLock(tmp_path) as lock:
-        lock.check()
+        lock.raise_if_lost()
         err = capfd.readouterr().err
         assert len(err.splitlines()) == 1 and "warning" in err
         (tmp_path / WRITER).write_text("process 1 on another machine")
         with pytest.raises(RunError, match="taken by process 1 on another machine"):
-            lock.check()
+            lock.raise_if_lost()
     assert (tmp_path / WRITER).read_text() == "process 1 on another machine"  # not ours to remove
 
 
 def test_a_folder_that_was_removed_is_no_longer_the_one_that_was_locked(tmp_path):
     folder = tmp_path / "run"
     with FolderLock(folder) as lock:
-        lock.check()
+        lock.raise_if_lost()
         shutil.rmtree(folder)
         with pytest.raises(RunError, match="removed"):
-            lock.check()
+            lock.raise_if_lost()

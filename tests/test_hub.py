@@ -28,7 +28,7 @@ def test_a_file_is_downloaded_once_for_each_revision(hub):
     "hf://", "hf://ann/digits/", "hf://ann//a.pt", "hf:///digits/a", "hf://ann/digits@/a.pt",
     "hf://ann/digits/a.pt@v1", "hf://a nn/digits/a.pt"])
 def test_a_malformed_address_is_refused(address, hub):
-    with refused("must be", "hf://OWNER/REPO/FILE", address):
+    with refused("must be", "hf://OWNER/REPO[@REVISION]/FILE", address):
         local_file(address)
 
 

@@ -68,7 +68,7 @@ def propagate(loss):
     return original_propagate(loss * float("nan") if bad else loss)
 
 averages, dtypes, losses = [], set(), []
-parallelise, train.parallelise = train.parallelise, watch
+parallelise, train.sharding.parallelise = train.sharding.parallelise, watch
 original_step, torch.optim.AdamW.step = torch.optim.AdamW.step, step
 original_propagate, train.propagate_nonfinite = train.propagate_nonfinite, propagate
 run_main(train.main, train.parse_args)

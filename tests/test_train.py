@@ -148,8 +148,8 @@ def test_the_log_says_where_a_run_goes_on_and_that_it_is_finished(digits, tmp_pa
         call("train", *tiny(digits, tmp_path), "--max-steps", steps)
     first, second, third = re.findall("steps . to ., into .*", (tmp_path / "log.txt").read_text())
     assert first == f"steps 0 to 1, into {tmp_path}"
-    assert second == f"steps 1 to 2, into {tmp_path} from the checkpoint of step 1"
-    assert "step 2; all steps are made: more need a larger --max-steps" in third
+    assert second == f"steps 1 to 2, into {tmp_path}" and third.startswith("steps 2 to 2")
+    assert "all steps are made: more need a larger" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("decay", "suits"), [(.84, None), (.86, "0.5"), (1, "0.5")])
@@ -222,7 +222,7 @@ def frequent(digits, tmp_path_factory):
 def test_records_say_how_much_memory_of_a_gpu_a_run_takes(trained, monkeypatch):
     assert not records(trained.parent.parent, "gpu_memory_gb")  # on a CPU
     meter = train.Meter(World(0, 1, torch.device("cpu"), "fp32"), batch=4)
-    meter.start(0)
+    meter.begin(0)
     meter.world.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_500_000_000)
     assert meter.read(1)["gpu_memory_gb"] == 2.5

@@ -1,7 +1,7 @@
 """What other repositories saved, under our names, and back.
 
 convert recognises a network by names and shapes of its tensors and returns a checkpoint of ours.
-export gives it the names of another repository. weights/foreign_files.py opens the files.
+export gives it the names of another repository.
 """
 
 import json
@@ -49,13 +49,13 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
     ForeignWeights, whose dict is emptied of JAX tensors. heads, image_size, source: the options
     --heads, --image-size, --source. Raises BadValue and UserError.
     """
+    if foreign.config is not None and any((heads, image_size, source)):
+        raise UserError("--heads, --image-size and --source must come with a file of another "
+                        "repository, got one of ours; leave them out")
     try:
         if foreign.config is None:
             weights, config, report = convert_foreign(foreign, heads, image_size, source)
         else:
-            if any((heads, image_size, source)):
-                raise UserError("--heads, --image-size and --source must come with a file of "
-                                "another repository, got one of ours; leave them out")
             weights, report = to_float32(foreign.tensors), [f"recognised: ours, {foreign.about}"]
             config = json.loads(json.dumps(foreign.config))  # a .safetensors file holds it as JSON
         check_fields(config, weights)
@@ -75,7 +75,11 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
 def convert_foreign(foreign, heads, image_size, source):
     """(weights, config, report) of a file of another repository."""
     tensors = rename(from_jax(foreign.tensors) if foreign.jax else foreign.tensors)
-    key = recognise(tensors, foreign, source)
+    candidates = possible_repositories(tensors, foreign)
+    key = candidates[0] if source is None and len(candidates) == 1 else source
+    if key not in candidates:
+        raise UserError(f"--source must be {' or '.join(candidates)} for this file, got "
+                        f"{source or 'none'}; name the repository that saved it")
     repository = REPOSITORIES[key]
     if key != "imeanflow":
         tensors = {re.sub("^h_embedder", "r_embedder", name): value
@@ -108,10 +112,7 @@ WRAPPERS = ("module.", "_orig_mod.", "net.")  # of DistributedDataParallel, torc
 
 
 def rename(tensors):
-    """The tensors under the names of their repository's present code, without wrappers.
-
-    A prefix of some names only, as of a network and its average in one file, stays.
-    """
+    """The tensors under the names of their repository's present code, without prefixes of all."""
     for prefix in WRAPPERS * 2:  # in any order
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -120,9 +121,9 @@ def rename(tensors):
     for name, value in tensors.items():
         if match := re.match(r"decoder_blocks\.(\d+)", name):  # REPA's names before its release
             name = f"blocks.{first + int(match[1])}{name[match.end():]}"
-        parts = [EARLIER_NAMES.get(part, part) for part in name.split(".")
-                 if part not in ("_flax_linear", "_flax_embedding")]
-        renamed[".".join(parts)] = value
+        words = [EARLIER_NAMES.get(word, word) for word in name.split(".")
+                 if word not in ("_flax_linear", "_flax_embedding")]
+        renamed[".".join(words)] = value
     return renamed
 
 
@@ -132,11 +133,8 @@ def count(tensors, group):
 
 
 def from_jax(tensors):
-    """The tensors of a JAX state with PyTorch's names and layouts; empties the dict it is given.
-
-    Linear kernels (in, out) are transposed, a convolution's (h, w, in, out) is permuted, the
-    one-dimensional weights of norms are as they are.
-    """
+    """The tensors of a JAX state with PyTorch's names and layouts; empties its argument. Kernels
+    are (in, out) or (h, w, in, out); weights of norms, one-dimensional, stay."""
     renamed = {}
     for path in list(tensors):
         tensor, (*parents, last) = tensors.pop(path), path.split(".")
@@ -149,23 +147,8 @@ def from_jax(tensors):
     return renamed
 
 
-def recognise(tensors, foreign, source):
-    """The key in REPOSITORIES of the repository that saved these tensors, which rename returned.
-
-    source: --source, which must be given where the file does not tell. Raises BadValue and
-    UserError.
-    """
-    candidates = possible_repositories(tensors, foreign)
-    if source is None and len(candidates) == 1:
-        return candidates[0]
-    if source not in candidates:
-        raise UserError(f"--source must be {' or '.join(candidates)} for this file, got "
-                        f"{source or 'none'}; name the repository that saved it")
-    return source
-
-
 def possible_repositories(tensors, foreign):
-    """The keys in REPOSITORIES of those whose files have these tensors."""
+    """The keys in REPOSITORIES of those whose files have these tensors. Raises BadValue."""
     if "shared_blocks.0.norm1.weight" in tensors:
         return ("imeanflow",)
     if "blocks.0.attn.qkv.weight" not in tensors:
@@ -183,12 +166,9 @@ def possible_repositories(tensors, foreign):
         raise refusal("hold a velocity of the linear path",
                       f"path_type {path:.40}, prediction {prediction:.40}")
     if wide and args and not prediction:
-        raise refusal("hold a velocity", "a DiT that predicts noise at integer times, of which no "
-                      "MeanFlow can be made")
+        raise refusal("hold a velocity", "a DiT that predicts noise at integer times")
     return {"velocity": ("sit",), "v": ("repa",)}.get(prediction, ("sit", "repa"))
 
-
-# ---- weights -------------------------------------------------------------------------------
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
 
@@ -207,8 +187,7 @@ def to_float32(tensors):
 
 
 def warm_start(weights, *, reverse):
-    """Turn a flow model's weights, in place, into those of a MeanFlow network with
-    u(z, r, t, y) = its velocity, for every r.
+    """Turn a flow model's weights, in place, into those of u(z, r, t, y) = its velocity.
 
     The embedder of t - r is new, its last layer zero. Of a final layer with twice the channels the
     first half of them is the velocity (SiT, DiT). reverse: in the flow t = 0 is noise and the
@@ -230,26 +209,20 @@ def warm_start(weights, *, reverse):
 
 
 def reverse_time(weight):
-    """The first layer (D, 256) of a time embedder that makes of t what weight makes of 1 - t.
-
-    With angles f the features of 1 - t are cos(f - t f) and sin(f - t f), a rotation of those of t.
-    """
+    """The first layer (D, 256) of a time embedder that makes of t what weight makes of 1 - t: the
+    features cos(f - t f) and sin(f - t f) of 1 - t are a rotation of those of t."""
     cos, sin = weight.double().chunk(2, dim=1)  # (D, 128) each
     f = 10000 ** (-torch.arange(cos.shape[1], dtype=torch.float64) / cos.shape[1])
     turned = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
     return torch.cat(turned, dim=1).to(weight.dtype)
 
 
-# ---- sizes and data ------------------------------------------------------------------------
-
 HEADS = {width: heads for _, width, heads in SIZES.values()}  # of a width, in every repository
 
 
 def network_config(weights, heads):
-    """{"model", "sizes"}, as far as the table of models does not tell them, by the shapes.
-
-    Only the norms of an ImprovedDiT tell its heads. heads: --heads. Raises UserError.
-    """
+    """{"model", "sizes"}, as far as the table of models does not tell them, by the shapes. heads:
+    --heads, as only the norms of an ImprovedDiT tell its own. Raises UserError."""
     width, _, patch, _ = weights["x_embedder.proj.weight"].shape
     head_depth = count(weights, "u_heads")
     known = (width // len(weights["u_heads.0.attn.q_norm.weight"]) if head_depth else
@@ -257,8 +230,8 @@ def network_config(weights, heads):
     heads = heads or known
     if not heads or heads != (known or heads) or width % heads:
         rule = f"{known} for width" if known else "a divisor of the width"
-        raise UserError(f"--heads must be {rule} {width}, got {heads or 'none'}; give the number "
-                        f"of the network's attention heads")
+        raise UserError(f"--heads must be {rule} {width}, got {heads or 'none'}; give that of the "
+                        f"network")
     sizes, more = {"patch_size": patch, "hidden_size": width, "num_heads": heads}, {}
     if head_depth:
         family, depth = "iMF", count(weights, "shared_blocks") + head_depth
@@ -288,7 +261,7 @@ def data_config(weights, repository, args, image_size):
     if image_size not in (None, size) or size % (factor * patch):
         rule = size if "pos_embed" in weights else f"a multiple of {factor * patch}"
         raise UserError(f"--image-size must be {rule} for this file, got {image_size or size}; "
-                        f"give the size that the network was trained for")
+                        f"give that of the network")
     classes = len(weights["y_embedder.embedding_table.weight"]) - 1
     if classes < 1 or args.get("num_classes") == classes + 1:
         raise refusal("hold a label table with a null row", f"one of {classes + 1} rows for "
@@ -303,10 +276,8 @@ def data_config(weights, repository, args, image_size):
 
 
 def export(state, repository):
-    """What torch.save must write for another repository, of a state that convert returned.
-
-    repository: one of FORMATS but ours. Raises UserError for a network that it lacks.
-    """
+    """What torch.save must write for a repository, of FORMATS, of a state that convert returned.
+    Raises UserError for a network that the repository lacks."""
     weights, config = state["ema"], state["config"]
     with torch.device("meta"):
         network = type(build(config))
@@ -324,10 +295,8 @@ def export(state, repository):
 
 
 def official_names(weights):
-    """Yields (name, tensor) as improved MeanFlow's released files have them.
-
-    Their network always has the v head's final layer; without a v head it is the u head's.
-    """
+    """Yields (name, tensor) as in improved MeanFlow's released files, which always have the v
+    head's final layer: without a v head it is the u head's."""
     for name, value in weights.items():
         parent, _, last = name.rpartition(".")
         if re.search(r"(_proj|\.w\d|mlp\.\d|\.linear)$", parent):

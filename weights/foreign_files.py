@@ -1,8 +1,5 @@
-"""Opens what other repositories saved as data: tensors by name. No code in a file runs.
-
-PyTorch files, .safetensors, and the JAX states of flax and orbax: one msgpack file, or a folder of
-TensorStore's OCDBT format.
-"""
+"""Opens what other repositories saved, as data: PyTorch files, .safetensors, and the JAX states of
+flax and orbax, one msgpack file or a folder of TensorStore's OCDBT format."""
 
 import argparse
 import re
@@ -18,9 +15,9 @@ from engine.errors import BadValue
 from engine.files import find_damage
 
 
-def refusal(rule, found, remedy="give a checkpoint of MeanFlow, improved MeanFlow or SiT"):
+def refusal(rule, content, remedy="give a checkpoint of MeanFlow, improved MeanFlow or SiT"):
     """The BadValue for a file or folder."""
-    return BadValue(f"must {rule}, got {found:.300}; {remedy}")
+    return BadValue(f"must {rule}, got {content:.300}; {remedy}")
 
 
 class ForeignWeights(NamedTuple):
@@ -35,9 +32,8 @@ class ForeignWeights(NamedTuple):
 
 
 def read_weights(path, *, raw=False):
-    """The ForeignWeights of a file or folder: the averaged weights, or the raw ones of a training
-    file. Tensors of PyTorch files stay on disk until they are used. Raises BadValue.
-    """
+    """The ForeignWeights of a file or folder: averaged, or the raw ones of a training file.
+    Tensors of PyTorch files stay on disk until they are used. Raises BadValue."""
     path = find_checkpoint(Path(path))
     read = reader_of(path)
     try:
@@ -48,7 +44,7 @@ def read_weights(path, *, raw=False):
     except Exception as error:  # the unpickler and the libraries raise errors of many kinds
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise refusal("hold only tensors and plain values", f"{path}, which names {code[1]}, "
-                          f"code that will not be run", "save its state dict anew") from error
+                          f"code that is not run", "save its state dict anew") from error
         raise refusal("be a whole file of PyTorch, safetensors, flax or orbax", f"{path} (torn, "
                       f"damaged or of another kind: {type(error).__name__} {error!s:.100})",
                       "copy it again, or unzip it if it is a zip of a folder") from error
@@ -75,9 +71,6 @@ def choose_weights(state, raw, path):
     return ForeignWeights(tensors, about, step, args, state.get("config"))
 
 
-# ---- formats -------------------------------------------------------------------------------
-
-
 def find_checkpoint(path):
     """The file or OCDBT folder at path, which may be a folder of the newest one, checkpoint_N."""
     if path.is_file() or (path / "manifest.ocdbt").is_file():
@@ -87,23 +80,20 @@ def find_checkpoint(path):
     numbered = [child for child in path.glob("checkpoint_*")
                 if re.fullmatch(r"checkpoint_\d+", child.name)]  # not what orbax has not finished
     if not numbered:
-        found = "which has no finished one" if path.is_dir() else "which does not exist"
-        raise refusal("be a checkpoint or a folder of checkpoints", f"{path}, {found}",
+        fault = "which has no finished one" if path.is_dir() else "which does not exist"
+        raise refusal("be a checkpoint or a folder of checkpoints", f"{path}, {fault}",
                       "give a file, or the folder checkpoint_N of a JAX run")
     return find_checkpoint(max(numbered, key=lambda child: int(child.name.split("_")[1])))
 
 
 def reader_of(path):
-    """The function (path, "ema" or "model") -> dict that opens a file or folder of this format.
-
-    The dict is a training file's, {"ema" or "model": tensors by name, ...}, or a bare state dict.
-    """
+    """The function (path, "ema" or "model") -> dict that opens a file or folder of this format. The
+    dict is a training file's, {"ema" or "model": tensors by name, ...}, or a bare state dict."""
     if path.is_dir():
         return read_ocdbt
     with open(path, "rb") as file:
         start = file.read(9)
-    # .safetensors opens with the length of its header and {, a msgpack map with its own length, a
-    # pickle with 0x80
+    # .safetensors opens with the length of its header and {, a msgpack map with its own length
     if start[8:] == b"{" or path.suffix == SAFETENSORS:
         return read_safetensors_file
     if start and (0x81 <= start[0] <= 0x8f or start[0] in (0xde, 0xdf)):
@@ -129,8 +119,8 @@ def read_safetensors_file(path, _):
 
 
 def read_msgpack(path, group):
-    """A JAX state in one msgpack file, as flax and old orbax write it, with the group that is asked
-    for; the others do not enter memory."""
+    """A JAX state in one msgpack file, as flax and old orbax write it, with one group of weights;
+    others do not enter memory."""
     import msgpack
 
     def array(code, data):

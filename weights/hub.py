@@ -19,11 +19,8 @@ def file_or_address(text):
 
 
 def open_checkpoint(name, world):
-    """The checkpoint of this path or address, verified, as load_checkpoint returns it.
-
-    Every rank must call it. Rank 0 downloads and verifies; other ranks open what it found, and on
-    other machines download it, too. Raises BadValue.
-    """
+    """The checkpoint of this path or address, as load_checkpoint returns it. Every rank must call
+    this: rank 0 verifies the file, and each machine downloads it. Raises BadValue."""
     def find():
         path = local_file(name)
         load_checkpoint(path, verify=True)
@@ -34,11 +31,8 @@ def open_checkpoint(name, world):
 
 
 def local_file(name):
-    """The path of a file: of an address, the one in the cache of huggingface_hub.
-
-    Only a file that is not cached is downloaded. REVISION is a branch, a tag or a commit; main by
-    default. Raises BadValue.
-    """
+    """The path of a file; of an address, in the cache of huggingface_hub, downloaded if it is not
+    there. REVISION is a branch, a tag or a commit, by default main. Raises BadValue."""
     if not str(name).startswith(PREFIX):
         return Path(name)
     from huggingface_hub import hf_hub_download
@@ -46,8 +40,7 @@ def local_file(name):
 
     place = ADDRESS.fullmatch(name)
     if not place:
-        raise BadValue(f"must be a path or hf://OWNER/REPO/FILE, with @REVISION after REPO or "
-                       f"without, got {name}; write it so")
+        raise BadValue(f"must be a path or hf://OWNER/REPO[@REVISION]/FILE, got {name}; mend it")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each of its attempts
     try:
         with contextlib.suppress(LocalEntryNotFoundError):
@@ -55,6 +48,5 @@ def local_file(name):
         return Path(hf_hub_download(**place.groupdict()))
     except Exception as error:  # httpx and requests, which older versions use, have their own kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadValue(f"must be a file that is cached or that can be downloaded, got {name} "
-                       f"({reason:.200}); check the address, or copy the file here and give its "
-                       f"path") from error
+        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); check the "
+                       f"address or give the path of a copy") from error

@@ -11,8 +11,8 @@ from weights.hub import open_checkpoint
 class InitialWeights:
     """The averaged weights of a checkpoint, a path or an address, opened on every rank.
 
-    model, sizes: those of the run's network, as build takes them. notes: lines for the log, once
-    check has been called. Raises BadValue for what is no checkpoint.
+    sizes: of the run's network, as build takes them. notes: lines for the log, complete after
+    load_into. Raises BadValue for what is no checkpoint.
     """
 
     def __init__(self, name, world):
@@ -22,39 +22,31 @@ class InitialWeights:
         self.label_tables = [f"{module_name}.embedding_table.weight"
                              for module_name, module in net.named_modules()
                              if isinstance(module, LabelEmbedder)]
-        self.model = self.config["model"]
         sizes = self.config.get("sizes") or {}  # released files lack the v head, which training has
         self.sizes = {key: size for key, size in sizes.items() if key != "v_head"} or None
         self.notes = [f"starts from the averaged weights of {name}, step {state['step']}"]
 
-    def check(self, config):
-        """Compare the file with the config of the run. Raises UserError if it cannot start so."""
+    def compare(self, config):
+        """Compare the file with the run's config. Raises UserError if the run cannot start so."""
         ours, theirs = config["latent_shape"], self.config["latent_shape"]
         if ours != theirs:
-            raise UserError(f"--init must be a network for data of shape {ours}, as --vae and "
-                            f"--image-size make it, got one for {theirs}; change those or give "
-                            f"another file")
-        self.new_classes = self._has_new_classes(config)
-        if self.new_classes and not self.label_tables:
-            raise UserError(f"--init must have the classes of --data-path, as {self.model} has no "
-                            f"LabelEmbedder, got {self.config['num_classes']} classes for "
-                            f"{config['num_classes']}; give another file")
-        if changed := differences(_normalisation(self.config), _normalisation(config)):
-            self.notes.append(f"the latents are not those of the file ({changed}): the network has "
-                              f"to learn the difference")
-
-    def _has_new_classes(self, config):
-        """Whether the label table must start anew; notes it, and what cannot be known."""
+            raise UserError(f"--init must be a network for data of shape {ours}, got one for "
+                            f"{theirs}; change --vae and --image-size or give another file")
         names, count = self.config.get("classes"), self.config["num_classes"]
-        if count == config["num_classes"] and names == config["classes"]:
-            return False
-        if count == config["num_classes"] and not names:
+        self.new_classes = (count != config["num_classes"]
+                            or bool(names) and names != config["classes"])
+        if self.new_classes and not self.label_tables:
+            raise UserError(f"--init must have the {config['num_classes']} classes of --data-path, "
+                            f"as it has no LabelEmbedder, got {count}; give another file")
+        if self.new_classes:
+            self.notes.append(f"the data's {config['num_classes']} classes are not the file's "
+                              f"{count}: the label table starts anew, but for the null label's row")
+        elif not names:
             self.notes.append(f"the file does not name its {count} classes: they are taken to be "
                               f"those of the data, in the same order")
-            return False
-        self.notes.append(f"the {config['num_classes']} classes of the data are not the {count} of "
-                          f"the file: the label table starts anew, but for the null label's row")
-        return True
+        if changed := differences(_normalisation(self.config), _normalisation(config)):
+            self.notes.append(f"the latents are not the file's ({changed}): the network has to "
+                              f"learn the difference")
 
     def load_into(self, net):
         """Load the weights into the run's freshly initialised network, and let go of them.
