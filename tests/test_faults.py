@@ -266,20 +266,6 @@ def test_metrics_are_on_disk_before_their_checkpoint(digits, tmp_path, monkeypat
     assert lines[0] >= 3 and lines[1] >= 6 and lines[2] == 7
 
 
-@pytest.mark.slow
-def test_torchrun_passes_a_signal_on(digits, tmp_path):
-    """SIGUSR1 if it is told to. Its own end is not clean: it calls a signal an error."""
-    run = tmp_path / "run"
-    agent = torchrun("--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-                     ROOT / "train.py", *options(digits, run, 10**6), output=tmp_path / "agent.txt")
-    wait_for_step(run, 2, agent)
-    os.kill(agent.pid, signal.SIGUSR1)
-    code, said = agent.wait()
-    step, = re.findall(r"SIGUSR1: saved step (\d+); repeat", said)
-    assert code and load_state(run, int(step))["step"] == int(step)
-    assert "train.py: error" not in said
-
-
 # ---- processes that die --------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Training as users run it: one to four processes, sharded or not, its files, its pictures."""
 
+import copy
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from soak import differences
 import train
 from dataset.vae import normalisation, posterior_sample
 from engine.distributed import World
+from meanflow import MeanFlow
 from sample import ImageSampler, noise_and_labels
 
 
@@ -68,6 +70,7 @@ def records(folder, key):
     return [record for record in map(json.loads, lines) if key in record]
 
 
+ALONE = World(0, 1, torch.device("cpu"), "fp32")
 SPLIT = ("error_equal", "error_unequal", "velocity_error_equal", "velocity_error_unequal")
 
 # ---- one result, however the work is divided ---------------------------------------------------
@@ -138,6 +141,15 @@ def test_latents_bring_their_vae_and_image_size(vae, digits, tmp_path):
     config = load_weights(tmp_path / "shards run", 1, "config")
     assert config["vae"] == str(vae) and config["image_size"] == 32
     assert (tmp_path / "shards run" / "samples" / "0000001.png").exists()
+
+
+def test_every_step_draws_other_noise():
+    state = SimpleNamespace(args=SimpleNamespace(global_batch_size=4, seed=0), world=ALONE, step=0,
+                            config={"latent_shape": [1, 2, 2]}, method=MeanFlow(num_classes=2))
+    one = train.draw_global_batch(state)
+    state.step = 1
+    two = train.draw_global_batch(state)
+    assert not torch.equal(one[0], two[0]) and not torch.equal(one[1].eps, two[1].eps)
 
 
 # ---- what a run does and leaves ----------------------------------------------------------------
@@ -221,7 +233,7 @@ def frequent(digits, tmp_path_factory):
 
 def test_records_say_how_much_memory_of_a_gpu_a_run_takes(trained, monkeypatch):
     assert not records(trained.parent.parent, "gpu_memory_gb")  # on a CPU
-    meter = train.Meter(World(0, 1, torch.device("cpu"), "fp32"), batch=4)
+    meter = train.Meter(copy.copy(ALONE), batch=4)
     meter.begin(0)
     meter.world.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_500_000_000)
@@ -333,9 +345,8 @@ def test_improved_meanflow_normalises_latents_per_channel(vae, digits, tmp_path)
     moments = torch.randn(2, 2, 4, 4, 4).abs()
     x = posterior_sample(moments, torch.ones(2, 4, 4, 4), *normalisation(config))
     assert torch.allclose(x, (moments.sum(1) - mean) / std, rtol=1e-5, atol=1e-6)
-    space = SimpleNamespace(decode=lambda latents: latents, scale=config["scale"])
-    sampler = ImageSampler(lambda *_, heads: (torch.zeros(2, 4, 4, 4), None), space, config,
-                           World(0, 1, torch.device("cpu"), "fp32"))
+    codec = SimpleNamespace(decode=lambda latents: latents, scale=config["scale"])
+    sampler = ImageSampler(lambda *_, heads: (torch.zeros(2, 4, 4, 4), None), codec, config, ALONE)
     z1, _ = noise_and_labels(range(2), (4, 4, 4), seed=0, num_classes=10)
     assert torch.allclose(sampler.images(range(2)), (z1 * std + mean) * config["scale"], rtol=1e-5)
 
