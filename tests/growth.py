@@ -116,10 +116,9 @@ def processor_time(path):
 def growth(readings, *, mib_per_5000=MIB_PER_5000):
     """By how much a run grows, and whether that is flat.
 
-    Of memory the median of the increments between readings, scaled to 5,000 steps: what leaks grows
-    in each interval, while an allocator now and then takes 10 MiB at once, for good. Of the rest by
-    how much the median of the last third of the readings exceeds that of the first. The first
-    reading does not count: it may precede the first evaluation, whose memory a run keeps.
+    Of memory the median increment between readings, for 5,000 steps: what leaks grows in each, an
+    allocator now and then takes 10 MiB for good. Of the rest the median of the last third above
+    that of the first. The first reading may precede the first evaluation and does not count.
     """
     readings = readings[1:]
     third, spent = len(readings) // 3, [reading["processor_s"] for reading in readings]

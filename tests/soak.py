@@ -78,9 +78,8 @@ def options(data, folder, steps, *extra):
 class Child:
     """A script of this repository, or a .py file, in a process of its own, on the CPU.
 
-    It is forked, which saves the seconds that importing PyTorch takes. A server that does nothing
-    else forks it: a fork of this process would share its locks, and one that is killed while it
-    holds a lock would block all others.
+    A server forks it, which saves the seconds that importing PyTorch takes: a fork of this process
+    would share its locks, and one that is killed while it holds a lock would block all others.
     """
 
     def __init__(self, script, *words, output, limit=None, **environment):

@@ -83,9 +83,8 @@ def flipped(path, position, bit):
 
 @pytest.mark.slow
 def test_no_flipped_bit_is_used(trained, shards, reference):
-    """Training used 18 of 20 damaged checkpoints. Each of 200 flips is refused in one line, or
-    changes nothing that is read (a time stamp, say). Half of those in an archive are in its last
-    bytes, the directory."""
+    """Each of 200 flips is refused in one line, or changes nothing that is read, as a time stamp.
+    Half of those in an archive are in its last bytes, the directory."""
     numbers, refusals, harmless, files = random.Random(0), 0, 0, ShardFiles(shards, 1)
     for path, read, source, flips, tail in (
             (trained, read_checkpoint, trained, 60, 5000),

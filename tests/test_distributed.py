@@ -113,9 +113,8 @@ run_main(main, lambda: None)
 
 @pytest.mark.slow
 def test_two_processes_agree_average_and_leave_cleanly(tmp_path):
-    """Their group outlives what holds it: its threads were awaited where DistributedDataParallel
-    was freed, now and then for ever. gloo aborted one pair in ten without the barrier at the end,
-    and one in 25 where Python cleaned up."""
+    """Freeing the group with DistributedDataParallel now and then hung. gloo aborted one pair in
+    ten without the barrier at the end, and one in 25 where Python cleaned up."""
     ends = [child.wait() for child in begin(tmp_path, AGREE)]
     assert ends == [(0, f"7 3 [0, 1] 4 0 {main}\nof rank 0\nTrue\n") for main in (True, False)]
 

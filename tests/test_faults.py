@@ -218,20 +218,14 @@ def test_a_closed_terminal_saves_and_ends_the_run(digits, tmp_path):
     assert load_state(run, int(step))["step"] == int(step)
 
 
-def test_signals_have_their_usual_effect_after_a_run():
+def test_signals_have_their_usual_effect_after_a_run_and_nohup_its_own_in_it():
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with Signals(WORLD) as signals:
-        assert signals.stop() is None
+        assert signals.stop() is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signals.receive
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
-
-
-def test_a_hangup_that_is_ignored_stays_ignored():
-    """nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Signals(WORLD):
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_a_signal_adds_no_record_to_the_metrics(digits, tmp_path, monkeypatch):

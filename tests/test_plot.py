@@ -70,14 +70,6 @@ def test_smoothing_is_said_and_keeps_the_records_visible(runs):
     assert "means of up to 2 records" in figure.get_supxlabel()
 
 
-def test_a_torn_last_line_is_skipped(runs, tmp_path, capfd):
-    """The picture of a run that is going on."""
-    path = runs[0] / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 5, "error": 2')
-    assert plot.read_run(runs[0])["error", "error"][0].tolist() == [1, 2, 3, 4]
-    assert f"damaged lines of {path}, skipped: 1" in capfd.readouterr().err
-
-
 def test_values_that_have_no_logarithm_are_drawn(tmp_path):
     run = write_run(tmp_path / "run", training(1, error=float("nan")), training(2, error=0.0),
                     training(3, error=None), training(5, skipped_steps=2))

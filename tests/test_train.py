@@ -92,8 +92,7 @@ def test_micro_batches_and_recomputed_activations_give_the_same_weights(one, dig
 def test_several_processes_train_and_evaluate_as_one(processes, extra, one, digits, method,
                                                      evaluation, tmp_path):
     """The draws belong to the global batch, so the results differ by rounding only. The ranks hold
-    the same bits after every step: DistributedDataParallel sums gradients in one order for all.
-    Checkpoints of sharded runs need no process group: load_state opens no others."""
+    the same bits after every step. Checkpoints of sharded runs need no process group to be read."""
     run, sharded = tmp_path / "run", "--shard" in extra
     said = run_ranks("train" if sharded else "watched_train", *tiny(digits, run), *method,
                      *evaluation, "--no-compile", *extra, processes=processes,
