@@ -5,7 +5,8 @@
 
 This writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
 evaluator reads, and <sample-dir>.png, a picture of the first ones. With --fid-ref it also prints
-the metrics. Image i depends on the seed and on i alone. If interrupted, rerun the command.
+the metrics. For the same options image i depends on the seed and on i alone, whatever the number of
+processes. If interrupted, rerun the command.
 """
 
 import argparse
@@ -129,7 +130,9 @@ def main(args):
             counts = "-".join(map(str, args.num_sampling_steps))
             picture = output_path(args, f"-{counts}-steps.png" if len(parts) > 1 else ".png")
             rows = samplers[0].picture_rows(args.num_fid_samples)
-            save_picture(picture, samplers, [load_pngs(png_paths(part, rows)) for part in parts])
+            with naming("--sample-dir"):
+                images = [load_pngs(png_paths(part, rows)) for part in parts]
+            save_picture(picture, samplers, images)
             print(f"picture: {picture}", file=sys.stderr)
 
 
@@ -248,9 +251,9 @@ def choose_guidance(args, config):
 class ImageSampler:
     """Makes image i of a network, for any i.
 
-    net: (z, r, t, y) -> u, or called as ImprovedDiT is; codec: the VAE or pixels; config: of the
-    checkpoint; labels: as in noise_and_labels; classes: their labels, all by default; steps: as in
-    meanflow.sample; guidance: as default_guidance returns it, by default that.
+    net: a module (z, r, t, y) -> u, or called as ImprovedDiT is; codec: the VAE or pixels; config:
+    of the checkpoint; labels: as in noise_and_labels; classes: their labels, all by default; steps:
+    as in meanflow.sample; guidance: as default_guidance returns it, by default that.
     """
 
     def __init__(self, net, codec, config, world, *, seed=0, labels="balanced", classes=None,
@@ -259,8 +262,8 @@ class ImageSampler:
         self.classes = torch.tensor(classes or range(config["num_classes"]))
         self.guidance = default_guidance(config) if guidance is None else guidance
         self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
-        if config.get("ratio") == 0:  # plain flow matching: it knows u(z, t, t) only
-            net = meanflow.velocity_of(net)
+        # A network of plain flow matching knows only u(z, t, t)
+        self.velocity = meanflow.velocity_of(net) if config.get("ratio") == 0 else net
         self.net, self.codec, self.config, self.world = net, codec, config, world
 
     def inputs(self, rows):
@@ -275,7 +278,7 @@ class ImageSampler:
         z1, y = self.inputs(rows)
         with one_thread():  # on a CPU the bits depend on the number of threads
             with self.world.autocast():
-                x = self.sample(self.net, z1.to(self.world.device), y.to(self.world.device),
+                x = self.sample(self.velocity, z1.to(self.world.device), y.to(self.world.device),
                                 steps=self.steps, **self.guidance)
             if "latent_mean" in self.config or self.config["scale"] != self.codec.scale:
                 scale, shift = normalisation(self.config, x.device)

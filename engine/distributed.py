@@ -27,7 +27,7 @@ class World:
     device: torch.device
     precision: str
     position: str = "the start"
-    before_exit: Callable = bool
+    before_exit: Callable = lambda: None  # noqa: E731
 
     @property
     def main(self):

@@ -27,7 +27,7 @@ class Signals:
         self.world, self.steps_ended = world, False
         self.received = 0  # the number of this process's last signal
         self.name = None  # of the signal that all ranks stop for
-        self.maximum = int  # returns the max-reduce of the step before; 0 at first
+        self.maximum = lambda: 0  # the max-reduce of the step before
 
     def __enter__(self):
         reader, self.writer = os.pipe()
@@ -107,7 +107,7 @@ def propagate_nonfinite(loss):
 class Guard:
     """Skips updates whose gradient is not finite, without a synchronisation per step.
 
-    Up to ``tolerance`` steps in a row are skipped; one more stops the run, and nothing is updated
+    Up to ``tolerance`` steps in a row are skipped; one more stops the run, and no weight is updated
     from then on. The verdict stays on the device, as the optimiser's ``found_inf``.
     """
 
