@@ -190,7 +190,7 @@ class OutputFolder:
         """Write dataset.json. Raises UserError if images are unreadable and may not be skipped."""
         skipped, sums = self.read_notes()
         names, count = list(itertools.chain(*skipped)), self.record["images"]
-        if names and not self.args.skip_bad_images:
+        if len(names) == count or names and not self.args.skip_bad_images:
             print("unreadable images:", *names, sep="\n  ", file=sys.stderr)
             raise UserError(f"--data-path must hold readable images, got {len(names)} of {count} "
                             f"unreadable; repair them or add --skip-bad-images, then repeat the "

@@ -57,8 +57,7 @@ def modulate(x, shift, scale):
 
 
 class DiTBlock(nn.Module):
-    """A transformer block (B, T, D), (B, D) -> (B, T, D) with adaptive layer norm: the condition c
-    gives shift, scale and gate."""
+    """A block (B, T, D), (B, D) -> (B, T, D): the condition c gives shifts, scales and gates."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -418,7 +417,8 @@ def build(config):
     """
     networks = DiT_models | FAMILIES
     if config["model"] not in networks:
-        raise ValueError(f"--model must be one of {', '.join(DiT_models)}, got {config['model']}")
+        raise ValueError(f"no network is called {config['model']!s:.60}; there are "
+                         f"{', '.join(DiT_models)}")
     channels, height, _ = config["latent_shape"]
     return networks[config["model"]](
         input_size=height, in_channels=channels, num_classes=config["num_classes"],

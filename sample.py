@@ -5,8 +5,7 @@
 
 This writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
 evaluator reads, and <sample-dir>.png, a picture of the first ones. With --fid-ref it also prints
-the metrics. For the same options image i depends on the seed and on i alone, whatever the number of
-processes. If interrupted, rerun the command.
+the metrics. Of the same options image i depends on the seed and on i. If interrupted, rerun it.
 """
 
 import argparse
@@ -330,7 +329,7 @@ def check_sample_dir(args):
         stored = json.loads((folder / RECORD).read_text())
         without_images = len(paths) == 1 and "weights" in stored  # as a failed command leaves it
         difference = "" if without_images else differences(stored, args.record)
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         difference = f"{paths[0]} is not of this command"
     if difference:
         raise UserError(f"--sample-dir must be new, or hold images of this very command, got "

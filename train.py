@@ -310,12 +310,14 @@ class TrainingState:
     def __init__(self, args, config, codec, world, initial=None):
         self.args, self.config, self.codec, self.world = args, config, codec, world
         self.step, self.warm = 0, False
-        torch.manual_seed(args.seed)  # the same initial weights on every rank
         try:
-            self.net = build(config)
-        except (ValueError, RuntimeError) as error:  # the latter where memory does not suffice
+            with torch.device("meta"):
+                build(config)
+        except (ValueError, RuntimeError) as error:  # the latter for a size beyond all numbers
             raise UserError(f"--image-size must suit --model {args.model}, got {args.image_size}: "
                             f"{error!s:.200}") from error
+        torch.manual_seed(args.seed)  # the same initial weights on every rank
+        self.net = build(config)
         if args.checkpoint_activations and not hasattr(self.net, "checkpoint_activations"):
             raise UserError(f"--checkpoint-activations must come with a network that can, got "
                             f"--model {args.model}; leave it out")
@@ -557,7 +559,7 @@ class Run(ExitStack):
             self.log.say(line)
         self.saver = enter(Saver(self.folder / "checkpoints", self.args.keep_last, lock=self.lock,
                                  before_write=self.log.to_disk))
-        world.before_exit = self.saver.finish_writing
+        self.saver.path, world.before_exit = path, self.saver.finish_writing
         self.signals = enter(Signals(world))  # left first: no deadline while the saver ends
         self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed)
         if state.step and self.is_due(self.args.eval_every, state.step) and not world.broadcast(
@@ -637,7 +639,7 @@ class Run(ExitStack):
         if name := self.signals.name:
             self.log.say(f"{name}: saved step {state.step}; repeat the command to go on")
         if self.world.main:
-            print(self.saver.path or newest_checkpoint(self.folder / "checkpoints"))
+            print(self.saver.path)
 
 
 def check_batch(args, world):

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from train_step import difference_errors  # noqa: E402
 
 from engine.checkpoint import load_network  # noqa: E402
-from engine.errors import run_main  # noqa: E402
+from engine.errors import naming, run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
 from models import DiT_models  # noqa: E402
@@ -74,7 +74,8 @@ def main(args):
 def network(path):
     """(network in train mode, shape (C, H, W) of its data, number of classes)."""
     if path:
-        net, config = load_network(path)
+        with naming("--ckpt"):
+            net, config = load_network(path)
         return net.train().requires_grad_(), config["latent_shape"], config["num_classes"]
     net = DiT_models["DiT-S/4"]()
     for name, weight in net.named_parameters():

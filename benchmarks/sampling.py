@@ -45,12 +45,12 @@ def parse_args(argv=None):
 
 def main(args):
     with start_processes(args.precision) as world, tempfile.TemporaryDirectory() as folder:
-        space = load_codec(args.vae, world.device, precision=args.precision)
-        config = {"model": args.model, "latent_shape": space.latent_shape(args.image_size),
-                  "num_classes": 1000, "image_size": args.image_size}
+        codec = load_codec(args.vae, world.device, precision=args.precision)
+        config = {"model": args.model, "latent_shape": codec.latent_shape(args.image_size),
+                  "num_classes": 1000, "image_size": args.image_size, "scale": codec.scale}
         net = build(config).to(world.device).eval().requires_grad_(False)
         torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)  # a fresh net returns zeros
-        sampler = ImageSampler(net, space, config, world)
+        sampler = ImageSampler(net, codec, config, world)
         count = args.batches * args.batch_size
         rates = {"bare": [], "sample.py": []}
         bare(sampler, count, args.batch_size)  # warm-up

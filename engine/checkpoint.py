@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map_only
 
-from engine.errors import BadValue, print_last
+from engine.errors import BadValue
 from engine.files import atomic_file, find_damage
 from engine.sharding import full_tensor, shard_like
 from models import build
@@ -92,15 +92,16 @@ class Saver(contextlib.AbstractContextManager):
     def raise_errors(self, *, wait=False):
         """Raises UserError if the last checkpoint could not be written, RunError if the folder is
         no longer this run's. wait: for the end of a write in progress, else passed over."""
-        if self.lock:
+        if self.job and wait:
+            concurrent.futures.wait([self.job])
+        if self.lock:  # before the error of a write, which may have come of a lost folder
             self.lock.raise_if_lost()
-        if self.job and (wait or self.job.done()):
+        if self.job and self.job.done():
             self.job.result()
 
     def finish_writing(self):
         """Wait for the write in progress, before an early end of the process."""
-        if self.job and not self.job.done():
-            print_last("the checkpoint that is being written is finished first")
+        if self.job:
             concurrent.futures.wait([self.job], timeout=SAVE_TIMEOUT_S)
 
     def __exit__(self, *_):
@@ -172,17 +173,16 @@ def newest_checkpoint(folder):
         try:
             load_checkpoint(path, verify=True)
             return path
-        except BadValue as error:
-            print(f"passing over a checkpoint: it {error}", file=sys.stderr)
+        except BadValue:
+            print(f"passing over {path}, which is torn or damaged", file=sys.stderr)
     if paths:
         raise BadValue(f"must hold an undamaged checkpoint, got none in {folder}; restore one or "
                        f"choose another folder")
     return None
 
 
-def network_of(state, name="the file"):
-    """The network of a checkpoint's config, with its EMA weights. Raises BadValue, which tells
-    name, where they do not fit."""
+def network_of(state, name):
+    """The network of a checkpoint of this name, with its EMA weights. Raises BadValue."""
     config, weights = state["config"], state["ema"]
     with _fitting(name):
         check_fields(config, weights)

@@ -83,9 +83,8 @@ class World:
 
     def exit(self, reason, code):
         """End the process, from any thread, after before_exit."""
-        message = f"rank {self.rank}: {reason} at {self.position}; repeat the command to go on"
+        print_last(f"rank {self.rank}: {reason} at {self.position}; repeat the command to go on")
         self.before_exit()
-        print_last(message)
         os._exit(code)
 
     def autocast(self):
@@ -142,8 +141,7 @@ def _device():
 
 @contextlib.contextmanager
 def one_thread():
-    """Within ``with``, PyTorch uses one thread, as under torchrun: the bits of a CPU's sums depend
-    on the number of threads."""
+    """Within ``with``, PyTorch uses one thread: on a CPU the bits of sums depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,15 +23,12 @@ class Log(contextlib.AbstractContextManager):
     def __init__(self, folder, *, active, step=0):
         self.active, self.folder = active, Path(folder)
         if active:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
             with self._writing():
                 self.text = open(self.folder / "log.txt", "a", buffering=1,
                                  errors="backslashreplace")
                 self._drop_records_after(step)
                 self.metrics = open(self.folder / "metrics.jsonl", "a", buffering=1)
-                # Readers of events drop what an older file says of later steps
-                self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+                self.events = Events(self.folder, step)
 
     def _drop_records_after(self, step):
         """Also drop damaged lines: a crash damages only lines later than the last checkpoint."""
@@ -65,10 +64,9 @@ class Log(contextlib.AbstractContextManager):
         if self.active:
             with self._writing():
                 self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-                for name, value in values.items():
-                    if not isinstance(value, str):
-                        self.board.add_scalar(name, value, step)
-                self.board.flush()
+                self.events.write(step=step, summary={"value": [
+                    {"tag": name, "simple_value": value} for name, value in values.items()
+                    if not isinstance(value, str)]})
 
     def has(self, step, name):
         """Whether a value of this name is recorded for this step."""
@@ -88,7 +86,7 @@ class Log(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError) if error else self._writing():
                 if error:
                     self._write(f"ended by {kind.__name__}: {' '.join(str(error).split())}")
-                for file in (self.text, self.metrics, self.board):
+                for file in (self.text, self.metrics, self.events.file):
                     file.close()
 
 
@@ -101,6 +99,25 @@ def read_records(path):
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records, len(lines) - len(records)
+
+
+class Events:
+    """A TensorBoard file. On a full disk SummaryWriter's thread would print a traceback."""
+
+    def __init__(self, folder, step):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.file, self.make = open(folder / name, "ab", buffering=0), Event
+        self.writer = RecordWriter(self.file)
+        self.write(file_version="brain.Event:2")
+        if step:  # readers drop what an older file says of later steps
+            self.write(step=step + 1, session_log={"status": "START"})
+
+    def write(self, **fields):
+        """Write an event at once."""
+        self.writer.write(self.make(wall_time=time.time(), **fields).SerializeToString())
 
 
 def describe_environment(world):

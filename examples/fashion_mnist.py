@@ -196,7 +196,8 @@ def judge(folder, samples, world):
 
     results = []
     for path, images in zip(samples, sets):
-        found, accuracy = measure(net, labelled(images, world))
+        with naming("samples"):
+            found, accuracy = measure(net, labelled(images, world))
         results.append((accuracy, frechet_distance(found, reference)))
         yield {"samples": str(path), "num_samples": len(images), "accuracy": round(accuracy, 4),
                "frechet_distance": round(results[-1][1], 3)}

@@ -108,7 +108,8 @@ def evaluate(statistics, reference):
     if statistics.points is not None and reference.points is None:
         arr_0 = Statistics(extractor, len(reference.images), reference.images.image_size,
                            points=True)
-        arr_0.add_all(reference.images.batches, 64, "reference").merge()
+        with naming("the reference"):
+            arr_0.add_all(reference.images.batches, 64, "reference").merge()
         reference.points = arr_0.points
     if not extractor.world.main:
         return None

@@ -63,7 +63,8 @@ def test_the_log_comes_to_disk_where_folders_cannot_be_synced(tmp_path, monkeypa
 
 @pytest.mark.parametrize(("name", "write"), [
     ("log.txt", lambda log: log.say("x" * 99)),
-    ("metrics.jsonl", lambda log: log.record(1, text="x" * 99))])
+    ("metrics.jsonl", lambda log: log.record(1, text="x" * 99)),
+    ("events", lambda log: log.record(1, **{f"value_{i}": 1.0 for i in range(10)}))])
 def test_a_full_disk_is_one_line(name, write, tmp_path, capfd):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))

@@ -175,5 +175,5 @@ def test_a_subclass_of_the_improved_network_is_one(monkeypatch):
 def test_sizes_replace_those_of_the_table():
     for sizes, depth in ({"depth": 2}, 2), (None, 4):
         assert len(build({"model": "DiT-T/4", "sizes": sizes, **DIGITS}).blocks) == depth
-    with pytest.raises(ValueError, match="DiT-B/4.*got DiT-Q/4"):
+    with pytest.raises(ValueError, match="DiT-Q/4.*DiT-B/4"):
         build({"model": "DiT-Q/4", **DIGITS})

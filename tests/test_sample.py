@@ -128,8 +128,8 @@ def test_a_folder_of_another_command_is_refused_once_it_has_images(trained, tmp_
     record = json.loads((folder / "samples.json").read_text())
     (folder / "samples.json").write_text(json.dumps(record | {"weights": "01234567" * 8}))
     before = files(folder)
-    with refused("--sample-dir", "classes [3], now None; weights 01234567, now "
-                 f"{record['weights'][:8]}); choose another --sample-dir"):
+    with refused("--sample-dir", "classes [3], now None; weights 01234567", ", now ",
+                 record["weights"][:8], "choose another --sample-dir"):
         call("sample", *options(trained, folder))
     assert files(folder) == before
     for path in [*tmp_path.glob("new.*"), *folder.glob("*.png")]:

@@ -119,8 +119,7 @@ def read_safetensors_file(path, _):
 
 
 def read_msgpack(path, group):
-    """A JAX state in one msgpack file, as flax and old orbax write it, with one group of weights;
-    others do not enter memory."""
+    """A JAX state in one msgpack file, of flax or old orbax, with one group of its weights."""
     import msgpack
 
     def array(code, data):
