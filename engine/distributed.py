@@ -141,7 +141,7 @@ def _device():
 
 @contextlib.contextmanager
 def one_thread():
-    """Within ``with``, PyTorch uses one thread: on a CPU the bits of sums depend on their number."""
+    """Within ``with``, PyTorch uses one thread: the bits of a CPU's sums depend on the count."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
