@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
-from dataset.vae import LATENT_MEAN, LATENT_STD
+from dataset.vae import LATENT_NORMALISATION
 from engine.checkpoint import save_checkpoint
 from engine.errors import UserError, naming, run_main
 from engine.files import check_folder, make_folder
@@ -60,7 +60,7 @@ def main(args):
                                 source=args.source)
     config = state["config"]
     if foreign.config is None and is_improved(config["model"]) and config["vae"] != "none":
-        config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
+        config |= LATENT_NORMALISATION
     scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
     report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "
                   f"{config['latent_shape']} scaled {scaled}")

@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--num-workers", type=int_range(0, 1024), default=8,
         help="reading processes per process; 0 = none")
     args = parser.parse_args(argv)
-    if args.data_path.resolve() in (args.out_path.resolve(), *args.out_path.resolve().parents):
+    if args.out_path.resolve().is_relative_to(args.data_path.resolve()):
         parser.error(f"--out-path must lie outside --data-path, where it would be taken for a "
                      f"class, got {args.out_path}; choose another folder")
     return args

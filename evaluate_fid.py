@@ -66,8 +66,8 @@ def main(args):
         with naming("--samples"):
             samples = open_images(args.samples, world, args.image_size, args.num_workers)
         dimension(args.protocol, samples.image_size)  # refuses what is too large
-        job = compare if args.ref else make_reference
-        result = job(args, samples, world)
+        result = (compare(args, samples, world) if args.ref
+                  else make_reference(args, samples, world))
         if world.main:
             print(json.dumps(result), flush=True)
 

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from dataset.images import ImageFolder
 from dataset.latents import LatentShards, read_dataset_json
 from dataset.loader import BatchSampler, load_batches
-from dataset.vae import LATENT_MEAN, LATENT_STD, load_codec, normalisation, posterior_sample
+from dataset.vae import LATENT_NORMALISATION, load_codec, normalisation, posterior_sample
 from engine import sharding
 from engine.checkpoint import (
     Saver,
@@ -680,10 +680,10 @@ def make_config(args, dataset, codec):
     if args.compile is None:
         config["compile"] = torch.cuda.is_available() and not args.shard
     if is_improved(args.model) and (dataset.vae if args.encoded_data else args.vae) != "none":
-        if shape[0] != len(LATENT_MEAN):
-            raise UserError(f"--vae must have latents of {len(LATENT_MEAN)} channels for --model "
+        if shape[0] != (channels := len(LATENT_NORMALISATION["latent_mean"])):
+            raise UserError(f"--vae must have latents of {channels} channels for --model "
                             f"{args.model}, got {shape[0]}; give --vae ema or mse")
-        config |= {"latent_mean": list(LATENT_MEAN), "latent_std": list(LATENT_STD)}
+        config |= LATENT_NORMALISATION
     return config | {
         "latent_shape": list(shape), "scale": scale, "classes": list(dataset.classes),
         "num_classes": len(dataset.classes), "num_images": len(dataset)}

@@ -374,7 +374,7 @@ def training(args, out):
             "images/s": round(usual, 1), "GB": records(run)[-1].get("gpu_memory_gb"),
             "seconds to the first record": round(watched["first"], 1),
             "stall of a checkpoint, s": round(steps // 24 * batch * (1 / slowest - 1 / usual), 2)})
-        check_memory(args, out, name, watched)
+        check_memory(out, name, watched)
     killed = [*common, "--no-compile", "--ckpt-every", steps // 2, "--run-dir",
               args.work / "run-killed"]
     watch(out, killed, kill=True)
@@ -414,7 +414,7 @@ def watch(out, words, *, kill=False, stop_at=math.inf):
     return found
 
 
-def check_memory(args, out, name, watched):
+def check_memory(out, name, watched):
     """Whether the memory that a run holds in its last third is that of its second."""
     for kind in ("host", "card"):
         held = watched[kind]
@@ -586,10 +586,10 @@ def images(args, out):
 
             from dataset.vae import VAE
 
-            space = VAE("random", stable_diffusion_vae(), device=device(), precision="bf16")
+            codec = VAE("random", stable_diffusion_vae(), device=device(), precision="bf16")
             latents = torch.randn(batch, 4, size // 8, size // 8, device=device())
-            for what, work in (("encode", partial(space.encode, pixels)),
-                               ("decode", partial(space.decode, latents))):
+            for what, work in (("encode", partial(codec.encode, pixels)),
+                               ("decode", partial(codec.decode, latents))):
                 out.add(f"VAE, {what}, {size} px, bf16", timed(work, **again))
     with optional(out, "Inception"):
         time_inception(out, pixels, again)

@@ -19,8 +19,8 @@ HUB = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 PIXELS = 32 * 256**2  # at most in a pass: the decoder's largest activation is then 2 GiB in float32
 # Of each channel of ImageNet's latents, unscaled: what improved MeanFlow normalises by
 # (Lyy-iiis/imeanflow, utils/vae_util.py)
-LATENT_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
-LATENT_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+LATENT_NORMALISATION = {"latent_mean": [0.86488, -0.27787343, 0.21616915, 0.3738409],
+                        "latent_std": [4.85503674, 5.31922414, 3.93725398, 3.9870003]}
 
 
 class Pixels:
