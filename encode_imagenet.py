@@ -87,7 +87,7 @@ def main(args):
         if world.main:
             print(*describe_environment(world), f"{len(images)} images of {len(images.classes)} "
                   f"classes in {len(output.rows)} shards, {len(output.rows) - len(todo)} complete",
-                  sep="\n", file=sys.stderr)
+                  *images.notes, sep="\n", file=sys.stderr)
         encode(args, images, codec, output, todo, world)
         world.on_main(output.finish)
         if world.main:
@@ -245,7 +245,7 @@ def encode_batch(args, images, codec, device, batch):
     rows, pixels, unreadable = [], [], []
     for (row, _), image in zip(*batch):
         if isinstance(image, UserError):
-            tqdm.write(str(image), file=sys.stderr)
+            tqdm.write(str(image).rpartition("; ")[0], file=sys.stderr)  # finish says what to do
             unreadable.append(images.name(row))
         else:
             rows.append(row)

@@ -57,7 +57,7 @@ from weights.start import InitialWeights
 MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
               "sample_every", "num_workers", "compile", "grad_accum_steps", "shard",
               "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
-              "protocol")
+              "protocol", "skip_bad_images", "num_images")
 DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 MEANFLOW = {"ratio": 0.25, "time_sampler": "logit_normal", "cfg": 3.0, "kappa": 0.0,
@@ -78,6 +78,9 @@ def parse_args(argv=None):
     if args.eval_every and args.fid_ref is None:
         parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; give "
                      f"reference statistics")
+    if args.skip_bad_images and args.encoded_data:
+        parser.error("--skip-bad-images must come without --encoded-data, got both; give it to "
+                     "encode_imagenet.py")
     if args.shard and args.compile:
         parser.error("--compile must come without --shard, got both; leave one out")
     return args
@@ -92,6 +95,8 @@ def add_data_options(add):
     add("--vae", help="ema or mse: the Stable Diffusion VAE with that decoder; a folder: a local "
                       "AutoencoderKL; none: pixels (default: of the latents or --init, else ema)")
     add("--flip", action="store_true", help="mirror half of the images at random")
+    add("--skip-bad-images", action="store_true",
+        help="in place of an unreadable image take another of its class")
     add("--num-workers", type=int_range(0, 1024), default=4,
         help="processes that read images, threads that read latents, per rank; 0 = none of them")
 
@@ -546,7 +551,7 @@ class Run(ExitStack):
     def open(self, state):
         """Lock the folder, restore its newest checkpoint, and open log, signals and saver."""
         world, enter = self.world, self.enter_context
-        self.lock = None  # on other ranks than 0
+        self.lock = self.images_before = None  # on other ranks than 0
         with naming("--run-dir"):
             path = world.on_main(self._open_folder)
             if path:
@@ -571,7 +576,8 @@ class Run(ExitStack):
         checkpoint, or None. Raises BadValue."""
         self.lock = self.enter_context(FolderLock(self.folder))
         defaults = vars(parse_args(["--data-path", "."])) | method_defaults(self.args.model)
-        check_config(self.folder, self.config, defaults=defaults, may_change=MAY_CHANGE)
+        stored = check_config(self.folder, self.config, defaults=defaults, may_change=MAY_CHANGE)
+        self.images_before = stored.get("num_images")
         for name in ("checkpoints", "samples"):
             make_folder(self.folder / name)
             remove_temporary_files(self.folder / name)
@@ -661,14 +667,15 @@ def check_batch(args, world):
 def open_data(args, world):
     """(dataset, codec): image files or latent shards, and what encodes and decodes them."""
     dataset = (LatentShards(args.data_path) if args.encoded_data
-               else ImageFolder(args.data_path, args.image_size, world))
+               else ImageFolder(args.data_path, args.image_size, world,
+                                skip_bad_images=args.skip_bad_images))
     codec = None
     if not args.encoded_data or args.sample_every or args.eval_every:
         codec = load_codec(args.vae, world.device, precision=args.precision)
         codec.latent_shape(args.image_size)  # refuses a size that the VAE cannot halve
     if args.encoded_data:
         dataset.check(codec=codec, image_size=args.image_size, flip=args.flip)
-        dataset.note = world.on_main(dataset.verify)
+        dataset.notes = world.on_main(dataset.verify)
     return dataset, codec
 
 
@@ -706,8 +713,10 @@ def introduction(run, state):
                      f"steps than the run has; {decay:.4g} would suit {run.total_steps}")
     if run.initial and not state.step:
         lines += run.initial.notes
-    if args.encoded_data and dataset.note:
-        lines.append(dataset.note)
+    lines += dataset.notes
+    if state.step and run.images_before != len(dataset):
+        lines.append(f"num_images {run.images_before}, now {len(dataset)}: from here the order of "
+                     f"the data is a new one")
     if run.evaluation:
         lines += notes(run.evaluation.reference, args.protocol, args.eval_samples)
     return lines

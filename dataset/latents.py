@@ -145,7 +145,7 @@ class LatentShards:
     def verify(self):
         """Compare labels and, of up to VERIFIED bytes, latents with the checksums of dataset.json.
 
-        Returns a line for the log if latents were not compared, else None. Raises UserError.
+        Returns lines for the log: one if latents were not compared. Raises UserError.
         """
         size = sum(array.nbytes for arrays in self.arrays for array in arrays)
         for files in self.files:
@@ -153,9 +153,9 @@ class LatentShards:
                 if not is_intact(path, self.sums):
                     raise UserError(f"{path} is damaged: repeat the encode_imagenet.py command, "
                                     f"which encodes that shard again")
-        return None if size <= VERIFIED else (
+        return [] if size <= VERIFIED else [
             f"{size / 1e9:.0f} GB of latents were not compared with their checksums: repeat the "
-            f"encode_imagenet.py command to do so")
+            f"encode_imagenet.py command to do so"]
 
     def check(self, *, codec, image_size, flip):
         """Raise UserError unless the shards suit --vae (codec, or None), --image-size, --flip."""

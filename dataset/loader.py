@@ -2,7 +2,7 @@
 
 A data set is a class with
 
-    classes                   the names of the labels, in order
+    classes, notes            the names of the labels, in order; lines for the log
     len(dataset)              the number of images
     batches(steps, workers)   yields for each (rows, mirrored) of BatchSampler.steps what training
                               takes: images uint8 (B, 3, H, W) or moments (B, 2, C, h, w), and

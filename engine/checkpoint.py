@@ -265,14 +265,15 @@ def _restore_moments(optimizer, moments, params):
 
 
 def check_config(folder, config, *, defaults, may_change):
-    """Raise BadValue unless a run directory is new or of the run with this config.
+    """The config of the run in a directory, this config if it is new. Raises BadValue if it is of
+    another run.
 
     defaults: values of options that a stored config lacks. may_change: names of the options that
     may change when a run continues; before the first checkpoint all may.
     """
     path, begun = Path(folder) / "config.json", bool(list_checkpoints(Path(folder) / "checkpoints"))
     if not begun and not path.exists():
-        return
+        return config
     try:
         stored = defaults | json.loads(path.read_text())
         foreign = not config.keys() <= stored.keys()
@@ -283,6 +284,7 @@ def check_config(folder, config, *, defaults, may_change):
     if changed and (begun or foreign):
         raise BadValue(f"must be a run of the same options, got {folder} ({changed}); give another "
                        f"--run-dir or the run's own options")
+    return stored
 
 
 def differences(stored, present, may_change=()):

@@ -5,12 +5,14 @@ Each has a name, a length, image_size (H, W), and batches(parts), which yields t
 """
 
 import contextlib
+import os
+import sys
 import zipfile
 
 import numpy as np
 import torch
 
-from dataset.images import SUFFIXES, open_image, read_image
+from dataset.images import SUFFIXES, list_images, open_image, read_image
 from dataset.loader import read_images, stack_images
 from engine.errors import BadValue, UserError
 from engine.files import find_damage
@@ -20,13 +22,13 @@ def open_images(path, world, crop=None, workers=0):
     """The images of a folder, as FolderImages takes it, or of an .npz file, two or more. Raises
     BadValue."""
     if path.is_dir():
-        images = FolderImages(path, crop, workers)
+        images = FolderImages(path, world, crop, workers)
     else:
         verify_npz(path, world)
         images = NpzImages(path)
     if len(images) < 2:
         raise BadValue(f"must hold 2 images or more, got {len(images)} in {path}; add some "
-                       f"({' '.join(sorted(SUFFIXES))})")
+                       f"({' '.join(SUFFIXES)})")
     return images
 
 
@@ -91,19 +93,26 @@ class NpzImages:
 
 
 class FolderImages:
-    """The image files of a folder and its subfolders, in the order of their paths.
+    """The image files of a folder and its subfolders, which rank 0 lists for all.
 
     crop: the side to which they are centre-cropped, in RGB; without, they must be RGB and of one
     size. workers: processes that read them. Raises BadValue.
     """
 
-    def __init__(self, path, crop=None, workers=0):
+    def __init__(self, path, world, crop=None, workers=0):
         self.name, self.crop, self.workers = str(path), crop, workers
-        self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.paths = world.on_main(self._list)
         self.image_size = (crop, crop) if crop else None
         if self.paths and not crop:
             with open_image(self.paths[0]) as image:
                 self.image_size = image.height, image.width
+
+    def _list(self):
+        folders, note = list_images(self.name)
+        if note:
+            print(note, file=sys.stderr)
+        return [os.path.join(self.name, folder, name)
+                for folder, names in folders.items() for name in names]
 
     def __len__(self):
         return len(self.paths)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,9 +218,13 @@ def save_odd_files(folder):
     square.convert("P").save(folder / "transparent.gif", transparency=3)
     alpha = Image.linear_gradient("L").resize((32, 32))
     Image.merge("RGBA", (*square.split(), alpha)).save(folder / "alpha.png")
-    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-    Image.fromarray(deep).save(folder / "sixteen.png")
-    Image.fromarray(deep).save(folder / "sixteen.tiff")
+    deep = np.random.default_rng(0).integers(0, 2**16, (32, 32, 3)).astype(">u2")
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep))  # Pillow writes none
+    (folder / "sixteen.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in ((b"IHDR", bytes([0, 0, 0, 32] * 2 + [16, 2, 0, 0, 0])), (b"IDAT", rows),
+                           (b"IEND", b""))))
+    square.save(folder / "pages.tiff", save_all=True, append_images=[square.rotate(90)])
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated
     square.save(folder / "rotated.jpg", exif=exif, quality=95)

@@ -93,6 +93,7 @@ REFUSED = {
         dict(run_dir="file.txt/run"), dict(run_dir="digits/ä run"), dict(run_dir="nested"),
         dict(run_dir="listed"), dict(run_dir="only checkpoints"), dict(run_dir=LONG),
         dict(encoded_data=()), dict(data_path="latents"),
+        dict(skip_bad_images=(), data_path="latents", encoded_data=()),
         dict(image_size=16, data_path="latents", encoded_data=()),
         dict(flip=(), data_path="latents", encoded_data=()),
         dict(eval_every=5), dict(fid_ref="objects.npz", eval_every=5, protocol="pixels"),

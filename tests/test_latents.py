@@ -102,7 +102,7 @@ def test_the_wrong_kind_of_folder_is_refused_with_the_remedy(shards, tmp_path):
 
 @pytest.mark.parametrize("name", ["moments", "labels", "flip"])
 def test_a_flipped_bit_is_found_by_checksum(shards, name):
-    assert LatentShards(shards).verify() is None
+    assert LatentShards(shards).verify() == []
     path = getattr(ShardFiles(shards, 2), name)
     flip_bit(path, -16)
     with refused(path, "damaged", "encode_imagenet.py"):

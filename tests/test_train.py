@@ -14,6 +14,7 @@ from conftest import (
     call,
     load_state,
     load_weights,
+    refused,
     run_ranks,
     save_small_vae,
     sharding,
@@ -161,6 +162,24 @@ def test_the_log_says_where_a_run_goes_on_and_that_it_is_finished(digits, tmp_pa
     assert first == f"steps 0 to 1, into {tmp_path}"
     assert second == f"steps 1 to 2, into {tmp_path}" and third.startswith("steps 2 to 2")
     assert "all steps are made: more need a larger" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_bad_image_may_be_removed_or_skipped(digits, tmp_path):
+    """"Remove the file" ended the run for good: it was not a run of as many images any more."""
+    data = shutil.copytree(digits, tmp_path / "data")
+    options = [*tiny(data, tmp_path / "run"), "--global-batch-size", 100, "--ckpt-every", 1]
+    call("train", *options, "--max-steps", 2)
+    bad = data / "3" / "0003.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with refused("--data-path must hold readable images", bad, "remove", "--skip-bad-images"):
+        call("train", *options, "--max-steps", 4)
+    call("train", *options, "--max-steps", 4, "--skip-bad-images")
+    bad.unlink()
+    call("train", *options, "--max-steps", 6)
+    call("train", *options, "--max-steps", 7)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    told, = re.findall("num_images 200, now 199: .* a new one", log)
+    assert log.index("steps 4 to 6") < log.index(told) < log.index("steps 6 to 7")
 
 
 @pytest.mark.parametrize(("decay", "suits"), [(.84, None), (.86, "0.5"), (1, "0.5")])
