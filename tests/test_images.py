@@ -89,6 +89,9 @@ def test_a_sound_image_of_too_many_pixels_is_not_called_damaged(tmp_path, monkey
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     with refused("200,000 pixels at most", tmp_path / "large.png", "make it smaller"):
         read_image(tmp_path / "large.png", 8)
+    monkeypatch.setattr(Image, "open", lambda _: np.empty(2**60))
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "large.png", 8)
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def test_links_win_no_image_from_the_folder_that_holds_it(tmp_path):
     for name in ("a", "z"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.png").touch()
-    (tmp_path / "a" / "of z").symlink_to(tmp_path / "z")
+    (tmp_path / "z" / "of a").symlink_to(tmp_path / "a")
     assert list_images(tmp_path)[0] == {"": [], "a": ["a.png"], "z": ["z.png"]}
 
 
