@@ -89,7 +89,7 @@ def test_a_sound_image_of_too_many_pixels_is_not_called_damaged(tmp_path, monkey
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     with refused("200,000 pixels at most", tmp_path / "large.png", "make it smaller"):
         read_image(tmp_path / "large.png", 8)
-    monkeypatch.setattr(Image, "open", lambda _: np.empty(2**60))
+    monkeypatch.setattr(Image, "open", lambda _: bytearray(2**62))
     with pytest.raises(MemoryError):
         read_image(tmp_path / "large.png", 8)
 
