@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, refused, tiny
+from mutations import KINDS, mutate_all
 from torch.utils._pytree import tree_flatten
 
 from dataset.latents import LatentShards, ShardFiles
@@ -151,3 +152,12 @@ def test_damaged_references_and_samples_are_refused(reference, trained, tmp_path
             call("sample", "--ckpt", trained, "--num-fid-samples", 4, *evaluate)
     assert not new.exists()
     call("evaluate_fid", *samples, "--make-ref", new)
+
+
+@pytest.mark.slow
+def test_odd_inputs_of_every_kind_are_used_or_refused(tmp_path):
+    """mutations.py makes hundreds."""
+    counts, failures = mutate_all(tmp_path, 0, range(24))
+    assert not failures and sum(counts.values()) == 24
+    for kind in KINDS:
+        assert counts[f"{kind.__name__} used"] and counts[f"{kind.__name__} refused"]
