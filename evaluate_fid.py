@@ -39,8 +39,8 @@ def parse_args(argv=None):
     add("--samples", type=Path, required=True,
         help="a folder of RGB files, with its subfolders, or an .npz with arr_0")
     add("--image-size", type=int_range(1), metavar="S",
-        help="convert files to RGB and centre-crop them to S x S, as train.py does (default: they "
-             "must be RGB and of one size already)")
+        help="centre-crop images to S x S and convert files to RGB, as train.py does (default: "
+             "they must be RGB and of one size already)")
     add = parser.add_argument_group("result").add_argument
     add("--ref", type=Path, help="reference: an .npz with mu and sigma, or a folder of images")
     add("--make-ref", type=Path, metavar="OUT.npz",
@@ -88,7 +88,7 @@ def compare(args, samples, world):
         reference = Reference.of(measure(args, "--ref", images, extractor, spatial=adm, points=adm),
                                  images.name)
     if world.main:
-        for line in notes(reference, args.protocol, len(samples)):
+        for line in notes(reference, args.protocol, len(samples), samples.image_size):
             print(line, file=sys.stderr, flush=True)
     result = evaluate(measure(args, "--samples", samples, extractor, **reference.wants), reference)
     if result and "precision" in result:

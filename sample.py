@@ -58,6 +58,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.fid_ref is None and not args.save_images:
         parser.error("--no-save-images must come with --fid-ref, got neither; give one")
+    if args.per_class and args.labels == "random":
+        parser.error("--per-class must come without --labels random, got both; leave one out")
     args.num_sampling_steps = list(dict.fromkeys(args.num_sampling_steps))  # each once
     if args.cfg_interval and args.cfg_interval[0] > args.cfg_interval[1]:
         parser.error(f"--cfg-interval must be two increasing times, got {args.cfg_interval[0]} "
@@ -116,7 +118,7 @@ def main(args):
         for part in parts if args.save_images else ():
             check_sample_dir(part)
         evaluation = args.fid_ref and Evaluation(args.fid_ref, args.protocol, config, world)
-        codec = load_codec(record["vae"], world.device, precision=args.precision)
+        codec = open_codec(record["vae"], config, world)
         net.to(world.device)
         samplers = [ImageSampler(net, codec, config, world, seed=args.seed, labels=args.labels,
                                  classes=classes, steps=steps, guidance=guidance)
@@ -126,19 +128,32 @@ def main(args):
                 open_sample_dir(part, world, stack)
             sample_one_count(part, sampler, evaluation)
         if args.save_images and world.main:
-            counts = "-".join(map(str, args.num_sampling_steps))
-            picture = output_path(args, f"-{counts}-steps.png" if len(parts) > 1 else ".png")
             rows = samplers[0].picture_rows(args.num_fid_samples)
             with naming("--sample-dir"):
-                images = [load_pngs(png_paths(part, rows)) for part in parts]
-            save_picture(picture, samplers, images)
-            print(f"picture: {picture}", file=sys.stderr)
+                images = [load_pngs(png_paths(part, rows), config["image_size"]) for part in parts]
+            save_picture(parts[0].picture, samplers, images)
+            print(f"picture: {parts[0].picture}", file=sys.stderr)
+
+
+def open_codec(name, config, world):
+    """The codec of this name. Raises UserError unless it decodes latents of this config."""
+    codec = load_codec(name, world.device, precision=world.precision)
+    shape = list(codec.latent_shape(config["image_size"]))
+    if shape != list(config["latent_shape"]):
+        raise UserError(f"--vae must have latents {config['latent_shape']} for images of "
+                        f"{config['image_size']} pixels, as the checkpoint, got {name} with "
+                        f"{shape}; give another")
+    return codec
 
 
 def options_for(args, steps, record):
-    """The options for one count of steps, with its record. Of several counts each has a folder."""
+    """The options for one count of steps, with its record and the picture of all counts. Of several
+    counts each has a folder."""
     part = argparse.Namespace(**vars(args) | {"record": record | {"steps": steps}})
+    part.picture = output_path(args, ".png")
     if len(args.num_sampling_steps) > 1:
+        counts = "-".join(map(str, args.num_sampling_steps))
+        part.picture = output_path(args, f"-{counts}-steps.png")
         part.sample_dir = output_path(args, f"-{steps}-step{'s' if steps > 1 else ''}")
     return part
 
@@ -151,10 +166,11 @@ def sample_one_count(args, sampler, evaluation):
         make_images(args, sampler, statistics)
         world.barrier()
         if args.save_images and world.main:
-            write_npz(output_path(args, ".npz"), png_paths(args, range(count)), world)
+            write_npz(output_path(args, ".npz"), png_paths(args, range(count)),
+                      sampler.config["image_size"], world)
     metrics = evaluate(statistics, evaluation.reference) if evaluation else None
     if metrics:
-        for line in notes(evaluation.reference, args.protocol, count):
+        for line in notes(evaluation.reference, args.protocol, count, evaluation.image_size):
             print(line, file=sys.stderr)
         print_metrics(args, evaluation.reference.count, metrics)
     elif world.main:
@@ -175,7 +191,7 @@ def make_images(args, sampler, statistics):
                 if args.save_images:
                     jobs.append(pool.submit(write_pngs, paths, images))
             elif statistics:
-                images = load_pngs(paths)
+                images = load_pngs(paths, sampler.config["image_size"])
             if statistics:
                 statistics.add(images, rows.start)
             while len(jobs) > THREADS:  # bounds the memory
@@ -322,7 +338,7 @@ def check_sample_dir(args):
     with naming("--sample-dir"):
         check_folder(folder)
     paths = [*(list_folder(folder) if folder.exists() else ()),
-             *filter(Path.exists, (output_path(args, ".npz"), output_path(args, ".png")))]
+             *filter(Path.exists, (output_path(args, ".npz"), args.picture))]
     if not paths:
         return
     try:

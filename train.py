@@ -718,7 +718,8 @@ def introduction(run, state):
         lines.append(f"num_images {run.images_before}, now {len(dataset)}: from here the order of "
                      f"the data is a new one")
     if run.evaluation:
-        lines += notes(run.evaluation.reference, args.protocol, args.eval_samples)
+        lines += notes(run.evaluation.reference, args.protocol, args.eval_samples,
+                       run.evaluation.image_size)
     return lines
 
 

@@ -1,58 +1,78 @@
 """Names of classes: what a person calls them -> their labels."""
 
 import difflib
+import unicodedata
 
 from engine.errors import UserError
 
 
 def find_classes(texts, config):
-    """The labels, from 0, of the classes that these texts name, for --classes.
+    """The labels, from 0, of the classes that these texts name, for --classes, each once.
 
-    A text is the name of a class folder, a label, or, of 1,000 classes, a name or WordNet number of
-    ImageNet's (goldfish, n01443537). config: of a checkpoint. Raises UserError for others, with the
-    names most like them.
+    A text is the name of a class folder, a label, or, of ImageNet's 1,000 classes, a name or a
+    WordNet number (goldfish, n01443537). It is compared first as it is, then in one Unicode form,
+    then without regard to case and underscores; a class's first name comes before other names.
+    config: of a checkpoint. Raises UserError for a text that names no class, with the names most
+    like it, or several.
     """
-    names = label_names(config)
-    return [_find(text, names, config["num_classes"]) for text in texts]
+    names = names_of_classes(config)
+    return list(dict.fromkeys(_find(text, names) for text in texts))
 
 
-def _find(text, names, count):
-    name = text.strip().lower().replace("_", " ")
-    for known in (text.lower(), name):
-        if known in names:
-            return names[known]
-    if text.isdecimal() and int(text) < count:
-        return int(text)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+def _find(text, names):
+    first = [(known[0], label) for label, known in enumerate(names)]
+    others = [(name, label) for label, known in enumerate(names) for name in known[1:]]
+    for form in (str, _composed, _folded):
+        for level in (first, others):
+            labels = sorted({label for name, label in level if form(name) == form(text)})
+            if len(labels) > 1:
+                which = " and ".join(f"{label} ({names[label][-1]})" for label in labels)
+                raise UserError(f"--classes must each name one class, got {text}, which is "
+                                f"{which}; give a number")
+            if labels:
+                return labels[0]
+    numbers = {str(label): label for label in range(len(names))}
+    if text in numbers:
+        return numbers[text]
+    known = {_folded(name) for name, _ in first + others}
+    near = difflib.get_close_matches(_folded(text[:99]), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise UserError(f"--classes must be class names or numbers from 0 to {count - 1}, got {text}; "
-                    f"{hint}quote names with spaces")
+    raise UserError(f"--classes must be class names or numbers from 0 to {len(names) - 1}, got "
+                    f"{text:.99}; {hint}quote names with spaces")
+
+
+def _composed(name):
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name):
+    return _composed(" ".join(_composed(name).casefold().replace("_", " ").split()))
 
 
 def class_names(config, labels):
     """What to call the classes of these labels in a picture."""
-    if config["num_classes"] == 1000:
-        names = imagenet_names()
-        return [names[label][0] for label in labels]
-    folders = config.get("classes") or range(config["num_classes"])
-    return [str(folders[label]) for label in labels]
+    names = names_of_classes(config)
+    return [names[label][0] for label in labels]
 
 
-def label_names(config):
-    """{name: label} of all names of a config's classes, lower case."""
-    names = {}
-    if config["num_classes"] == 1000:
-        for label, known in enumerate(imagenet_names()):
-            for name in known:
-                names.setdefault(name.lower(), label)
-    folders = config.get("classes") or ()
-    return names | {str(name).lower(): label for label, name in enumerate(folders)}
+def names_of_classes(config):
+    """Of each class its names, the best first: folders, ImageNet's with WordNet number, or none
+    but its label. ImageNet's 1,000 classes are those without names in the config, or with folders
+    of all its WordNet numbers."""
+    folders, count = config.get("classes"), config["num_classes"]
+    if count == 1000:
+        imagenet = imagenet_names()
+        if not folders:
+            return list(imagenet.values())
+        if imagenet.keys() == set(folders):
+            return [imagenet[folder] for folder in folders]
+    return [[str(name)] for name in folders or range(count)]
 
 
 def imagenet_names():
-    """Of each of ImageNet's 1,000 classes its names, the best known first, and WordNet number."""
+    """{WordNet number: names, the best known first, and that number}, in the official order."""
     from timm.data import ImageNetInfo  # takes seconds to import
 
     info = ImageNetInfo("imagenet-1k")
-    return [[*(name.strip() for name in info.index_to_description(label).split(",")),
-             info.index_to_label_name(label)] for label in range(1000)]
+    return {number: [*(name.strip() for name in info.label_name_to_description(number).split(",")),
+                     number] for number in info.label_names()}

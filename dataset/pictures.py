@@ -27,33 +27,38 @@ def write_pngs(paths, images):
             Image.fromarray(image).save(temporary, "PNG")
 
 
-def load_png(path):
-    """A PNG file as uint8 (H, W, 3). Raises BadValue if it is torn or damaged."""
+def load_png(path, size):
+    """A PNG file as uint8 (size, size, 3). Raises BadValue if it is damaged or another image, as a
+    program leaves it that saves a palette, say, where write_pngs wrote."""
     try:
         with Image.open(path) as image:
             image.verify()  # compares checksums, unlike decoding; then the file must be reopened
         with Image.open(path) as image:
+            if (image.format, image.mode, image.size) != ("PNG", "RGB", (size, size)):
+                raise ValueError(f"{image.format}, {image.mode}, {image.width} x {image.height}")
             return np.array(image)
     except (OSError, SyntaxError, ValueError) as error:
-        raise BadValue(f"must hold whole images, got {path} ({error}); remove that file") from error
+        raise BadValue(f"must hold whole images, PNG, RGB, {size} x {size}, got {path} ({error}); "
+                       f"remove that file") from error
 
 
-def load_pngs(paths):
-    """PNG files as uint8 (B, 3, H, W). Raises BadValue as load_png does."""
-    return torch.from_numpy(np.stack([load_png(path) for path in paths])).permute(0, 3, 1, 2)
+def load_pngs(paths, size):
+    """PNG files as uint8 (B, 3, size, size). Raises BadValue as load_png does."""
+    return torch.from_numpy(np.stack([load_png(path, size) for path in paths])).permute(0, 3, 1, 2)
 
 
-def write_npz(path, paths, world):
-    """Write the images at paths, in order, as arr_0 of an .npz file, without holding them all."""
-    header = {"descr": "|u1", "fortran_order": False,
-              "shape": (len(paths), *load_png(paths[0]).shape)}
+def write_npz(path, paths, size, world):
+    """Write the images (size, size, 3) at paths, in order, as arr_0 of an .npz file, without
+    holding them all. Raises BadValue as load_png does."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
+    load = functools.partial(load_png, size=size)
     with (world.progress(len(paths), desc=path.name, unit="image") as bar,
           atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive,
           archive.open("arr_0.npy", "w", force_zip64=True) as file,
           ThreadPoolExecutor(THREADS) as pool):
         np.lib.format.write_array_header_1_0(file, header)
         for first in range(0, len(paths), 1000):
-            for image in pool.map(load_png, paths[first:first + 1000]):
+            for image in pool.map(load, paths[first:first + 1000]):
                 file.write(image.tobytes())
                 bar.update()
 

@@ -11,8 +11,9 @@ import zipfile
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dataset.images import SUFFIXES, list_images, open_image, read_image
+from dataset.images import SUFFIXES, center_crop, list_images, open_image, read_image
 from dataset.loader import read_images, stack_images
 from engine.errors import BadValue, UserError
 from engine.files import find_damage
@@ -25,7 +26,7 @@ def open_images(path, world, crop=None, workers=0):
         images = FolderImages(path, world, crop, workers)
     else:
         verify_npz(path, world)
-        images = NpzImages(path)
+        images = NpzImages(path, crop)
     if len(images) < 2:
         raise BadValue(f"must hold 2 images or more, got {len(images)} in {path}; add some "
                        f"({' '.join(SUFFIXES)})")
@@ -56,16 +57,20 @@ def verify_npz(path, world):
 
 
 class NpzImages:
-    """The images of an .npz file: arr_0, uint8 (N, H, W, 3). Raises BadValue."""
+    """The images of an .npz file: arr_0, uint8 (N, H, W, 3). Raises BadValue.
 
-    def __init__(self, path):
-        self.name = str(path)
+    crop: the side to which they are centre-cropped.
+    """
+
+    def __init__(self, path, crop=None):
+        self.name, self.crop = str(path), crop
         with reading_npz(path), self._open() as (_, (shape, fortran, dtype)):
             fits = len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran
             if dtype != np.uint8 or not fits:
                 raise BadValue(f"must hold arr_0 of shape (N, H, W, 3), uint8, in C order, got "
                                f"{shape} {dtype} in {path}; write it so")
-        self.count, self.image_size = shape[0], tuple(shape[1:3])
+        self.count, self.size = shape[0], tuple(shape[1:3])
+        self.image_size = (crop, crop) if crop else self.size
 
     def __len__(self):
         return self.count
@@ -73,14 +78,19 @@ class NpzImages:
     @contextlib.contextmanager
     def _open(self):
         """The file, at its first image, and the header: shape, Fortran order, dtype."""
-        with zipfile.ZipFile(self.name) as archive, archive.open("arr_0.npy") as file:
-            np.lib.format.read_magic(file)
-            yield file, np.lib.format.read_array_header_1_0(file)
+        with zipfile.ZipFile(self.name) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" not in keys:
+                raise BadValue(f"must hold images as arr_0, got {self.name} with "
+                               f"{', '.join(keys):.200}; write it so")
+            with archive.open("arr_0.npy") as file:
+                np.lib.format.read_magic(file)
+                yield file, np.lib.format.read_array_header_1_0(file)
 
     def batches(self, parts):
         """Yields images (B, 3, H, W) for each list of rows; rows that increase are read fastest.
         50,000 images of 256 x 256 are 9.8 GB: they are never held together."""
-        height, width = self.image_size
+        height, width = self.size
         with reading_npz(self.name), self._open() as (file, _):
             start, size = file.tell(), height * width * 3
             for rows in parts:
@@ -88,8 +98,11 @@ class NpzImages:
                 for row in rows:
                     file.seek(start + row * size)
                     pixels += file.read(size)
-                images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
-                yield images.permute(0, 3, 1, 2)
+                images = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3)
+                if self.crop:
+                    images = np.stack([center_crop(Image.fromarray(image), self.crop)
+                                       for image in images])
+                yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 class FolderImages:

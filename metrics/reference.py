@@ -2,6 +2,7 @@
 metrics/distances.py and a line in METRICS."""
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class Reference:
     points: torch.Tensor | None = None  # features (M, POOL), of arr_0 after evaluate
     count: int | None = None  # images behind the statistics, if known
     made_with: str | None = None  # protocol behind them, if known
+    image_size: tuple | None = None  # (H, W) of the images behind them, if known
 
     @classmethod
     def load(cls, path, protocol, image_size, world):
@@ -65,12 +67,15 @@ class Reference:
             reference = cls(str(path), pool, scores=protocol == "adm")
             if reference.scores and {"mu_s", "sigma_s"} <= set(file.files):
                 reference.spatial = _pair(file, "mu_s", "sigma_s", SPATIAL, path)
-            if reference.scores and "arr_0" in file.files:
-                reference.images = NpzImages(path)
+            with nullcontext() if reference.scores else suppress(BadValue):
+                if "arr_0" in file.files:
+                    images = NpzImages(path)
+                    reference.images = images if reference.scores else None
+                    reference.image_size = images.image_size
             if "num_images" in file.files:
                 reference.count = int(file["num_images"])
             if "protocol" in file.files:
-                reference.made_with = str(file["protocol"])
+                reference.made_with = " ".join(str(file["protocol"]).split())[:40]
             return reference
 
     @classmethod
@@ -80,7 +85,8 @@ class Reference:
         spatial = statistics.spatial and statistics.spatial.numpy()
         protocol = statistics.extractor.protocol
         return cls(name, statistics.pool.numpy(), protocol == "adm", spatial,
-                   points=statistics.points, count=statistics.count, made_with=protocol)
+                   points=statistics.points, count=statistics.count, made_with=protocol,
+                   image_size=statistics.image_size)
 
     @property
     def wants(self):
@@ -126,8 +132,9 @@ def metric_names(protocol):
     return names | ({"fid": "Frechet distance of pixels"} if protocol == "pixels" else {})
 
 
-def notes(reference, protocol, count):
-    """Lines to print beside the metrics of count images: what is left out, and warnings."""
+def notes(reference, protocol, count, image_size):
+    """Lines to print beside the metrics of count images of image_size (H, W): what is left out, and
+    warnings."""
     lines = []
     wants = reference.wants | {"pool": True}
     missing = [key for key, metric in METRICS.items() if not wants[metric.needs]]
@@ -140,6 +147,10 @@ def notes(reference, protocol, count):
     elif reference.made_with is None and protocol == "pytorch-fid":
         lines.append(f"note: {reference.name} does not record its protocol; ADM's public files are "
                      f"of TensorFlow's resize, for which take --protocol adm")
+    if reference.image_size not in (None, image_size):
+        sizes = [f"{h} x {w}" for h, w in (reference.image_size, image_size)]
+        lines.append(f"warning: {reference.name} is of images of {sizes[0]} pixels, the samples "
+                     f"have {sizes[1]}; the difference is part of the result")
     suggested = min(PUBLISHED, reference.count or PUBLISHED)
     if count < suggested:
         whose = "the reference" if suggested == reference.count else "published results"

@@ -59,7 +59,7 @@ class Statistics:
         if count < 2:
             raise UserError(f"a Frechet distance must have 2 images or more, got {count}; add some")
         device = extractor.world.device
-        self.extractor, self.count = extractor, count
+        self.extractor, self.count, self.image_size = extractor, count, tuple(image_size)
         self.pool = Moments(dimension(extractor.protocol, image_size), device)
         self.spatial = Moments(SPATIAL, device) if spatial else None
         self.points = (torch.zeros(count, POOL, device=device)

@@ -105,7 +105,8 @@ REFUSED = {
         dict(sample_dir="y" * 253),  # with which the name of the .npz is too long
         dict(vae="nowhere"), dict(vae=LONG), dict(fid_ref="objects.npz"), dict(fid_ref=LONG),
         dict(no_save_images=()), dict(cfg=2), dict(cfg_interval=(0.2, 0.8)), dict(cfg=0.5),
-        dict(cfg_interval=(0.8, 0.2)), dict(cfg_interval=(0, 2))],
+        dict(cfg_interval=(0.8, 0.2)), dict(cfg_interval=(0, 2)),
+        dict(per_class=2, labels="random", num_fid_samples=None)],
     "encode_imagenet": [
         dict(out_path=None), dict(out_path="digits", data_path="out"), dict(data_path="latents"),
         dict(data_path=LONG), dict(out_path="file.txt/out"), dict(out_path="digits"),

@@ -8,6 +8,7 @@ import torch
 from conftest import pictures, refused
 from PIL import Image
 
+from dataset.images import center_crop
 from metrics.image_sets import NpzImages, open_images
 from metrics.reference import Reference
 from metrics.statistics import rank_batches
@@ -37,6 +38,12 @@ def test_images_are_dealt_in_whole_batches(kind, workers, tmp_path):
         assert len(batches) == 2
     batch, = stored.batches([[3, 0, 10]])
     assert torch.equal(batch, images[[3, 0, 10]])
+    cropped = open_images(path, ALONE, crop=4, workers=workers)  # an .npz was left as it was
+    batch, = cropped.batches([[3, 0]])
+    expected = [np.array(center_crop(Image.fromarray(image), 4))
+                for image in images[[3, 0]].permute(0, 2, 3, 1).numpy()]
+    assert cropped.image_size == (4, 4)
+    assert np.array_equal(batch.permute(0, 2, 3, 1).numpy(), expected)
 
 
 @pytest.mark.parametrize("array", [np.zeros((3, 4, 4, 3)), np.zeros((3, 4, 4), np.uint8),
@@ -45,6 +52,9 @@ def test_images_are_dealt_in_whole_batches(kind, workers, tmp_path):
 def test_images_that_are_not_uint8_rgb_are_refused(array, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=array)
     with refused("must hold arr_0 of shape"):
+        NpzImages(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", images=array, labels=array)
+    with refused("must hold images as arr_0, got", tmp_path, "with images, labels"):
         NpzImages(tmp_path / "x.npz")
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import pictures
+from conftest import pictures, refused
 
 from engine.distributed import World
 from engine.errors import BadValue
@@ -34,16 +34,40 @@ def test_notes_name_what_is_left_out_and_what_weakens_the_result(tmp_path):
              protocol=np.array("pytorch-fid"))
     reference = Reference.load(tmp_path / "ref.npz", "adm", (8, 8), ALONE)
     assert reference.wants == {"spatial": False, "scores": True, "points": False}
-    missing, protocol, few = notes(reference, "adm", 899)
+    missing, protocol, few = notes(reference, "adm", 899, (8, 8))
     assert "left out: sfid, precision, recall;" in missing
     assert "made with --protocol pytorch-fid, not adm" in protocol
     assert "899 samples against 900 of the reference" in few
-    assert len(notes(reference, "adm", 900)) == 2
+    assert len(notes(reference, "adm", 900, (8, 8))) == 2
     reference = Reference("ref", reference.pool, scores=False, count=1281167)
-    protocol, few = notes(reference, "pytorch-fid", 49999)
+    protocol, few = notes(reference, "pytorch-fid", 49999, (8, 8))
     assert "does not record its protocol" in protocol
     assert "49999 samples against 50000 of published results" in few
-    assert not notes(reference, "pixels", 50000)
+    assert not notes(reference, "pixels", 50000, (8, 8))
+
+
+@pytest.mark.parametrize("protocol", ["pytorch-fid", "adm"])
+@pytest.mark.parametrize("kind", ["file", "images", "another arr_0"])
+def test_a_reference_of_another_resolution_is_told(protocol, kind, tmp_path):
+    """The same images gave a distance of .49, without a word."""
+    arrays = {"mu": np.zeros(POOL), "sigma": np.eye(POOL), "arr_0": np.zeros((9, 4, 6, 3), "u1")}
+    if kind == "images":
+        statistics = Statistics(Extractor("pixels", ALONE), 6, (4, 6))
+        statistics.add(pictures(6, 8, seed=1)[:, :, :4, :6], 0)
+        reference = Reference.of(statistics, "images")
+    else:
+        if kind == "another arr_0":
+            arrays["arr_0"] = np.zeros(5)
+        np.savez(tmp_path / "ref.npz", **arrays)
+        if kind == "another arr_0" and protocol == "adm":  # which takes its images
+            with refused("must hold arr_0"):
+                Reference.load(tmp_path / "ref.npz", protocol, (8, 8), ALONE)
+            return
+        reference = Reference.load(tmp_path / "ref.npz", protocol, (8, 8), ALONE)
+    told = [line for line in notes(reference, protocol, 50000, (8, 8)) if "4 x 6 pixels" in line]
+    assert len(told) == (kind != "another arr_0")
+    assert not any(" pixels" in line and "protocol" not in line
+                   for line in notes(reference, protocol, 50000, (4, 6)))
 
 
 @pytest.mark.parametrize("protocol", ["pytorch-fid", "adm"])

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import call, refused, run_ranks, tiny
+from conftest import call, refused, run_ranks, save_small_vae, tiny
 from PIL import Image
 from soak import Child
 
@@ -151,6 +151,45 @@ def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path,
     with pytest.raises(UserError, match="--sample-dir .*seed 0, now 1"):
         call("sample", *options(trained, tmp_path / "new"), "--seed", 1)
     assert files(tmp_path / "new") == files(sampled)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda image, path: image.convert("P").save(path), lambda image, path: image.save(path, "JPEG"),
+    lambda image, path: image.convert("RGBA").save(path), lambda image, path: image.resize(
+        (9, 8)).save(path), lambda image, path: image.convert("L").save(path)])
+def test_an_image_that_another_program_wrote_over_is_named(spoil, trained, sampled, reference,
+                                                           tmp_path):
+    """Its bytes went into the .npz, and moved all that came after."""
+    folder = shutil.copytree(sampled, tmp_path / "new")
+    path = folder / "000002.png"
+    spoil(Image.open(path).copy(), path)
+    for extra in ([], ["--fid-ref", reference, "--protocol", "pixels"]):
+        with refused("--sample-dir must hold whole images, PNG, RGB, 8 x 8", path, "remove"):
+            call("sample", *options(trained, folder), *extra)
+        assert not folder.with_name("new.npz").exists()
+    path.unlink()
+    call("sample", *options(trained, folder))
+    assert files(folder) == files(sampled)
+
+
+def test_the_picture_of_several_counts_is_not_replaced(trained, tmp_path):
+    steps = [*options(trained, tmp_path / "new"), "--num-sampling-steps", 1, 2]
+    picture = tmp_path / "new-1-2-steps.png"
+    picture.write_text("precious")
+    with refused("--sample-dir", picture):
+        call("sample", *steps)
+    assert [path.name for path in tmp_path.iterdir()] == [picture.name]
+    picture.unlink()
+    for _ in range(2):
+        call("sample", *steps)
+    shutil.rmtree(tmp_path / "new-2-steps")
+    with refused("--sample-dir"):
+        call("sample", *steps)
+
+
+def test_a_vae_of_other_latents_is_refused(trained, tmp_path, refusal):
+    save_small_vae(tmp_path / "vae")
+    refusal("sample", [*options(trained, tmp_path / "new"), "--vae", tmp_path / "vae"], "--vae")
 
 
 def test_files_beside_the_folder_are_not_replaced(trained, tmp_path):
