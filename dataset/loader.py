@@ -19,9 +19,9 @@ import collections
 import concurrent.futures
 import functools
 import itertools
+import multiprocessing
 import os
 import threading
-import time
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
@@ -101,16 +101,15 @@ def read_images(read, batches, *, workers):
 
 def _start_reader(read):
     """Prepare a reading process. It ends with the process that it reads for, however that ends."""
-    def follow(parent):
-        while os.getppid() == parent:
-            time.sleep(1)
+    def follow():
+        multiprocessing.parent_process().join()
         os._exit(0)  # the main thread may hang on a full pipe that nobody empties any more
 
     global _reader
     _reader = read
     ignore_signals()
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _read(item, read=None):

@@ -117,6 +117,7 @@ def start_processes(precision="fp32", *, timeout_hours=0.5):
     precision: fp32, tf32 (fp32 with TensorFloat-32 products on GPUs) or bf16 (autocast).
     timeout_hours: how long a rank waits for another that is alive. Raises UserError and LostError.
     """
+    _check_launcher()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, _device(), precision)
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
@@ -124,6 +125,17 @@ def start_processes(precision="fp32", *, timeout_hours=0.5):
     group = process_group(world, timeout_hours=timeout_hours)
     with group if world.distributed else contextlib.nullcontext():
         yield world
+
+
+def _check_launcher():
+    """Raise UserError where srun or mpirun started several processes, which know nothing of each
+    other without torchrun: each would train alone."""
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+    for name in (tasks, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "1") not in ("", "1") and "WORLD_SIZE" not in os.environ:
+            raise UserError(f"several processes must be started by torchrun, got {name}="
+                            f"{os.environ[name]} without; start torchrun once per machine, or "
+                            f"unset {name} for a single process")
 
 
 def _device():

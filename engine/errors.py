@@ -1,6 +1,8 @@
 """Errors that end a script with one line, and how a script ends."""
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import sys
@@ -39,9 +41,55 @@ def naming(option):
         raise UserError(f"{option} {error}") from error
 
 
+class _Output(io.FileIO):
+    """The bytes of stdout or stderr, which nobody has to read: the rest then goes nowhere."""
+
+    def write(self, data):
+        """Raises UserError where a full disk takes a result."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            if self.holds_result and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"cannot write the result to stdout: {error.strerror}; free space "
+                                f"and repeat the command") from error
+            return len(data)
+
+
+def _lasting(stream, holds_result):
+    """stdout or stderr in a form that outlives its reader; itself if it is no file."""
+    try:
+        number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+    except (OSError, ValueError):
+        return stream
+    raw = _Output(number, "w", closefd=False)
+    raw.holds_result = holds_result  # paths, of any bytes, and metrics
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream and stream.encoding, line_buffering=True,
+        errors="surrogateescape" if holds_result else "backslashreplace")
+
+
+@contextlib.contextmanager
+def lasting_output():
+    """Within ``with``, output that nobody reads, whose terminal or disk is gone, or that was closed
+    before the start, is no error. Raises UserError where the disk of stdout is full."""
+    for number in range(3):  # a file would take over a closed one's number, and its output
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _lasting(sys.stdout, True), _lasting(sys.stderr, False)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+@lasting_output()
 def run_main(main, parse_args):
     """Run a script. Expected errors end it with one line."""
-    sys.stdout.reconfigure(errors="surrogateescape")  # results are paths, of any bytes
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by the script for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -96,6 +144,5 @@ def print_last(message):
     """Print the line with which a process ends, on stderr."""
     for bar in list(tqdm._instances):  # or their last refresh would follow it
         bar.close()
-    with contextlib.suppress(OSError):  # the terminal was closed
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}",
-              file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr,
+          flush=True)

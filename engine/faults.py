@@ -32,11 +32,12 @@ class Signals:
     def __enter__(self):
         reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
-        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        # nohup ignores SIGHUP; so does a run under it
-        self.before = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS
-                       if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
-        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+            # nohup ignores SIGHUP; so does a run under it
+            self.before = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS
+                           if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
         threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
         return self
 
@@ -63,9 +64,6 @@ class Signals:
                 self.world.exit("interrupted twice", code=130)
             if number[0] == signal.SIGINT:
                 interrupted = min(now, interrupted)
-            if number[0] == signal.SIGHUP:
-                for stream in self.terminals:  # writing to a closed one is an error
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             if number[0] != signal.SIGUSR1 and self.world.distributed:
                 deadline = min(deadline, now + GRACE_S)
 
@@ -85,7 +83,8 @@ class Signals:
     def __exit__(self, *_):
         """Restore the handlers or, where the process is ending, ignore all signals: among several
         processes it may still wait for the others, perhaps for a checkpoint."""
-        signal.set_wakeup_fd(-1)
+        if self.before:
+            signal.set_wakeup_fd(-1)
         ending = self.received or self.name or self.world.distributed
         for number, before in self.before.items():
             signal.signal(number, signal.SIG_IGN if ending else before)

@@ -51,8 +51,7 @@ class Log(contextlib.AbstractContextManager):
     def say(self, line):
         """Write one line to stderr and log.txt."""
         if self.active:
-            with contextlib.suppress(OSError):  # the terminal was closed
-                tqdm.write(line, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
             with self._writing():
                 self._write(line)
 

@@ -1,10 +1,8 @@
 """What a user can get wrong ends in one line that names the option, exit code 2, and no change to
 any file. The ``refusal`` of conftest.py checks that."""
 
-import io
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from conftest import call, snapshot, tiny
 from PIL import Image
 
 from engine.checkpoint import newest_checkpoint
-from engine.errors import run_main
 
 
 @pytest.fixture(scope="module")
@@ -206,17 +203,6 @@ def test_what_may_not_be_read_or_written_is_named(script, named, changes, place,
         for name in ("locked", "closed", "locked.pt"):
             (place / name).chmod(0o755)
     assert snapshot(place) == before
-
-
-BYTES = os.fsdecode(b"n\xff")
-
-
-def test_results_are_printed_whatever_their_names(monkeypatch):
-    """sample.py and encode_imagenet.py ended with a traceback after all the work was done."""
-    out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
-    monkeypatch.setattr(sys, "stdout", out)
-    run_main(lambda args: print(BYTES), lambda: None)
-    assert out.buffer.getvalue() == os.fsencode(BYTES) + b"\n"
 
 
 def test_names_with_blanks_and_other_alphabets_work(place, digits):

@@ -112,6 +112,28 @@ os.kill(os.getpid(), 9)
 """
 
 
+# A process that is killed while its reader, forked a moment ago, has not looked around yet
+KILLED_AT_ONCE = """
+import os, sys, threading, time
+from dataset import loader
+loader.ignore_signals = lambda: (print(os.getpid(), flush=True), time.sleep(2))
+threading.Timer(1, os.kill, (os.getpid(), 9)).start()
+list(loader.read_images(str, [["item"]] * 9, workers=1))
+"""
+
+
+def test_a_reader_whose_process_is_killed_at_once_ends(tmp_path):
+    """It asked for its parent when that was gone, and waited for the end of another."""
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, "-c", KILLED_AT_ONCE], stdout=out, timeout=HANG_S,
+                       env={**os.environ, "PYTHONPATH": str(ROOT)})
+    reader = Path("/proc", (tmp_path / "out").read_text().strip())
+    end = time.monotonic() + HANG_S / 10
+    while reader.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert reader.name.isdecimal() and not reader.exists()
+
+
 @pytest.mark.slow
 def test_readers_need_no_shared_memory_and_end_with_a_process_that_is_killed(tmp_path):
     """Docker gives 64 MB, in which a run hung; here it is 1 MB, if this user may make a mount
