@@ -1,30 +1,49 @@
-# Sourced by quickstart.sh and run_tests.sh: makes .venv if it is missing, and installs a
-# requirements file into it whenever a requirements file has changed.
+# Sourced by quickstart.sh and run_tests.sh: makes .venv if it is missing or its Python is gone, and
+# installs a requirements file into it whenever a requirements file has changed.
 
 prepare() {  # prepare REQUIREMENTS_FILE
-    if [ ! -x .venv/bin/python ]; then
-        for python in python3 python; do
-            if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    if ! .venv/bin/python -c '' 2>/dev/null; then
+        local python
+        for python in python3 python none; do
+            if is_new_enough "$python"; then
                 break
             fi
-            python=
         done
-        if [ -z "$python" ]; then
+        if [ "$python" = none ]; then
             echo "Found no Python 3.10 or newer as python3 or python: install one" >&2
             exit 2
         fi
-        "$python" -m venv .venv
+        "$python" -m venv --clear .venv
+    elif ! is_new_enough .venv/bin/python; then
+        echo "The Python of .venv must be 3.10 or newer: remove the folder .venv and repeat" >&2
+        exit 2
     fi
-    local wanted installed=".venv/installed-$1"
+    local wanted installed=".venv/installed-$1" unfinished=.venv/unfinished again=
     wanted=$(cat requirements*.txt)
-    if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
+    if [ -e $unfinished ] || [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing $1 into .venv (minutes, one with uv; several GB with CUDA)" >&2
-        # uv is faster than pip but ignores pip's settings: if it fails, pip tries. Bytecode is
-        # compiled as pip does: where Python may not write any, every start would compile all
-        # of PyTorch's modules anew, which takes longer than the rest of it
-        { command -v uv && uv pip install --quiet --compile-bytecode --python .venv/bin/python \
-            -r "$1"; } >/dev/null ||
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+        if [ -e $unfinished ]; then  # half a package passes for a whole one
+            echo "The last installation was interrupted: all is installed again" >&2
+            again=--force-reinstall
+        fi
+        touch $unfinished
+        install_packages "$1" $again || { rm $unfinished; exit 2; }
         echo "$wanted" > "$installed"
+        rm $unfinished
     fi
+}
+
+is_new_enough() {  # is_new_enough PYTHON
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+install_packages() {  # install_packages REQUIREMENTS_FILE [OPTION]
+    # uv is faster than pip but ignores pip's settings: if it fails, pip tries. Bytecode is compiled
+    # as pip does: where Python may not write any, every start would compile all of PyTorch's
+    # modules anew, which takes longer than the rest of it
+    { command -v uv && uv pip install --quiet --compile-bytecode --python .venv/bin/python ${2:-} \
+        -r "$1"; } >/dev/null && return
+    # Where venv was interrupted there is no pip
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check ${2:-} -r "$1"
 }

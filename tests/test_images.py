@@ -1,12 +1,15 @@
 """The crop, odd and broken files, and training folders."""
 
+import os
 import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTO, refused, save_folder, save_odd_files
+from conftest import PHOTO, ROOT, refused, save_folder, save_odd_files
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.folder import pil_loader
@@ -145,6 +148,19 @@ def test_the_order_is_that_of_torchvision(tmp_path):
         path for path, _ in theirs.samples]
     assert ours.labels.tolist() == theirs.targets and ours.classes == theirs.classes
     assert not ours.notes and set(SUFFIXES) > set(datasets.folder.IMG_EXTENSIONS)
+
+
+def test_the_names_of_classes_do_not_depend_on_the_locale(tmp_path):
+    """A run that was begun under the C locale was another one elsewhere."""
+    save_folder(tmp_path / "data")
+    (tmp_path / "data" / "a").rename(tmp_path / "data" / "é日")
+    command = ("import sys; from dataset.images import ImageFolder; "
+               "print(ascii(ImageFolder(sys.argv[1], 8).classes))")
+    for encoding in ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+                     {"PYTHONUTF8": "1"}):
+        done = subprocess.run([sys.executable, "-c", command, tmp_path / "data"], text=True,
+                              capture_output=True, cwd=ROOT, env=os.environ | encoding)
+        assert done.stdout == ascii(["b", "é日"]) + "\n", done.stderr
 
 
 def test_links_win_no_image_from_the_folder_that_holds_it(tmp_path):

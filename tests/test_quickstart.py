@@ -1,7 +1,9 @@
-"""The first command of README.md, from nothing to pictures, with a few steps of training."""
+"""The first command of README.md, from nothing to pictures, with a few steps of training; and the
+.venv that it makes."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -26,3 +28,74 @@ def test_the_quickstart_trains_samples_and_evaluates(tmp_path):
     assert (judged["samples"], other["samples"]) == (f"{tmp_path}/run/1-step.npz",
                                                      f"{tmp_path}/run/2-step.npz")
     assert measured["fid"] == pytest.approx(judged["frechet_distance_of_pixels"], abs=1e-3)
+
+
+# Makes and fills a .venv as Python does, but for the packages: notes what it is asked
+PYTHON = """#!/bin/bash
+echo "$*" >> asked
+case "$*" in
+    "-c import sys"*) exit ${TOO_OLD:-0};;
+    "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python
+                eval "$INTERRUPT_VENV"; touch .venv/pip;;
+    "-m pip --version") test -e .venv/pip;;
+    "-m ensurepip") touch .venv/pip;;
+    "-m pip install"*) eval "$INTERRUPT_PIP"; test -e .venv/pip;;
+esac
+"""
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """A function that sources environment.sh in a folder: (exit code, stderr, what a stand-in for
+    Python was asked)."""
+    shutil.copy(ROOT / "environment.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch")
+    (tmp_path / "bin").mkdir()
+    for name in ("python3", "python"):
+        (tmp_path / "bin" / name).write_text(PYTHON)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(**variables):
+        (tmp_path / "asked").write_text("")
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", "source environment.sh; prepare requirements.txt"],
+            cwd=tmp_path, text=True, capture_output=True,
+            env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "INTERRUPT_VENV": "true",
+                 "INTERRUPT_PIP": "true", **variables})
+        return done.returncode, done.stderr, (tmp_path / "asked").read_text()
+    return run
+
+
+def test_a_venv_is_made_and_filled_once(prepare, tmp_path):
+    code, _, asked = prepare()
+    assert code == 0 and "-m venv" in asked and "-r requirements.txt" in asked
+    code, said, asked = prepare()
+    assert code == 0 and said == "" and "-m" not in asked
+    (tmp_path / "requirements.txt").write_text("torch\nnumpy")
+    code, _, asked = prepare()
+    assert code == 0 and "-m venv" not in asked and "--force-reinstall" not in asked
+    assert "-r requirements.txt" in asked
+
+
+@pytest.mark.parametrize("interrupt, repairs", [
+    ("INTERRUPT_VENV", "-m ensurepip"), ("INTERRUPT_PIP", "--force-reinstall -r")])
+def test_what_was_interrupted_is_repaired(interrupt, repairs, prepare):
+    """No pip, or half a package, was there for good."""
+    assert prepare(**{interrupt: "kill -9 $PPID; exit"})[0] == -9
+    code, _, asked = prepare()
+    assert code == 0 and repairs in asked
+    assert "-m" not in prepare()[2]
+
+
+def test_a_venv_whose_python_is_gone_is_made_anew_and_an_old_one_named(prepare, tmp_path):
+    prepare()
+    (tmp_path / ".venv" / "mine").touch()
+    code, said, _ = prepare(TOO_OLD="1")
+    assert code == 2 and said.count("\n") == 1 and "remove the folder .venv" in said
+    assert (tmp_path / ".venv" / "mine").exists()
+    (tmp_path / ".venv" / "bin" / "python").unlink()
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("/nowhere/python3.9")
+    code, said, _ = prepare(TOO_OLD="1")
+    assert code == 2 and "Found no Python" in said
+    code, _, asked = prepare()
+    assert code == 0 and "-m venv --clear .venv" in asked
