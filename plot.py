@@ -31,6 +31,8 @@ TRAINING = {"error": "error", "error_equal": "error, rows with r = t",
             "skipped_steps": "steps left out, not finite"}
 FROM_ZERO = ("images_per_second", "gpu_memory_gb", "skipped_steps")
 LINEAR = ("inception_score", "precision", "recall")
+LARGEST = 1e100  # no quantity of training; axes of larger values overflow
+PANELS = 60  # at most: a PNG file has fewer than 2^16 rows
 LOG_FROM = 3  # the other panels have a log axis if the largest value is so many times the smallest
 
 
@@ -75,10 +77,12 @@ def read_run(folder):
         titles, evaluation = TRAINING, ""
         if "protocol" in record:  # values of different evaluations have panels of their own
             titles = metric_names(record["protocol"])
-            evaluation = f" ({record['protocol']}, {record.get('num_samples', '?')} samples)"
+            evaluation = _one_line(f" ({record['protocol']!s:.40}, "
+                                   f"{record.get('num_samples', '?')!s:.20} samples)")
         for key, title in titles.items():
             value = record.get(key)
             if isinstance(value, int | float) and (value or key != "skipped_steps"):
+                value = value if abs(value) <= LARGEST else np.nan  # a gap in the curve
                 curves.setdefault((key, title + evaluation), []).append((record["step"], value))
     if not curves:
         raise UserError(f"RUN must be a --run-dir of train.py with metrics, got {folder} without; "
@@ -89,8 +93,13 @@ def read_run(folder):
 def names_of(folders):
     """The names of the runs: those of their folders, or if two are the same the paths."""
     names = [folder.resolve().name for folder in folders]
-    names = names if len(set(names)) == len(names) else map(str, folders)
-    return [name.encode(errors="replace").decode() for name in names]  # Matplotlib needs UTF-8
+    return [*map(_one_line, names if len(set(names)) == len(names) else map(str, folders))]
+
+
+def _one_line(text):
+    """The text as Matplotlib draws it: UTF-8, without control characters."""
+    text = text.encode(errors="replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def draw(runs, names, smooth):
@@ -98,6 +107,10 @@ def draw(runs, names, smooth):
     order = [*TRAINING, *METRICS]
     panels = sorted({panel for run in runs for panel in run},
                     key=lambda panel: (order.index(panel[0]), panel[1]))
+    if panels[PANELS:]:
+        print(f"left out: {len(panels) - PANELS} of {len(panels)} panels; plot fewer runs at once",
+              file=sys.stderr)
+        del panels[PANELS:]
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows + 0.8), layout="constrained")
@@ -107,7 +120,7 @@ def draw(runs, names, smooth):
     axis = None
     for i, (key, title) in enumerate(panels, 1):
         axis = figure.add_subplot(rows, columns, i, sharex=axis)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, parse_math=False)
         for run, color in zip(runs, colors):
             if (key, title) in run:
                 # An evaluation measures one step's network: a mean would hide that

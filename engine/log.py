@@ -95,7 +95,8 @@ def read_records(path):
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):  # not JSON
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            step = record.get("step") if isinstance(record, dict) else None
+            if type(step) is int and 0 <= step < 2**63:
                 records.append(record)
     return records, len(lines) - len(records)
 
