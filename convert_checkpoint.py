@@ -17,7 +17,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 from dataset.vae import LATENT_NORMALISATION
 from engine.checkpoint import save_checkpoint
 from engine.errors import UserError, naming, run_main
-from engine.files import check_folder, make_folder
+from engine.files import check_folder, make_folder, sha256
 from engine.options import Parser, int_range
 from models import is_improved
 from weights.convert import FORMATS, REPOSITORIES, convert, export
@@ -62,6 +62,9 @@ def main(args):
     if foreign.config is None and is_improved(config["model"]) and config["vae"] != "none":
         config |= LATENT_NORMALISATION
     scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
+    report.append(f"file: {foreign.path}, SHA-256 {sha256(foreign.path)}")
+    if not foreign.has_checksums:
+        report.append("the file has no checksums: if a byte is damaged, only its SHA-256 can tell")
     report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "
                   f"{config['latent_shape']} scaled {scaled}")
     if args.format != "ours":

@@ -7,6 +7,7 @@ the data of the method, to uint8 images. posterior_sample draws x from moments.
 import functools
 import logging
 import os
+import sys
 import warnings
 
 import torch
@@ -156,6 +157,8 @@ def _load(source):
             try:
                 model, mismatches = load(local_files_only=True)  # the cache needs no network
             except Exception:
+                if source in HUB.values():  # without a network that takes a while
+                    print(f"downloading {source}", file=sys.stderr)
                 model, mismatches = load()
         finally:
             logging.disable(logging.NOTSET)

@@ -9,7 +9,9 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from engine.sharding import full_tensor, shard_like
 from models import build
 
 KEYS = ("step", "model", "ema", "opt", "config")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
+MOST_VALUES = 10**6  # in a config: labels of a million classes
 SAFETENSORS = ".safetensors"
 SAVE_TIMEOUT_S = 300  # for the checkpoint in progress at an early end; torchrun may kill sooner
 REMEDY = "give a checkpoint that train.py wrote, or convert it with convert_checkpoint.py"
@@ -47,7 +51,7 @@ def save_checkpoint(path, state, *, keep_last=0):
 def _write_safetensors(state, path):
     from safetensors.torch import save
 
-    tensors = {name: value.contiguous() for name, value in state["ema"].items()}
+    tensors = {name: value.detach().contiguous() for name, value in state["ema"].items()}
     metadata = {"format": "pt", "config": json.dumps(state["config"]), "step": str(state["step"])}
     path.write_bytes(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
@@ -131,6 +135,8 @@ def load_checkpoint(path, *, verify=False):
         raise BadValue(f"must be a checkpoint file, got {path} ({kind}); {remedy}")
     try:
         state = _read(path, verify)
+        if isinstance(state, dict):
+            check_plain([state.get("config"), state.get("step")])
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
         raise BadValue(f"must be a checkpoint file, got {path} (torn, damaged or not opened as "
                        f"data: {type(error).__name__} {error!s:.100}); {REMEDY}") from error
@@ -147,7 +153,9 @@ def _read(path, verify):
                            "config": config}
     if verify and zipfile.is_zipfile(path) and (damage := find_damage(path, mapped=True)):
         raise ValueError(f"damaged: {damage}")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_safetensors(path):
@@ -185,6 +193,7 @@ def network_of(state, name):
     """The network of a checkpoint of this name, with its EMA weights. Raises BadValue."""
     config, weights = state["config"], state["ema"]
     with _fitting(name):
+        check_weights(weights)
         check_fields(config, weights)
         net = build(config)
         net.load_state_dict(weights)
@@ -197,21 +206,66 @@ def load_network(path):
     return network_of(state, path), state["config"]
 
 
+def check_plain(value):
+    """Raises ValueError for a value of too many parts, or too deep: to print lists that hold each
+    other many times would take any amount of memory."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1 + (len(value) if isinstance(value, str | bytes) else 0) // 1000
+        inside = [*value, *value.values()] if isinstance(value, dict) else (
+            value if isinstance(value, list | tuple) else [])
+        if count + len(waiting) + len(inside) > MOST_VALUES or depth > 50:
+            raise ValueError("a config that is too large or too deep")
+        waiting += [(each, depth + 1) for each in inside]
+
+
+def check_weights(weights):
+    """Raises ValueError unless these are tensors of floats by name, finite in float32, that are in
+    the file: of a view that repeats one number, memory would hold any amount."""
+    stored = {}
+    for name, value in weights.items():
+        kind = getattr(value, "dtype", type(value).__name__)
+        if kind not in FLOATS or (value.layout, value.device.type) != (torch.strided, "cpu"):
+            raise ValueError(f"{name!s:.60} is of {kind}, quantised, sparse or no tensor")
+        storage = value.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        if value.nbytes > storage.nbytes():
+            raise ValueError(f"{name!s:.60} repeats {storage.nbytes()} bytes to {value.nbytes}")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{name!s:.60} is not finite in float32")
+    if sum(value.nbytes for value in weights.values()) > 2 * sum(stored.values()):
+        raise ValueError("many names share the same numbers")  # two may: weights that are tied
+
+
 def check_fields(config, weights):
-    """Raises ValueError, KeyError or TypeError for a field that sampling cannot use, and for sizes
-    beyond those of the weights, which would take any amount of memory."""
+    """Raises errors of many kinds for a field that sampling cannot use, and unless the network fits
+    the weights, before it takes any amount of memory."""
     for name, kind in {"model": str, "vae": str, "image_size": int, "num_classes": int,
                        "latent_shape": list, "scale": (float, int)}.items():
         if not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise ValueError(f"{name} is {config[name]!s:.60}")
-    _, height, width = config["latent_shape"]
+    channels, height, width = config["latent_shape"]
+    numbers = [config["scale"], config.get("omega_max") or 1]
+    if {"latent_mean", "latent_std"} & config.keys():
+        if not len(config["latent_mean"]) == len(config["latent_std"]) == channels:
+            raise ValueError("latent_mean or latent_std is not of one number a channel")
+        numbers += [*config["latent_std"], *(1 + abs(mean) for mean in config["latent_mean"])]
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"scale, omega_max, latent_mean or latent_std is of {numbers!s:.60}")
+    classes = config.get("classes")
+    if classes and (len(classes) != config["num_classes"]
+                    or not all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"classes are {len(classes)} of {config['num_classes']}, or no names")
     if height != width:
         raise ValueError(f"latent_shape is {config['latent_shape']!s:.60}")
     largest = max(len(weights), *(tensor.numel() for tensor in weights.values()))
     sizes = {"num_classes": config["num_classes"], "latent_shape": height}
     for name, size in (sizes | (config.get("sizes") or {})).items():
-        if not 0 <= size <= largest:
+        if not 0 <= size <= (len(weights) if "depth" in name else largest):
             raise ValueError(f"{name} is {size!s:.60}")
+    with torch.device("meta"):
+        build(config).load_state_dict({name: value.to("meta") for name, value in weights.items()})
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -74,6 +75,19 @@ def remove_temporary_files(folder):
     for path in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def sha256(path):
+    """In hex, of a file, or of the paths and contents of the files in a folder."""
+    digest, path = hashlib.sha256(), Path(path)
+    inside = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in inside if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(os.fsencode(file.relative_to(path)))
+        with open(file, "rb") as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def find_damage(path, *, mapped=False):

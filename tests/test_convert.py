@@ -203,6 +203,19 @@ def write_ocdbt(folder, state, name=""):
                              shape=value.shape).result().write(value).result()
 
 
+@pytest.mark.parametrize("shape, chunks", [
+    ([10**9, 10**3], [1, 10**3]), ([8, 8], [10**6, 10**6]), ([2**40], [1])])
+def test_an_array_larger_than_its_files_is_not_read(shape, chunks, tmp_path):
+    """TensorStore ended the process for lack of memory."""
+    tensorstore = pytest.importorskip("tensorstore")
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/"},
+             "path": "ema_params.net.x/"}
+    tensorstore.open({"driver": "zarr", "kvstore": store, "metadata": {
+        "shape": shape, "chunks": chunks, "dtype": "<f4"}}, create=True).result()
+    with refused("must be a whole file", "larger than the files"):
+        read_weights(tmp_path)
+
+
 @pytest.fixture
 def jax_state():
     official = golden("params", torch.float32)

@@ -1,12 +1,13 @@
 """convert_checkpoint.py: one command from a file of others to images, and back."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, call, golden_improved_network, save_small_vae, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import load_checkpoint, load_network
 from models import DiT_models
@@ -89,6 +90,21 @@ def test_ours_to_another_port_and_back_is_bit_equal(trained, tmp_path, port):
 def assert_same(ours, theirs):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_report_has_the_hash_of_what_was_read_and_says_what_nothing_could_check(
+        trained, tmp_path, capfd):
+    state = load_checkpoint(trained)
+    theirs = [tmp_path / name for name in ("ours.pt", "bare.safetensors", "legacy.pt")]
+    torch.save(state, theirs[0])
+    save_file(state["ema"], theirs[1])
+    torch.save(state["ema"], theirs[2], _use_new_zipfile_serialization=False)
+    for path in theirs:
+        call("convert_checkpoint", "--in", path, "--out", path.with_suffix(".out.pt"),
+             *([] if path == theirs[0] else ["--source", "noamelata"]))
+        said = capfd.readouterr().err
+        assert f"{path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in said
+        assert ("has no checksums" in said) == (path != theirs[0])
 
 
 @pytest.mark.parametrize(("out", "more", "named"), [

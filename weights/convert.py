@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import check_fields
+from engine.checkpoint import check_fields, check_weights
 from engine.errors import UserError
 from models import SIZES, DiT, DiT_models, ImprovedDiT, build, describe, sincos_table
 from weights.foreign_files import refusal
@@ -59,8 +59,6 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
             weights, report = to_float32(foreign.tensors), [f"recognised: ours, {foreign.about}"]
             config = json.loads(json.dumps(foreign.config))  # a .safetensors file holds it as JSON
         check_fields(config, weights)
-        with torch.device("meta"):  # no second copy in memory
-            build(config).load_state_dict(weights, assign=True)
     except UserError:
         raise
     except Exception as error:  # tensors and a config of any content
@@ -170,20 +168,10 @@ def possible_repositories(tensors, foreign):
     return {"velocity": ("sit",), "v": ("repa",)}.get(prediction, ("sit", "repa"))
 
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
-
-
 def to_float32(tensors):
-    """The tensors in float32, contiguous. Raises ValueError unless all are finite floats."""
-    floats = {}
-    for name, value in tensors.items():
-        kind = getattr(value, "dtype", type(value).__name__)
-        if kind not in FLOATS:
-            raise ValueError(f"{name} is of {kind}, quantised or no tensor")
-        floats[name] = value.float().contiguous()
-        if not floats[name].isfinite().all():
-            raise ValueError(f"{name} is not finite in float32")
-    return floats
+    """The tensors in float32, contiguous. Raises ValueError as check_weights does."""
+    check_weights(tensors)
+    return {name: value.detach().float().contiguous() for name, value in tensors.items()}
 
 
 def warm_start(weights, *, reverse):

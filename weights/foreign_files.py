@@ -2,6 +2,7 @@
 flax and orbax, one msgpack file or a folder of TensorStore's OCDBT format."""
 
 import argparse
+import math
 import re
 import warnings
 import zipfile
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import SAFETENSORS, read_safetensors
+from engine.checkpoint import SAFETENSORS, check_plain, read_safetensors
 from engine.errors import BadValue
 from engine.files import find_damage
 
@@ -24,6 +25,8 @@ class ForeignWeights(NamedTuple):
     """Tensors by name as they were saved, and what the file says of them."""
 
     tensors: dict
+    path: Path | None = None
+    has_checksums: bool = False  # which were compared
     about: str = "weights"  # for reports: averaged or raw, and of which step
     step: int | None = None
     args: dict | None = None  # the command line in a PyTorch training file
@@ -50,7 +53,10 @@ def read_weights(path, *, raw=False):
                       "copy it again, or unzip it if it is a zip of a folder") from error
     if not isinstance(state, dict):
         raise refusal("hold a dict of tensors", f"{path} with a {type(state).__name__}")
-    return choose_weights(state, raw, path)._replace(jax=read in (read_msgpack, read_ocdbt))
+    weights = choose_weights(state, raw, path)
+    checked = read is read_torch and zipfile.is_zipfile(path) or bool(weights.config)
+    return weights._replace(path=path, has_checksums=checked,
+                            jax=read in (read_msgpack, read_ocdbt))
 
 
 def choose_weights(state, raw, path):
@@ -64,11 +70,17 @@ def choose_weights(state, raw, path):
         raise refusal(f"hold {'raw' if raw else 'averaged'} weights", f"{path} without them",
                       "leave --raw out" if raw else "add --raw for weights that are not averaged")
     about, step, args = "raw weights" if raw else "averaged weights", state.get("steps"), None
+    step = step if type(step) is int and 0 <= step < 2**63 else None
     if step:
-        about += f" of step {step!s:.20}"
-    if isinstance(state.get("args"), argparse.Namespace):
-        args = vars(state["args"])
-    return ForeignWeights(tensors, about, step, args, state.get("config"))
+        about += f" of step {step}"
+    try:
+        if isinstance(state.get("args"), argparse.Namespace):
+            args = vars(state["args"])
+            check_plain(args)
+        check_plain(state.get("config"))
+    except ValueError as error:
+        raise refusal("hold plain settings", f"{path} ({error})") from error
+    return ForeignWeights(tensors, about=about, step=step, args=args, config=state.get("config"))
 
 
 def find_checkpoint(path):
@@ -171,12 +183,20 @@ def read_ocdbt(folder, group):
     import tensorstore
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
     prefix, state = JAX_GROUPS[group] + ".", {group: {}}
+    # Bytes. Arrays of zeros take none in the files; but TensorStore aborts where memory is short
+    left = 100 * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     for key in tensorstore.KvStore.open(store).result().list().result():
         name, _, file = key.decode().rpartition("/")
         driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(file)
         if driver and (name == "step" or name.startswith(prefix)):
             spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
-            value = tensorstore.open(spec).result().read().result()
+            array = tensorstore.open(spec).result()
+            shapes = array.shape, array.chunk_layout.read_chunk.shape or ()
+            left -= math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
+            if max(map(math.prod, shapes)) > left:
+                raise ValueError(f"{name:.60} with shape and chunk {shapes!s:.90} is larger than "
+                                 f"the files")
+            value = array.read().result()
             if name == "step":
                 state["steps"] = int(value)
             else:

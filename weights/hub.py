@@ -3,19 +3,24 @@
 import contextlib
 import logging
 import re
+import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 from engine.checkpoint import load_checkpoint
 from engine.errors import BadValue
+from engine.files import sha256
 
-PREFIX = "hf://"
-ADDRESS = re.compile(r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+)(@(?P<revision>refs/\w+/\w+|[^/@\s]+))?"
-                     r"/(?P<filename>[^@\s]*[^@/\s])")
+ADDRESS = re.compile(r"(?!.*[/@]\.{1,2}(/|$))"  # no . and .., which leave the cache
+                     r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+)"
+                     r"(@(?P<revision>refs/\w+/\w+|[^/@\s]+))?/(?P<filename>[^@]*[^@/\s])")
+IN_BROWSER = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve|raw)"
+                        r"/([^/]+)/([^?#]+)")
 
 
 def file_or_address(text):
     """An argparse type: a path, or an address, which stays a str: a Path would make hf:/ of it."""
-    return text if text.startswith(PREFIX) else Path(text)
+    return text if "://" in text else Path(text)
 
 
 def open_checkpoint(name, world):
@@ -32,21 +37,43 @@ def open_checkpoint(name, world):
 
 def local_file(name):
     """The path of a file; of an address, in the cache of huggingface_hub, downloaded if it is not
-    there. REVISION is a branch, a tag or a commit, by default main. Raises BadValue."""
-    if not str(name).startswith(PREFIX):
+    there or damaged. REVISION is a branch, a tag or a commit, by default main. Raises BadValue."""
+    if "://" not in str(name):
         return Path(name)
+    place = ADDRESS.fullmatch(name)
+    if not place:
+        raise BadValue(f"must be a path or hf://OWNER/REPO[@REVISION]/FILE, got {name}; "
+                       f"{_in_browser(name)}")
+    try:
+        return _download(name, place.groupdict())
+    except Exception as error:  # httpx and requests, which older versions use, have their own kinds
+        while error.__cause__:
+            error = error.__cause__
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); check the "
+                       f"address or give the path of a copy") from error
+
+
+def _in_browser(name):
+    """What to do about a malformed address, such as that of the file's page."""
+    page = IN_BROWSER.match(name)
+    if not page:
+        return "mend it"
+    repository, revision, file = map(unquote, page.groups())
+    return f"give hf://{repository}{'' if revision == 'main' else f'@{revision}'}/{file}"
+
+
+def _download(name, place):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import LocalEntryNotFoundError
 
-    place = ADDRESS.fullmatch(name)
-    if not place:
-        raise BadValue(f"must be a path or hf://OWNER/REPO[@REVISION]/FILE, got {name}; mend it")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each of its attempts
-    try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(hf_hub_download(**place.groupdict(), local_files_only=True))
-        return Path(hf_hub_download(**place.groupdict()))
-    except Exception as error:  # httpx and requests, which older versions use, have their own kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); check the "
-                       f"address or give the path of a copy") from error
+    with contextlib.suppress(LocalEntryNotFoundError):
+        path = Path(hf_hub_download(**place, local_files_only=True))
+        blob = path.resolve()  # large ones are named by their SHA-256
+        if not re.fullmatch("[0-9a-f]{64}", blob.name) or sha256(blob) == blob.name:
+            return path
+        print(f"{blob} is damaged", file=sys.stderr)
+        place = place | {"force_download": True}
+    print(f"downloading {name}", file=sys.stderr)
+    return Path(hf_hub_download(**place))
