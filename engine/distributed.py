@@ -14,6 +14,10 @@ from tqdm import tqdm
 from engine.errors import UserError, print_last
 from engine.network import process_group
 
+# By which srun and mpirun say how many processes they started; the first that is set counts, as a
+# step of a job may be a single process
+TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 
 @dataclass
 class World:
@@ -130,12 +134,11 @@ def start_processes(precision="fp32", *, timeout_hours=0.5):
 def _check_launcher():
     """Raise UserError where srun or mpirun started several processes, which know nothing of each
     other without torchrun: each would train alone."""
-    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-    for name in (tasks, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(name, "1") not in ("", "1") and "WORLD_SIZE" not in os.environ:
-            raise UserError(f"several processes must be started by torchrun, got {name}="
-                            f"{os.environ[name]} without; start torchrun once per machine, or "
-                            f"unset {name} for a single process")
+    name = next(filter(os.environ.get, TASKS), None)
+    if name and os.environ[name] != "1" and "WORLD_SIZE" not in os.environ:
+        raise UserError(f"several processes must be started by torchrun, got {name}="
+                        f"{os.environ[name]} without; start torchrun once per machine, or unset "
+                        f"{name} for a single process")
 
 
 def _device():

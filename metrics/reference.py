@@ -98,7 +98,11 @@ class Reference:
 
 def _pair(file, mean, covariance, dim, path):
     """The float64 arrays mean (D,) and covariance (D, D), checked."""
-    pair = file[mean].astype(np.float64), file[covariance].astype(np.float64)
+    pair = file[mean], file[covariance]
+    if any(array.dtype.kind not in "fiu" for array in pair):
+        raise BadValue(f"must have real numbers {mean} and {covariance}, got {pair[0].dtype} and "
+                       f"{pair[1].dtype} in {path}; name another")
+    pair = tuple(array.astype(np.float64) for array in pair)
     shapes = [array.shape for array in pair]
     if shapes != [(dim,), (dim, dim)] or not all(np.isfinite(array).all() for array in pair):
         raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "

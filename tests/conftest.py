@@ -19,6 +19,7 @@ from soak import THREADS, Child, ranks
 from torch import nn
 
 from engine.checkpoint import load_checkpoint
+from engine.distributed import TASKS
 from engine.errors import UserError, run_main
 from engine.files import LOCK
 from engine.sharding import SHARDING_SINCE
@@ -38,6 +39,8 @@ def few_threads_and_own_compiled_code(tmp_path_factory):
 
 
 def pytest_configure(config):
+    for name in TASKS:  # these tests are one process
+        os.environ.pop(name, None)
     if config.option.markexpr != "gpu":  # else a run here and one in a child differ in the device
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
