@@ -18,7 +18,8 @@ from engine.errors import BadValue, UserError, naming
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
             ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 # Beside names that begin with a dot: what archives of macOS, NAS and disks add to a folder
-HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
+HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "$Recycle.Bin", "lost+found",
+          "System Volume Information"}
 CACHE_BYTES = 16 * 2**20  # data sets up to this size, such as the quickstart's, stay in memory
 SHOWN = 8  # names or kinds of files at most in a line
 
