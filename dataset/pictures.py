@@ -32,12 +32,13 @@ def load_png(path, size):
     program leaves it that saves a palette, say, where write_pngs wrote."""
     try:
         with Image.open(path) as image:
+            kind = f"{image.format}, {image.tile[0][3]}, {image.width} x {image.height}"
+            if kind != f"PNG, RGB, {size} x {size}":  # of 16 bits it would be RGB;16B
+                raise ValueError(kind)
             image.verify()  # compares checksums, unlike decoding; then the file must be reopened
         with Image.open(path) as image:
-            if (image.format, image.mode, image.size) != ("PNG", "RGB", (size, size)):
-                raise ValueError(f"{image.format}, {image.mode}, {image.width} x {image.height}")
             return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # PIL's decoders raise errors of any kind on a broken file
         raise BadValue(f"must hold whole images, PNG, RGB, {size} x {size}, got {path} ({error}); "
                        f"remove that file") from error
 

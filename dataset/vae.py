@@ -164,4 +164,7 @@ def _load(source):
             logging.disable(logging.NOTSET)
     if any(mismatches.values()):
         raise ValueError("its weights do not fit its config.json")
+    if not (all(p.isfinite().all() for p in model.parameters())
+            and 1e-6 <= model.config.scaling_factor <= 1e6):  # else images have one colour
+        raise ValueError("its weights or its scaling_factor are not plausible numbers")
     return model

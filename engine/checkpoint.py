@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import math
 import sys
 import warnings
 import zipfile
@@ -51,7 +50,12 @@ def save_checkpoint(path, state, *, keep_last=0):
 def _write_safetensors(state, path):
     from safetensors.torch import save
 
-    tensors = {name: value.detach().contiguous() for name, value in state["ema"].items()}
+    tensors, stored = {}, set()
+    for name, value in state["ema"].items():
+        value = value.detach().contiguous()
+        place = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if place in stored else value  # the format shares no memory
+        stored.add(place)
     metadata = {"format": "pt", "config": json.dumps(state["config"]), "step": str(state["step"])}
     path.write_bytes(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
@@ -251,7 +255,7 @@ def check_fields(config, weights):
         if not len(config["latent_mean"]) == len(config["latent_std"]) == channels:
             raise ValueError("latent_mean or latent_std is not of one number a channel")
         numbers += [*config["latent_std"], *(1 + abs(mean) for mean in config["latent_mean"])]
-    if not all(0 < number < math.inf for number in numbers):
+    if not all(1e-6 <= number <= 1e6 for number in numbers):  # beyond, images have one colour
         raise ValueError(f"scale, omega_max, latent_mean or latent_std is of {numbers!s:.60}")
     classes = config.get("classes")
     if classes and (len(classes) != config["num_classes"]

@@ -98,7 +98,7 @@ class NpzImages:
                 for row in rows:
                     file.seek(start + row * size)
                     pixels += file.read(size)
-                images = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3)
+                images = np.frombuffer(pixels, np.uint8).reshape(len(rows), height, width, 3)
                 if self.crop:
                     images = np.stack([center_crop(Image.fromarray(image), self.crop)
                                        for image in images])

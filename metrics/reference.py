@@ -104,7 +104,8 @@ def _pair(file, mean, covariance, dim, path):
                        f"{pair[1].dtype} in {path}; name another")
     pair = tuple(array.astype(np.float64) for array in pair)
     shapes = [array.shape for array in pair]
-    if shapes != [(dim,), (dim, dim)] or not all(np.isfinite(array).all() for array in pair):
+    if (shapes != [(dim,), (dim, dim)] or not all((abs(array) < 1e100).all() for array in pair)
+            or np.diagonal(pair[1]).min() < 0):
         raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "
                        f"this protocol and image size, got {shapes[0]} and {shapes[1]} in {path}; "
                        f"name another")

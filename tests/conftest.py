@@ -211,6 +211,17 @@ def save_folder(path, per_class=5):
     return path
 
 
+def png_of_16_bits(size):
+    """The bytes of an RGB image of noise; Pillow writes none."""
+    deep = np.random.default_rng(0).integers(0, 2**16, (size, size, 3)).astype(">u2")
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep))
+    shape = size.to_bytes(4, "big") * 2
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in ((b"IHDR", shape + bytes([16, 2, 0, 0, 0])), (b"IDAT", rows),
+                           (b"IEND", b"")))
+
+
 def save_odd_files(folder):
     """Photographs in every mode that ImageNet holds, and some that it does not."""
     square = PHOTO.crop((0, 0, 32, 32))
@@ -221,12 +232,7 @@ def save_odd_files(folder):
     square.convert("P").save(folder / "transparent.gif", transparency=3)
     alpha = Image.linear_gradient("L").resize((32, 32))
     Image.merge("RGBA", (*square.split(), alpha)).save(folder / "alpha.png")
-    deep = np.random.default_rng(0).integers(0, 2**16, (32, 32, 3)).astype(">u2")
-    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep))  # Pillow writes none
-    (folder / "sixteen.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-        for kind, data in ((b"IHDR", bytes([0, 0, 0, 32] * 2 + [16, 2, 0, 0, 0])), (b"IDAT", rows),
-                           (b"IEND", b""))))
+    (folder / "sixteen.png").write_bytes(png_of_16_bits(32))
     square.save(folder / "pages.tiff", save_all=True, append_images=[square.rotate(90)])
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated

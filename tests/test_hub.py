@@ -44,11 +44,12 @@ def test_a_malformed_address_is_refused(address, hub):
 @pytest.mark.parametrize("page, address", [
     ("https://huggingface.co/ann/digits/blob/main/runs/a.pt", "hf://ann/digits/runs/a.pt"),
     ("https://hf.co/ann/digits/resolve/v1/a%20b.pt?download=true", "hf://ann/digits@v1/a b.pt"),
-    ("http://huggingface.co/ann/digits/blob/refs%2Fpr%2F1/a.pt", "hf://ann/digits@refs/pr/1/a.pt")])
-def test_the_address_in_a_browser_is_recognised(page, address):
-    assert file_or_address(page) == page
-    with refused("must be a path or hf://", page, f"give {address}"):
-        local_file(page)
+    ("http://huggingface.co/ann/digits/blob/refs%2Fpr%2F1/a.pt", "hf://ann/digits@refs/pr/1/a.pt"),
+    ("www.huggingface.co/ann/digits/tree/main/a.pt", "hf://ann/digits/a.pt"),
+    ("hf://ann/digits/blob/main/a.pt", "hf://ann/digits/a.pt")])
+def test_the_address_in_a_browser_is_recognised(page, address, hub):
+    with refused("must be ", page, f"give {address}"):
+        local_file(file_or_address(page))
 
 
 CONTENT = bytes(range(256)) * 64

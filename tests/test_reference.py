@@ -23,6 +23,8 @@ ALONE = World(0, 1, torch.device("cpu"), "fp32")
     ({"mu": np.zeros(12), "sigma": np.eye(11)}, r"sigma \(12, 12\), .* got \(12,\) and \(11, 11\)"),
     ({"mu": np.full(12, np.nan), "sigma": np.eye(12)}, "finite"),
     ({"mu": np.zeros(12), "sigma": np.eye(12, dtype="c8")}, "float64 and complex64"),
+    ({"mu": np.zeros(12), "sigma": np.full((12, 12), 1e308)}, "finite"),
+    ({"mu": np.zeros(12), "sigma": -np.eye(12)}, "finite"),
     ({"mu": np.zeros(12, dtype="U1"), "sigma": np.eye(12)}, "<U1 and float64"),
     ({"mu": np.array([{}] * 12), "sigma": np.eye(12)}, "plain arrays")])
 def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import call, refused, run_ranks, save_small_vae, tiny
+from conftest import call, png_of_16_bits, refused, run_ranks, save_small_vae, tiny
 from PIL import Image
 from soak import Child
 
@@ -156,7 +156,8 @@ def test_the_folder_is_checked_again_once_it_is_held(trained, sampled, tmp_path,
 @pytest.mark.parametrize("spoil", [
     lambda image, path: image.convert("P").save(path), lambda image, path: image.save(path, "JPEG"),
     lambda image, path: image.convert("RGBA").save(path), lambda image, path: image.resize(
-        (9, 8)).save(path), lambda image, path: image.convert("L").save(path)])
+        (9, 8)).save(path), lambda image, path: image.convert("L").save(path),
+    lambda image, path: path.write_bytes(png_of_16_bits(8))])
 def test_an_image_that_another_program_wrote_over_is_named(spoil, trained, sampled, reference,
                                                            tmp_path):
     """Its bytes went into the .npz, and moved all that came after."""

@@ -14,8 +14,8 @@ from engine.files import sha256
 ADDRESS = re.compile(r"(?!.*[/@]\.{1,2}(/|$))"  # no . and .., which leave the cache
                      r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+)"
                      r"(@(?P<revision>refs/\w+/\w+|[^/@\s]+))?/(?P<filename>[^@]*[^@/\s])")
-IN_BROWSER = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve|raw)"
-                        r"/([^/]+)/([^?#]+)")
+IN_BROWSER = re.compile(r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)([^/]+/[^/]+)"
+                        r"/(?:blob|resolve|raw|tree)/([^/]+)/([^?#]+)")
 
 
 def file_or_address(text):
@@ -38,29 +38,24 @@ def open_checkpoint(name, world):
 def local_file(name):
     """The path of a file; of an address, in the cache of huggingface_hub, downloaded if it is not
     there or damaged. REVISION is a branch, a tag or a commit, by default main. Raises BadValue."""
-    if "://" not in str(name):
+    page = IN_BROWSER.match(str(name))
+    if "://" not in str(name) and (Path(name).exists() or not page):
         return Path(name)
-    place = ADDRESS.fullmatch(name)
+    place, remedy = ADDRESS.fullmatch(str(name)), "mend it"
+    if page:
+        repository, revision, file = map(unquote, page.groups())
+        remedy = f"give hf://{repository}{'' if revision == 'main' else f'@{revision}'}/{file}"
     if not place:
-        raise BadValue(f"must be a path or hf://OWNER/REPO[@REVISION]/FILE, got {name}; "
-                       f"{_in_browser(name)}")
+        raise BadValue(f"must be a path or hf://OWNER/REPO[@REVISION]/FILE, got {name}; {remedy}")
     try:
         return _download(name, place.groupdict())
     except Exception as error:  # httpx and requests, which older versions use, have their own kinds
         while error.__cause__:
             error = error.__cause__
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); check the "
-                       f"address or give the path of a copy") from error
-
-
-def _in_browser(name):
-    """What to do about a malformed address, such as that of the file's page."""
-    page = IN_BROWSER.match(name)
-    if not page:
-        return "mend it"
-    repository, revision, file = map(unquote, page.groups())
-    return f"give hf://{repository}{'' if revision == 'main' else f'@{revision}'}/{file}"
+        remedy = remedy if page else "check the address or give the path of a copy"
+        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); "
+                       f"{remedy}") from error
 
 
 def _download(name, place):
