@@ -1,5 +1,7 @@
 """Images of folders and of .npz files for evaluation."""
 
+import io
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +57,17 @@ def test_images_that_are_not_uint8_rgb_are_refused(array, tmp_path):
         NpzImages(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", images=array, labels=array)
     with refused("must hold images as arr_0, got", tmp_path, "with images, labels"):
+        NpzImages(tmp_path / "x.npz")
+
+
+def test_a_shape_that_the_bytes_do_not_fill_is_refused(tmp_path):
+    """Before anything is made for so many images."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False,
+                                                  "shape": (10**15, 8, 8, 3)})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(192))
+    with refused("must be a whole .npz file", "192 bytes"):
         NpzImages(tmp_path / "x.npz")
 
 

@@ -3,6 +3,7 @@
 import unicodedata
 import warnings
 
+import matplotlib.figure  # noqa: F401 - old versions warn when they are imported
 import numpy as np
 import pytest
 import torch
