@@ -14,10 +14,6 @@ from tqdm import tqdm
 from engine.errors import UserError, print_last
 from engine.network import process_group
 
-# By which srun and mpirun say how many processes they started; the first that is set counts, as a
-# step of a job may be a single process
-TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
 
 @dataclass
 class World:
@@ -134,11 +130,16 @@ def start_processes(precision="fp32", *, timeout_hours=0.5):
 def _check_launcher():
     """Raise UserError where srun or mpirun started several processes, which know nothing of each
     other without torchrun: each would train alone."""
-    name = next(filter(os.environ.get, TASKS), None)
-    if name and os.environ[name] != "1" and "WORLD_SIZE" not in os.environ:
-        raise UserError(f"several processes must be started by torchrun, got {name}="
-                        f"{os.environ[name]} without; start torchrun once per machine, or unset "
-                        f"{name} for a single process")
+    env, names = os.environ, ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
+    # The shells of sbatch and salloc have the count, too, but are one process and in no step
+    if ("SLURM_JOB_ID" not in env or "SLURM_STEP_ID" in env
+            or "SLURM_PROCID" in env and env.get("ENVIRONMENT") != "BATCH"):
+        names.append("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS")
+    for name in names:
+        if env.get(name, "1") not in ("", "1") and "WORLD_SIZE" not in env:
+            raise UserError(f"several processes must be started by torchrun, got {name}="
+                            f"{env[name]} without; start torchrun once per machine, or set "
+                            f"WORLD_SIZE=1 for processes that each work alone")
 
 
 def _device():

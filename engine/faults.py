@@ -34,7 +34,7 @@ class Signals:
         os.set_blocking(self.writer, False)
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+            self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
             # nohup ignores SIGHUP; so does a run under it
             self.before = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS
                            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
@@ -84,7 +84,7 @@ class Signals:
         """Restore the handlers or, where the process is ending, ignore all signals: among several
         processes it may still wait for the others, perhaps for a checkpoint."""
         if self.before:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self.wakeup)
         ending = self.received or self.name or self.world.distributed
         for number, before in self.before.items():
             signal.signal(number, signal.SIG_IGN if ending else before)

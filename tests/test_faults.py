@@ -220,10 +220,14 @@ def test_a_closed_terminal_saves_and_ends_the_run(digits, tmp_path):
 def test_signals_have_their_usual_effect_after_a_run_and_nohup_its_own_in_it():
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)  # as the loop of a notebook may
     with Signals(WORLD) as signals:
         assert signals.stop() is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signals.receive
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == writer
     signal.signal(signal.SIGHUP, hangup)
 
 
