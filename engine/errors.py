@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import signal
 import sys
 import time
@@ -45,13 +46,15 @@ class _Output(io.FileIO):
     """The bytes of stdout or stderr, which nobody has to read: the rest then goes nowhere."""
 
     def write(self, data):
-        """Raises UserError where a full disk takes a result."""
+        """Raises UserError where a file does not take a result."""
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:
+                select.select([], [self], [])  # full, and another program made it not wait
+            return written
         except OSError as error:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.fileno())
-            if self.holds_result and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if self.holds_result and error.errno != errno.EPIPE:
                 raise UserError(f"cannot write the result to stdout: {error.strerror}; free space "
                                 f"and repeat the command") from error
             return len(data)
@@ -64,10 +67,10 @@ def _lasting(stream, holds_result):
     except (OSError, ValueError):
         return stream
     raw = _Output(number, "w", closefd=False)
-    raw.holds_result = holds_result  # paths, of any bytes, and metrics
+    raw.holds_result = holds_result and not raw.isatty()  # whose terminal may be closed
     return io.TextIOWrapper(
         io.BufferedWriter(raw), stream and stream.encoding, line_buffering=True,
-        errors="surrogateescape" if holds_result else "backslashreplace")
+        errors="surrogateescape" if holds_result else "backslashreplace")  # paths, of any bytes
 
 
 @contextlib.contextmanager
@@ -78,7 +81,7 @@ def lasting_output():
         with contextlib.suppress(OSError):
             os.fstat(number)
             continue
-        os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _lasting(sys.stdout, True), _lasting(sys.stderr, False)
     try:

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from engine.errors import run_main  # noqa: E402
 from metrics.distances import frechet_distance  # noqa: E402
 
 
@@ -73,4 +74,4 @@ def gaussian(images):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(main, parse_args)
