@@ -5,6 +5,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -51,7 +52,8 @@ def main(args):
     check_out(args.out)
     runs = [read_run(folder) for folder in args.runs]
     figure = draw(runs, names_of(args.runs), args.smooth)
-    with atomic_file(args.out) as temporary:
+    with atomic_file(args.out) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font lacks becomes a box
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": SOFTWARE})
     print(args.out)
 
