@@ -22,7 +22,7 @@ from engine.options import Parser, int_range
 from models import is_improved
 from weights.convert import FORMATS, REPOSITORIES, convert, export
 from weights.foreign_files import read_weights
-from weights.hub import file_or_address, local_file
+from weights.hub import file_or_address, read_file
 
 
 def parse_args(argv=None):
@@ -55,13 +55,14 @@ def main(args):
     with naming("--out"):
         check_folder(args.out.parent)
     with naming("--in"):
-        foreign = read_weights(local_file(args.input), raw=args.raw)
+        foreign = read_file(args.input, lambda path: read_weights(path, raw=args.raw))
         state, report = convert(foreign, heads=args.heads, image_size=args.image_size,
                                 source=args.source)
     config = state["config"]
     if foreign.config is None and is_improved(config["model"]) and config["vae"] != "none":
         config |= LATENT_NORMALISATION
     scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
+    report[:0] = [foreign.origin]
     report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "
                   f"{config['latent_shape']} scaled {scaled}")
     if args.format != "ours":

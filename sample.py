@@ -229,7 +229,7 @@ def default_guidance(config):
     if not is_improved(config["model"]):
         return {}
     guidance = 1.0, 0.0, 1.0
-    if (config.get("omega_max", 8) >= 8 and config["vae"] != "none"
+    if ((config.get("omega_max") or 8) >= 8 and config["vae"] != "none"
             and not (config.get("sizes") or {}).keys() - {"v_head"}):
         guidance = PUBLISHED_GUIDANCE.get(config["model"], guidance)
     return {"omega": guidance[0], "interval": list(guidance[1:])}

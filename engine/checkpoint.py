@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import sys
+import warnings
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,6 +26,10 @@ from models import build
 KEYS = ("step", "model", "ema", "opt", "config")
 SAFETENSORS = ".safetensors"
 SAVE_TIMEOUT_S = 300  # for the checkpoint in progress at an early end; torchrun may kill sooner
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
+SCALES = 1e-6, 1e6  # of a plausible scale or std: beyond them images have one colour
+CONFIG_DEPTH, CONFIG_SIZE = 50, 2**22  # of nested values, and of characters and values, at most
+TEXT = 4096  # characters of a name, at most: a path's length
 REMEDY = "give a checkpoint that train.py wrote, or convert it with convert_checkpoint.py"
 
 
@@ -47,7 +53,12 @@ def save_checkpoint(path, state, *, keep_last=0):
 def _write_safetensors(state, path):
     from safetensors.torch import save
 
-    tensors = {name: value.contiguous() for name, value in state["ema"].items()}
+    tensors, seen = {}, set()
+    for name, value in state["ema"].items():
+        value = value.detach().contiguous()
+        place = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if place in seen else value  # the format has no shared memory
+        seen.add(place)
     metadata = {"format": "pt", "config": json.dumps(state["config"]), "step": str(state["step"])}
     path.write_bytes(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
@@ -121,7 +132,8 @@ def load_checkpoint(path, *, verify=False):
     """A checkpoint's dict, on the CPU, its tensors memory-mapped from the file.
 
     Of a .safetensors file model is ema, and opt is None. verify: compare every byte with the
-    file's checksums. Raises BadValue for a missing, torn, damaged or foreign file.
+    file's checksums. The config is as JSON gives it back. Raises BadValue for a missing, torn,
+    damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -130,13 +142,18 @@ def load_checkpoint(path, *, verify=False):
         remedy = f"did you mean {inside[0]}?" if inside else REMEDY
         raise BadValue(f"must be a checkpoint file, got {path} ({kind}); {remedy}")
     try:
-        state = _read(path, verify)
+        with warnings.catch_warnings():  # of odd kinds of tensors: one line says it
+            warnings.simplefilter("ignore")
+            state = _read(path, verify)
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
         raise BadValue(f"must be a checkpoint file, got {path} (torn, damaged or not opened as "
                        f"data: {type(error).__name__} {error!s:.100}); {REMEDY}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
         raise BadValue(f"must hold {', '.join(KEYS)}, got {path} (a foreign file); {REMEDY}")
-    return state
+    with _fitting(path):
+        if not is_step(state["step"]):
+            raise ValueError("its step is no whole number")
+        return state | {"config": plain_config(state["config"])}
 
 
 def _read(path, verify):
@@ -165,6 +182,28 @@ def read_safetensors(path):
     return tensors, json.loads(metadata["config"]), int(metadata["step"])
 
 
+def is_step(value):
+    """Whether a value of a file is a count of steps: also not NaN, True or a tensor."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def plain_config(config):
+    """A config as JSON gives it back. Raises ValueError for one too deep or too large to be printed
+    (of shared parts a small file holds any amount), and TypeError for what JSON cannot hold."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config is a {type(config).__name__}")
+    level, size = [config], 0
+    for _ in range(CONFIG_DEPTH):
+        size += sum(len(value) for value in level if isinstance(value, str | list | tuple | dict))
+        if size > CONFIG_SIZE:
+            break
+        level = [part for value in level if isinstance(value, list | tuple | dict)
+                 for part in ((*value, *value.values()) if isinstance(value, dict) else value)]
+        if not level:
+            return json.loads(json.dumps(config))
+    raise ValueError("config is too deep or too large")
+
+
 def newest_checkpoint(folder):
     """The path of a folder's newest undamaged checkpoint, or None if it has no checkpoints. Raises
     BadValue if all are damaged: a run from the start would replace them."""
@@ -183,9 +222,9 @@ def newest_checkpoint(folder):
 
 def network_of(state, name):
     """The network of a checkpoint of this name, with its EMA weights. Raises BadValue."""
-    config, weights = state["config"], state["ema"]
     with _fitting(name):
-        check_fields(config, weights)
+        config, weights = state["config"], to_float32(state["ema"])
+        check_network(config, weights)
         net = build(config)
         net.load_state_dict(weights)
     return net.eval().requires_grad_(False)
@@ -197,6 +236,39 @@ def load_network(path):
     return network_of(state, path), state["config"]
 
 
+def to_float32(tensors):
+    """The tensors of a file in float32, contiguous, without gradient; names may share one. Raises
+    ValueError unless all are finite floats and the file holds each of their numbers."""
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError("the weights are no dict of tensors by name")
+    floats, views, claimed = {}, {}, Counter()
+    for name, value in tensors.items():
+        kind = getattr(value, "dtype", type(value).__name__)
+        if (type(value) not in (torch.Tensor, torch.nn.Parameter) or kind not in FLOATS
+                or value.is_meta or value.layout != torch.strided):
+            raise ValueError(f"{name:.100} is of {kind}, quantised, sparse or no tensor")
+        storage = value.untyped_storage()
+        place = storage.data_ptr()
+        view = place, value.storage_offset(), value.shape, value.stride(), kind
+        if view not in views:
+            claimed[place] += value.nbytes
+            if claimed[place] > storage.nbytes():  # a stride of 0 makes any amount of one number
+                raise ValueError(f"{name:.100} has more numbers than the file")
+            views[view] = value.detach().float().contiguous()
+            if not views[view].isfinite().all():
+                raise ValueError(f"{name:.100} is not finite in float32")
+        floats[name] = views[view]
+    return floats
+
+
+def check_network(config, weights):
+    """Raises errors of many kinds unless these weights, of to_float32, are those of the network
+    that the config describes, and sampling can use its fields."""
+    check_fields(config, weights)
+    with torch.device("meta"):  # takes no memory, whatever the sizes
+        build(config).load_state_dict(weights, assign=True)
+
+
 def check_fields(config, weights):
     """Raises ValueError, KeyError or TypeError for a field that sampling cannot use, and for sizes
     beyond those of the weights, which would take any amount of memory."""
@@ -204,14 +276,33 @@ def check_fields(config, weights):
                        "latent_shape": list, "scale": (float, int)}.items():
         if not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise ValueError(f"{name} is {config[name]!s:.60}")
-    _, height, width = config["latent_shape"]
-    if height != width:
-        raise ValueError(f"latent_shape is {config['latent_shape']!s:.60}")
-    largest = max(len(weights), *(tensor.numel() for tensor in weights.values()))
-    sizes = {"num_classes": config["num_classes"], "latent_shape": height}
+    channels, height, width = config["latent_shape"]
+    classes, count = config.get("classes"), config["num_classes"]
+    scaled = config.keys() & {"latent_mean", "latent_std"}
+    rules = {
+        "vae": len(config["vae"]) <= TEXT,
+        "latent_shape": height == width,
+        "image_size": 1 <= config["image_size"] <= 2**16,
+        "scale": _are_numbers([config["scale"]], 1, *SCALES),
+        "latent_mean": not scaled or _are_numbers(config.get("latent_mean"), channels),
+        "latent_std": not scaled or _are_numbers(config.get("latent_std"), channels, *SCALES),
+        "omega_max": _are_numbers([config.get("omega_max") or 1], 1, 1, float("inf")),
+        "classes": not classes or isinstance(classes, list) and len(classes) == count
+        and all(isinstance(name, str | int) and len(str(name)) <= TEXT for name in classes)}
+    if wrong := [name for name, right in rules.items() if not right]:
+        raise ValueError(f"{wrong[0]} is {config.get(wrong[0])!s:.60}")
+    largest = max([len(weights), *(tensor.numel() for tensor in weights.values())])
+    sizes = {"num_classes": count, "channels": channels, "height": height}
     for name, size in (sizes | (config.get("sizes") or {})).items():
-        if not 0 <= size <= largest:
+        least, most = int(name in sizes), len(weights) if "depth" in name else largest
+        if not least <= size <= most:
             raise ValueError(f"{name} is {size!s:.60}")
+
+
+def _are_numbers(values, count, least=-1e6, most=1e6):
+    """Whether values are a list of so many finite numbers, from least to most."""
+    return isinstance(values, list) and len(values) == count and all(
+        type(value) in (int, float) and least <= value <= most for value in values)
 
 
 @contextlib.contextmanager
@@ -234,8 +325,8 @@ def restore_checkpoint(path, net, ema, optimizer):
     """Load a checkpoint into network, EMA and optimiser; returns its step. Raises BadValue."""
     state = load_checkpoint(path)
     with _fitting(path):
-        if type(state["step"]) is not int or not 0 < state["step"] < 2**63:
-            raise ValueError(f"step {state['step']!s:.60}")
+        if not state["step"]:
+            raise ValueError("step 0")
         _load(net, state["model"])
         _load(ema, state["ema"])
         _restore_moments(optimizer, state["opt"]["state"], list(net.parameters()))

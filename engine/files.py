@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -90,6 +91,21 @@ def find_damage(path, *, mapped=False):
         if mapped and any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             return "a compressed part"
         return archive.testzip()
+
+
+def sha256(path):
+    """SHA-256, in hex, of a file; of a folder, of what sha256sum prints of its files, ./NAME, in
+    the order of the names' bytes."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for name in sorted(os.fsencode(file.relative_to(path)) for file in path.rglob("*")
+                           if file.is_file()):
+            digest.update(f"{sha256(path / os.fsdecode(name))}  ./".encode() + name + b"\n")
+        return digest.hexdigest()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_folder(path):

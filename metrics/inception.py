@@ -8,6 +8,7 @@
 """
 
 import http.client
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +98,7 @@ def load_inception(path, world):
     cached = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[1])
 
     def download():
+        print(f"downloading {FID_WEIGHTS_URL}", file=sys.stderr)
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached))

@@ -4,14 +4,13 @@ convert recognises a network by names and shapes of its tensors and returns a ch
 export gives it the names of another repository.
 """
 
-import json
 import math
 import re
 from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import check_fields
+from engine.checkpoint import check_network, plain_config, to_float32
 from engine.errors import UserError
 from models import SIZES, DiT, DiT_models, ImprovedDiT, build, describe, sincos_table
 from weights.foreign_files import refusal
@@ -57,10 +56,8 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
             weights, config, report = convert_foreign(foreign, heads, image_size, source)
         else:
             weights, report = to_float32(foreign.tensors), [f"recognised: ours, {foreign.about}"]
-            config = json.loads(json.dumps(foreign.config))  # a .safetensors file holds it as JSON
-        check_fields(config, weights)
-        with torch.device("meta"):  # no second copy in memory
-            build(config).load_state_dict(weights, assign=True)
+            config = plain_config(foreign.config)
+        check_network(config, weights)
     except UserError:
         raise
     except Exception as error:  # tensors and a config of any content
@@ -168,22 +165,6 @@ def possible_repositories(tensors, foreign):
     if wide and args and not prediction:
         raise refusal("hold a velocity", "a DiT that predicts noise at integer times")
     return {"velocity": ("sit",), "v": ("repa",)}.get(prediction, ("sit", "repa"))
-
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
-
-
-def to_float32(tensors):
-    """The tensors in float32, contiguous. Raises ValueError unless all are finite floats."""
-    floats = {}
-    for name, value in tensors.items():
-        kind = getattr(value, "dtype", type(value).__name__)
-        if kind not in FLOATS:
-            raise ValueError(f"{name} is of {kind}, quantised or no tensor")
-        floats[name] = value.float().contiguous()
-        if not floats[name].isfinite().all():
-            raise ValueError(f"{name} is not finite in float32")
-    return floats
 
 
 def warm_start(weights, *, reverse):

@@ -2,6 +2,7 @@
 flax and orbax, one msgpack file or a folder of TensorStore's OCDBT format."""
 
 import argparse
+import math
 import re
 import warnings
 import zipfile
@@ -10,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import SAFETENSORS, read_safetensors
+from engine.checkpoint import SAFETENSORS, is_step, read_safetensors
 from engine.errors import BadValue
-from engine.files import find_damage
+from engine.files import find_damage, sha256
 
 
 def refusal(rule, content, remedy="give a checkpoint of MeanFlow, improved MeanFlow or SiT"):
@@ -29,13 +30,17 @@ class ForeignWeights(NamedTuple):
     args: dict | None = None  # the command line in a PyTorch training file
     config: dict | None = None  # in our own files
     jax: bool = False  # names and layouts are those of JAX, with dots in the path
+    origin: str = ""  # for reports: path, SHA-256, and whether damage would have been seen
 
 
 def read_weights(path, *, raw=False):
     """The ForeignWeights of a file or folder: averaged, or the raw ones of a training file.
     Tensors of PyTorch files stay on disk until they are used. Raises BadValue."""
     path = find_checkpoint(Path(path))
-    read = reader_of(path)
+    read, digest = reader_of(path), sha256(path)
+    blob = path.resolve()  # Hugging Face's cache names a file by its SHA-256
+    if path.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
+        raise refusal("be whole", f"{blob}, whose SHA-256 is {digest}", "remove it")
     try:
         state = read(path, "model" if raw else "ema")
     except ImportError as error:
@@ -50,7 +55,11 @@ def read_weights(path, *, raw=False):
                       "copy it again, or unzip it if it is a zip of a folder") from error
     if not isinstance(state, dict):
         raise refusal("hold a dict of tensors", f"{path} with a {type(state).__name__}")
-    return choose_weights(state, raw, path)._replace(jax=read in (read_msgpack, read_ocdbt))
+    origin = f"read: {path}, SHA-256 {digest}"
+    if not (zipfile.is_zipfile(path) if read is read_torch else state.get("config")):
+        origin += "\nthat format has no checksum: compare the SHA-256 with its owner's"
+    return choose_weights(state, raw, path)._replace(jax=read in (read_msgpack, read_ocdbt),
+                                                     origin=origin)
 
 
 def choose_weights(state, raw, path):
@@ -63,11 +72,15 @@ def choose_weights(state, raw, path):
     if not isinstance(tensors, dict) or not tensors:
         raise refusal(f"hold {'raw' if raw else 'averaged'} weights", f"{path} without them",
                       "leave --raw out" if raw else "add --raw for weights that are not averaged")
-    about, step, args = "raw weights" if raw else "averaged weights", state.get("steps"), None
+    about, args = "raw weights" if raw else "averaged weights", None
+    step = state.get("step" if "config" in state else "steps")
+    if step is not None and not is_step(step):
+        raise refusal("hold a count of steps", f"{path}, whose step is no whole number")
     if step:
-        about += f" of step {step!s:.20}"
-    if isinstance(state.get("args"), argparse.Namespace):
-        args = vars(state["args"])
+        about += f" of step {step}"
+    if isinstance(state.get("args"), argparse.Namespace):  # other values may be of any size
+        args = {name: value for name, value in vars(state["args"]).items()
+                if isinstance(value, str | int | float)}
     return ForeignWeights(tensors, about, step, args, state.get("config"))
 
 
@@ -104,12 +117,11 @@ def reader_of(path):
 def read_torch(path, _):
     """What torch.save wrote."""
     zipped = zipfile.is_zipfile(path)  # files of before PyTorch 1.6 are not, and cannot be mapped
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the line on stderr says it
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if zipped and (damage := find_damage(path, mapped=True)):  # torch.load compares no checksums
         raise ValueError(damage)
-    return state
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the line on stderr says it
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def read_safetensors_file(path, _):
@@ -143,6 +155,7 @@ def read_msgpack(path, group):
     return state
 
 
+ZEROS, COMPRESSION = 2**30, 100  # bytes that a folder may leave out, and bytes that one becomes
 JAX_GROUPS = {"ema": "ema_params", "model": "params"}
 
 
@@ -170,16 +183,28 @@ def read_ocdbt(folder, group):
     """A JAX state in TensorStore's OCDBT format, as newer orbax writes it; as read_msgpack."""
     import tensorstore
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
-    prefix, state = JAX_GROUPS[group] + ".", {group: {}}
+    prefix, state, arrays = JAX_GROUPS[group] + ".", {group: {}}, {}
     for key in tensorstore.KvStore.open(store).result().list().result():
         name, _, file = key.decode().rpartition("/")
         driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(file)
         if driver and (name == "step" or name.startswith(prefix)):
             spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
-            value = tensorstore.open(spec).result().read().result()
-            if name == "step":
-                state["steps"] = int(value)
-            else:
-                state[group][name.removeprefix(prefix)] = from_bytes(
-                    value.tobytes(), value.dtype.name, value.shape)
+            arrays[name] = tensorstore.open(spec).result()
+    check_claims(folder, arrays.values())
+    for name, array in arrays.items():
+        value = array.read().result()
+        if name == "step":
+            state["steps"] = int(value)
+        else:
+            state[group][name.removeprefix(prefix)] = from_bytes(
+                value.tobytes(), value.dtype.name, value.shape)
     return state
+
+
+def check_claims(folder, arrays):
+    """Raises ValueError where TensorStore's arrays, or a chunk of one, claim far more bytes than
+    the folder has: it would allocate them, and fill what is not on disk with zeros."""
+    claimed = sum(max(math.prod(array.shape), math.prod(array.chunk_layout.read_chunk.shape or ()))
+                  * array.dtype.numpy_dtype.itemsize for array in arrays)
+    if claimed > ZEROS + COMPRESSION * sum(file.stat().st_size for file in folder.rglob("*")):
+        raise ValueError(f"its arrays claim {claimed:.1e} bytes")
