@@ -179,7 +179,9 @@ def read_safetensors(path):
         return tensors, None, None
     if _digest(tensors, metadata) != metadata["sha256"]:
         raise ValueError("damaged: its SHA-256 is not the one that it records")
-    return tensors, json.loads(metadata["config"]), int(metadata["step"])
+    if not is_step(step := int(metadata["step"])):
+        raise ValueError("its step is no whole number")
+    return tensors, json.loads(metadata["config"]), step
 
 
 def is_step(value):

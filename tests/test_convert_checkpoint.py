@@ -29,7 +29,7 @@ def test_two_commands_make_images_of_a_released_file(hub, tmp_path, capfd, v_hea
     ours = tmp_path / "ours.pt"
     call("convert_checkpoint", "--in", "hf://ann/digits/iMF.pth", "--out", ours, "--image-size", 64)
     out, err = capfd.readouterr()
-    assert out == f"{ours}\n" and "recognised: Lyy-iiis/imeanflow" in err
+    assert out == f"{ours}\n" and "recognised: Lyy-iiis/imeanflow" in err and "SHA-256" in err
     assert "per channel" in err and ("left out: v_final_layer" in err) is not v_head
     call("sample", "--ckpt", ours, "--vae", vae, "--num-fid-samples", 6, "--classes", 7, 2,
          "--cfg", 4, "--cfg-interval", 0.4, 0.65, "--sample-dir", tmp_path / "samples")

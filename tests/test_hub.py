@@ -1,13 +1,19 @@
 """hf://OWNER/REPO[@REVISION]/FILE: downloaded once, found again without a network."""
 
+import errno
+import hashlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import refused, run_ranks
+from conftest import flip_bit, refused, run_ranks
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 
-from weights.hub import file_or_address, local_file, open_checkpoint
+from engine.checkpoint import load_checkpoint
+from weights.foreign_files import read_weights
+from weights.hub import file_or_address, local_file, open_checkpoint, read_file
 
 ADDRESS = "hf://ann/digits/runs/a.pt"
 
@@ -26,10 +32,105 @@ def test_a_file_is_downloaded_once_for_each_revision(hub):
 
 @pytest.mark.parametrize("address", [
     "hf://", "hf://ann/digits/", "hf://ann//a.pt", "hf:///digits/a", "hf://ann/digits@/a.pt",
-    "hf://ann/digits/a.pt@v1", "hf://a nn/digits/a.pt"])
+    "hf://ann/digits/a.pt@v1", "hf://a nn/digits/a.pt", "hf://ann/digits@../../x/a.pt",
+    "hf://../../a.pt", "hf://ann/../a.pt", "hf://ann/digits/../a.pt", "hf://ann/digits/runs/..",
+    "hf://ann/digits@./a.pt", "https://example.com/a.pt", "s3://ann/a.pt"])
 def test_a_malformed_address_is_refused(address, hub):
     with refused("must be", "hf://OWNER/REPO[@REVISION]/FILE", address):
         local_file(address)
+
+
+@pytest.mark.parametrize(("page", "address"), [
+    ("https://huggingface.co/ann/digits/blob/main/runs/a.pt", ADDRESS),
+    ("https://huggingface.co/ann/digits/resolve/main/runs/a.pt?download=true", ADDRESS),
+    ("http://www.hf.co/ann/digits/tree/v1/runs/a.pt#top", "hf://ann/digits@v1/runs/a.pt"),
+    ("huggingface.co/ann/digits/raw/refs%2Fpr%2F1/a%2B.pt", "hf://ann/digits@refs/pr/1/a+.pt"),
+    ("https://huggingface.co/ann/digits", "hf://ann/digits/FILE"),
+    ("https://huggingface.co/ann/digits/tree/main/", "hf://ann/digits/FILE"),
+    ("hf://ann/digits/blob/main/runs/a.pt", ADDRESS)])
+def test_the_address_that_a_browser_shows_is_answered_by_ours(page, address, hub):
+    with refused("must", f"got {page}", f"; give {address}") as error:
+        local_file(file_or_address(page))
+    assert str(error.value).endswith(address)
+
+
+@pytest.mark.parametrize("cause", [
+    OSError(errno.EFBIG, "File too large"), NotADirectoryError(20, "Not a directory", "hf/token"),
+    OSError(errno.ENOSPC, "No space left"), ConnectionError("Name or service not known")])
+def test_what_hinders_a_download_is_said_after_a_word_that_it_is_tried(
+        hub, monkeypatch, capsys, cause):
+    """The client tries for half a minute without a network, and then tells to check it."""
+    def fail(**place):
+        if place.get("local_files_only"):
+            raise LocalEntryNotFoundError("not cached")
+        if isinstance(cause, ConnectionError):
+            raise LocalEntryNotFoundError("check your connection") from cause
+        raise cause
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with refused("must be cached or downloadable", ADDRESS, cause, "HF_HOME"):
+        local_file(ADDRESS)
+    assert capsys.readouterr().err == f"downloading {ADDRESS}\n"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """What downloads a file: a function of its content, now damaged if need be, and in the future.
+    The cache names a file by its SHA-256, as the real one does. cache.asked counts downloads."""
+    cache = SimpleNamespace(asked=0, link=tmp_path / "snapshot.pt")
+
+    def fill(content, again=None):
+        cache.blob = tmp_path / hashlib.sha256(content).hexdigest()
+        cache.blob.write_bytes(content)
+        cache.link.symlink_to(cache.blob)
+
+        def download(*, force_download=False, **place):
+            if force_download:
+                cache.asked += 1
+                cache.blob.unlink()
+                cache.blob.write_bytes(content if again is None else again)
+            return str(cache.link)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+
+    cache.fill = fill
+    return cache
+
+
+ALONE = SimpleNamespace(on_main=lambda find: find())
+
+
+def test_a_damaged_file_of_the_cache_is_named_and_downloaded_again(cache, trained, capsys):
+    cache.fill(trained.read_bytes())
+    flip_bit(cache.blob, 10**6)
+    assert open_checkpoint(ADDRESS, ALONE)["step"] == 12 and cache.asked == 1
+    assert f"{cache.blob} is torn or damaged\ndownloading {ADDRESS}" in capsys.readouterr().err
+    assert open_checkpoint(ADDRESS, ALONE)["step"] == 12 and cache.asked == 1
+
+
+def test_what_is_damaged_on_the_hub_is_downloaded_twice_and_no_more(cache, trained):
+    cache.fill(trained.read_bytes(), again=trained.read_bytes()[:5000])
+    flip_bit(cache.blob, 10**6)
+    with refused("must", ADDRESS, cache.blob):
+        open_checkpoint(ADDRESS, ALONE)
+    assert cache.asked == 1
+
+
+def test_a_whole_file_that_does_not_serve_is_not_downloaded_again(cache, tmp_path):
+    cache.fill(b"no checkpoint")
+    with refused("must", cache.link):
+        open_checkpoint(ADDRESS, ALONE)
+    assert not cache.asked
+
+
+def test_a_damaged_file_without_checksums_is_known_by_its_name_in_the_cache(
+        cache, trained, tmp_path):
+    save_file(load_checkpoint(trained)["ema"], tmp_path / "theirs")
+    cache.fill((tmp_path / "theirs").read_bytes())
+    whole = read_file(ADDRESS, read_weights).tensors["pos_embed"].clone()
+    flip_bit(cache.blob, -1)
+    with refused("be whole", cache.blob):
+        read_weights(cache.link)
+    assert read_file(ADDRESS, read_weights).tensors["pos_embed"].equal(whole) and cache.asked == 1
 
 
 def test_the_real_client_finds_cached_files_offline_and_refuses_others(tmp_path, monkeypatch):

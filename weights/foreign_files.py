@@ -2,6 +2,7 @@
 flax and orbax, one msgpack file or a folder of TensorStore's OCDBT format."""
 
 import argparse
+import json
 import math
 import re
 import warnings
@@ -42,7 +43,9 @@ def read_weights(path, *, raw=False):
     if path.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
         raise refusal("be whole", f"{blob}, whose SHA-256 is {digest}", "remove it")
     try:
-        state = read(path, "model" if raw else "ema")
+        with warnings.catch_warnings():  # the line on stderr says it
+            warnings.simplefilter("ignore")
+            state = read(path, "model" if raw else "ema")
     except ImportError as error:
         raise refusal("be a file that this Python can open", f"{path} without the {error.name} "
                       f"package", f"pip install {error.name}") from error
@@ -119,8 +122,7 @@ def read_torch(path, _):
     zipped = zipfile.is_zipfile(path)  # files of before PyTorch 1.6 are not, and cannot be mapped
     if zipped and (damage := find_damage(path, mapped=True)):  # torch.load compares no checksums
         raise ValueError(damage)
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the line on stderr says it
+    with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
@@ -155,7 +157,7 @@ def read_msgpack(path, group):
     return state
 
 
-ZEROS, COMPRESSION = 2**30, 100  # bytes that a folder may leave out, and bytes that one becomes
+ZEROS, COMPRESSION = 2**30, 100  # bytes that a folder may leave out, and that one byte becomes
 JAX_GROUPS = {"ema": "ema_params", "model": "params"}
 
 
@@ -183,16 +185,18 @@ def read_ocdbt(folder, group):
     """A JAX state in TensorStore's OCDBT format, as newer orbax writes it; as read_msgpack."""
     import tensorstore
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
-    prefix, state, arrays = JAX_GROUPS[group] + ".", {group: {}}, {}
-    for key in tensorstore.KvStore.open(store).result().list().result():
+    files = tensorstore.KvStore.open(store).result()
+    prefix, state, drivers, arrays = JAX_GROUPS[group] + ".", {group: {}}, {}, []
+    for key in files.list().result():
         name, _, file = key.decode().rpartition("/")
         driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(file)
         if driver and (name == "step" or name.startswith(prefix)):
-            spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
-            arrays[name] = tensorstore.open(spec).result()
-    check_claims(folder, arrays.values())
-    for name, array in arrays.items():
-        value = array.read().result()
+            drivers[name] = driver
+            arrays.append(json.loads(files.read(key).result().value))
+    check_claims(folder, arrays)
+    for name, driver in drivers.items():
+        spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
+        value = tensorstore.open(spec).result().read().result()
         if name == "step":
             state["steps"] = int(value)
         else:
@@ -202,9 +206,16 @@ def read_ocdbt(folder, group):
 
 
 def check_claims(folder, arrays):
-    """Raises ValueError where TensorStore's arrays, or a chunk of one, claim far more bytes than
-    the folder has: it would allocate them, and fill what is not on disk with zeros."""
-    claimed = sum(max(math.prod(array.shape), math.prod(array.chunk_layout.read_chunk.shape or ()))
-                  * array.dtype.numpy_dtype.itemsize for array in arrays)
+    """Raises errors of many kinds where zarr's metadata claim other things than numbers, or far
+    more than the folder has: TensorStore would allocate them, and end the process if it cannot."""
+    claimed = 0
+    for array in arrays:
+        kind = array["dtype"] if "dtype" in array else array["data_type"]
+        if not isinstance(kind, str) or not re.fullmatch(r"[<>|]?[a-z]{1,6}[0-9]{1,2}", kind):
+            raise ValueError(f"an array of {kind!s:.40}")
+        chunk = (array["chunks"] if "chunks" in array else
+                 array["chunk_grid"]["configuration"]["chunk_shape"])
+        claimed += 8 * max(math.prod(abs(int(size)) for size in sizes)
+                           for sizes in (array["shape"], chunk))
     if claimed > ZEROS + COMPRESSION * sum(file.stat().st_size for file in folder.rglob("*")):
-        raise ValueError(f"its arrays claim {claimed:.1e} bytes")
+        raise ValueError(f"arrays that claim {claimed:.1e} bytes")
