@@ -14,7 +14,7 @@ from engine.files import sha256
 NAME, REVISION = r"(?!\.\.?[/@])[^/@\s]+", r"refs/\w+/\w+|(?!\.\.?/)[^/@\s]+"  # neither . nor ..
 ADDRESS = re.compile(rf"hf://(?P<repo_id>{NAME}/{NAME})(@(?P<revision>{REVISION}))?"
                      r"/(?P<filename>(?!(.*/)?\.\.?(/|$))[^@]*[^@/\s])")
-# What a browser shows. The first word of a file's path may be one of a page
+# What a browser shows, or that after hf://
 PAGE = re.compile(r"(hf://|(https?://)?(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/)"
                   r"(?P<repository>[^/]+/[^/?#]+)(/(blob|resolve|raw|tree|blame)"
                   r"/(?P<revision>refs/\w+/\w+|[^/?#]+)(/(?P<file>[^?#]+))?)?/?([?#].*)?")
