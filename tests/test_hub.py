@@ -75,7 +75,7 @@ def test_what_hinders_a_download_is_said_after_a_word_that_it_is_tried(
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """What downloads a file: a function of its content, now damaged if need be, and in the future.
+    """cache.fill puts a content into Hugging Face's cache; again: what the next download brings.
     The cache names a file by its SHA-256, as the real one does. cache.asked counts downloads."""
     cache = SimpleNamespace(asked=0, link=tmp_path / "snapshot.pt")
 
@@ -103,7 +103,7 @@ def test_a_damaged_file_of_the_cache_is_named_and_downloaded_again(cache, traine
     cache.fill(trained.read_bytes())
     flip_bit(cache.blob, 10**6)
     assert open_checkpoint(ADDRESS, ALONE)["step"] == 12 and cache.asked == 1
-    assert f"{cache.blob} is torn or damaged\ndownloading {ADDRESS}" in capsys.readouterr().err
+    assert f"{cache.blob} seems torn or damaged\ndownloading {ADDRESS}" in capsys.readouterr().err
     assert open_checkpoint(ADDRESS, ALONE)["step"] == 12 and cache.asked == 1
 
 

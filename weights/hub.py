@@ -46,7 +46,7 @@ def read_file(name, read):
         blob = path.resolve()  # the cache names all but small files by their SHA-256
         if path == Path(name) or blob.name == sha256(blob):
             raise
-        print(f"{blob} is torn or damaged", file=sys.stderr)
+        print(f"{blob} seems torn or damaged", file=sys.stderr)
     path = local_file(name, again=True)
     try:
         return read(path)
