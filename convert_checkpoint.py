@@ -17,12 +17,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 from dataset.vae import LATENT_NORMALISATION
 from engine.checkpoint import save_checkpoint
 from engine.errors import UserError, naming, run_main
-from engine.files import check_folder, make_folder, sha256
+from engine.files import check_folder, make_folder
 from engine.options import Parser, int_range
 from models import is_improved
 from weights.convert import FORMATS, REPOSITORIES, convert, export
 from weights.foreign_files import read_weights
-from weights.hub import file_or_address, local_file
+from weights.hub import file_or_address, read_file
 
 
 def parse_args(argv=None):
@@ -55,16 +55,14 @@ def main(args):
     with naming("--out"):
         check_folder(args.out.parent)
     with naming("--in"):
-        foreign = read_weights(local_file(args.input), raw=args.raw)
+        foreign = read_file(args.input, lambda path: read_weights(path, raw=args.raw))
         state, report = convert(foreign, heads=args.heads, image_size=args.image_size,
                                 source=args.source)
     config = state["config"]
     if foreign.config is None and is_improved(config["model"]) and config["vae"] != "none":
         config |= LATENT_NORMALISATION
     scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
-    report.append(f"file: {foreign.path}, SHA-256 {sha256(foreign.path)}")
-    if not foreign.has_checksums:
-        report.append("the file has no checksums: if a byte is damaged, only its SHA-256 can tell")
+    report[:0] = [foreign.origin]
     report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "
                   f"{config['latent_shape']} scaled {scaled}")
     if args.format != "ours":

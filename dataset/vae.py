@@ -6,6 +6,7 @@ the data of the method, to uint8 images. posterior_sample draws x from moments.
 
 import functools
 import logging
+import math
 import os
 import sys
 import warnings
@@ -157,14 +158,15 @@ def _load(source):
             try:
                 model, mismatches = load(local_files_only=True)  # the cache needs no network
             except Exception:
-                if source in HUB.values():  # without a network that takes a while
-                    print(f"downloading {source}", file=sys.stderr)
+                if source not in HUB.values():
+                    raise
+                print(f"downloading {source}", file=sys.stderr)  # in vain for 25 s if offline
                 model, mismatches = load()
         finally:
             logging.disable(logging.NOTSET)
     if any(mismatches.values()):
         raise ValueError("its weights do not fit its config.json")
     if not (all(p.isfinite().all() for p in model.parameters())
-            and 1e-6 <= model.config.scaling_factor <= 1e6):  # else images have one colour
-        raise ValueError("its weights or its scaling_factor are not plausible numbers")
+            and 0 < model.config.scaling_factor < math.inf):
+        raise ValueError("its weights or its scaling_factor are not finite numbers")
     return model

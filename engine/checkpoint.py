@@ -12,6 +12,7 @@ import json
 import sys
 import warnings
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,10 +24,12 @@ from engine.sharding import full_tensor, shard_like
 from models import build
 
 KEYS = ("step", "model", "ema", "opt", "config")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
-MOST_VALUES = 10**6  # in a config: labels of a million classes
 SAFETENSORS = ".safetensors"
 SAVE_TIMEOUT_S = 300  # for the checkpoint in progress at an early end; torchrun may kill sooner
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8: it is scaled
+SCALES = 1e-6, 1e6  # of a plausible scale or std: beyond them images have one colour
+CONFIG_DEPTH, CONFIG_SIZE = 50, 2**22  # of nested values, and of characters and values, at most
+TEXT = 4096  # characters of a name, at most: a path's length
 REMEDY = "give a checkpoint that train.py wrote, or convert it with convert_checkpoint.py"
 
 
@@ -50,12 +53,12 @@ def save_checkpoint(path, state, *, keep_last=0):
 def _write_safetensors(state, path):
     from safetensors.torch import save
 
-    tensors, stored = {}, set()
+    tensors, seen = {}, set()
     for name, value in state["ema"].items():
         value = value.detach().contiguous()
         place = value.untyped_storage().data_ptr()
-        tensors[name] = value.clone() if place in stored else value  # the format shares no memory
-        stored.add(place)
+        tensors[name] = value.clone() if place in seen else value  # the format has no shared memory
+        seen.add(place)
     metadata = {"format": "pt", "config": json.dumps(state["config"]), "step": str(state["step"])}
     path.write_bytes(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
@@ -129,7 +132,8 @@ def load_checkpoint(path, *, verify=False):
     """A checkpoint's dict, on the CPU, its tensors memory-mapped from the file.
 
     Of a .safetensors file model is ema, and opt is None. verify: compare every byte with the
-    file's checksums. Raises BadValue for a missing, torn, damaged or foreign file.
+    file's checksums. The config is as JSON gives it back. Raises BadValue for a missing, torn,
+    damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -138,15 +142,18 @@ def load_checkpoint(path, *, verify=False):
         remedy = f"did you mean {inside[0]}?" if inside else REMEDY
         raise BadValue(f"must be a checkpoint file, got {path} ({kind}); {remedy}")
     try:
-        state = _read(path, verify)
-        if isinstance(state, dict):
-            check_plain([state.get("config"), state.get("step")])
+        with warnings.catch_warnings():  # of odd kinds of tensors: one line says it
+            warnings.simplefilter("ignore")
+            state = _read(path, verify)
     except Exception as error:  # the unpickler and the archive raise errors of many kinds
         raise BadValue(f"must be a checkpoint file, got {path} (torn, damaged or not opened as "
                        f"data: {type(error).__name__} {error!s:.100}); {REMEDY}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
         raise BadValue(f"must hold {', '.join(KEYS)}, got {path} (a foreign file); {REMEDY}")
-    return state
+    with _fitting(path):
+        if not is_step(state["step"]):
+            raise ValueError("its step is no whole number")
+        return state | {"config": plain_config(state["config"])}
 
 
 def _read(path, verify):
@@ -157,9 +164,7 @@ def _read(path, verify):
                            "config": config}
     if verify and zipfile.is_zipfile(path) and (damage := find_damage(path, mapped=True)):
         raise ValueError(f"damaged: {damage}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sparse tensors, which are refused
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_safetensors(path):
@@ -174,7 +179,31 @@ def read_safetensors(path):
         return tensors, None, None
     if _digest(tensors, metadata) != metadata["sha256"]:
         raise ValueError("damaged: its SHA-256 is not the one that it records")
-    return tensors, json.loads(metadata["config"]), int(metadata["step"])
+    if not is_step(step := int(metadata["step"])):
+        raise ValueError("its step is no whole number")
+    return tensors, json.loads(metadata["config"]), step
+
+
+def is_step(value):
+    """Whether a value of a file is a count of steps: also not NaN, True or a tensor."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def plain_config(config):
+    """A config as JSON gives it back. Raises ValueError for one too deep or too large to be printed
+    (of shared parts a small file holds any amount), and TypeError for what JSON cannot hold."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config is a {type(config).__name__}")
+    level, size = [config], 0
+    for _ in range(CONFIG_DEPTH):
+        size += sum(len(value) for value in level if isinstance(value, str | list | tuple | dict))
+        if size > CONFIG_SIZE:
+            break
+        level = [part for value in level if isinstance(value, list | tuple | dict)
+                 for part in ((*value, *value.values()) if isinstance(value, dict) else value)]
+        if not level:
+            return json.loads(json.dumps(config))
+    raise ValueError("config is too deep or too large")
 
 
 def newest_checkpoint(folder):
@@ -195,10 +224,9 @@ def newest_checkpoint(folder):
 
 def network_of(state, name):
     """The network of a checkpoint of this name, with its EMA weights. Raises BadValue."""
-    config, weights = state["config"], state["ema"]
     with _fitting(name):
-        check_weights(weights)
-        check_fields(config, weights)
+        config, weights = state["config"], to_float32(state["ema"])
+        check_network(config, weights)
         net = build(config)
         net.load_state_dict(weights)
     return net.eval().requires_grad_(False)
@@ -210,66 +238,73 @@ def load_network(path):
     return network_of(state, path), state["config"]
 
 
-def check_plain(value):
-    """Raises ValueError for a value of too many parts, or too deep: to print lists that hold each
-    other many times would take any amount of memory."""
-    waiting, count = [(value, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        count += 1 + (len(value) if isinstance(value, str | bytes) else 0) // 1000
-        inside = [*value, *value.values()] if isinstance(value, dict) else (
-            value if isinstance(value, list | tuple) else [])
-        if count + len(waiting) + len(inside) > MOST_VALUES or depth > 50:
-            raise ValueError("a config that is too large or too deep")
-        waiting += [(each, depth + 1) for each in inside]
-
-
-def check_weights(weights):
-    """Raises ValueError unless these are tensors of floats by name, finite in float32, that are in
-    the file: of a view that repeats one number, memory would hold any amount."""
-    stored = {}
-    for name, value in weights.items():
+def to_float32(tensors):
+    """The tensors of a file in float32, contiguous, without gradient; names may share one. Raises
+    ValueError unless all are finite floats and the file holds each of their numbers."""
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError("the weights are no dict of tensors by name")
+    floats, views, claimed = {}, {}, Counter()
+    for name, value in tensors.items():
         kind = getattr(value, "dtype", type(value).__name__)
-        if kind not in FLOATS or (value.layout, value.device.type) != (torch.strided, "cpu"):
-            raise ValueError(f"{name!s:.60} is of {kind}, quantised, sparse or no tensor")
+        if (type(value) not in (torch.Tensor, torch.nn.Parameter) or kind not in FLOATS
+                or value.is_meta or value.layout != torch.strided):
+            raise ValueError(f"{name:.100} is of {kind}, quantised, sparse or no tensor")
         storage = value.untyped_storage()
-        stored[storage.data_ptr()] = storage.nbytes()
-        if value.nbytes > storage.nbytes():
-            raise ValueError(f"{name!s:.60} repeats {storage.nbytes()} bytes to {value.nbytes}")
-        if not value.float().isfinite().all():
-            raise ValueError(f"{name!s:.60} is not finite in float32")
-    if sum(value.nbytes for value in weights.values()) > 2 * sum(stored.values()):
-        raise ValueError("many names share the same numbers")  # two may: weights that are tied
+        place = storage.data_ptr()
+        view = place, value.storage_offset(), value.shape, value.stride(), kind
+        if view not in views:
+            claimed[place] += value.nbytes
+            if claimed[place] > storage.nbytes():  # a stride of 0 makes any amount of one number
+                raise ValueError(f"{name:.100} has more numbers than the file")
+            views[view] = value.detach().float().contiguous()
+            if not views[view].isfinite().all():
+                raise ValueError(f"{name:.100} is not finite in float32")
+        floats[name] = views[view]
+    return floats
+
+
+def check_network(config, weights):
+    """Raises errors of many kinds unless these weights, of to_float32, are those of the network
+    that the config describes, and sampling can use its fields."""
+    check_fields(config, weights)
+    with torch.device("meta"):  # takes no memory, whatever the sizes
+        build(config).load_state_dict(weights, assign=True)
 
 
 def check_fields(config, weights):
-    """Raises errors of many kinds for a field that sampling cannot use, and unless the network fits
-    the weights, before it takes any amount of memory."""
+    """Raises ValueError, KeyError or TypeError for a field that sampling cannot use, and for sizes
+    beyond those of the weights, which would take any amount of memory."""
     for name, kind in {"model": str, "vae": str, "image_size": int, "num_classes": int,
                        "latent_shape": list, "scale": (float, int)}.items():
         if not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise ValueError(f"{name} is {config[name]!s:.60}")
     channels, height, width = config["latent_shape"]
-    numbers = [config["scale"], config.get("omega_max") or 1]
-    if {"latent_mean", "latent_std"} & config.keys():
-        if not len(config["latent_mean"]) == len(config["latent_std"]) == channels:
-            raise ValueError("latent_mean or latent_std is not of one number a channel")
-        numbers += [*config["latent_std"], *(1 + abs(mean) for mean in config["latent_mean"])]
-    if not all(1e-6 <= number <= 1e6 for number in numbers):  # beyond, images have one colour
-        raise ValueError(f"scale, omega_max, latent_mean or latent_std is of {numbers!s:.60}")
-    classes = config.get("classes")
-    if classes and (len(classes) != config["num_classes"]
-                    or not all(isinstance(name, str) for name in classes)):
-        raise ValueError(f"classes are {len(classes)} of {config['num_classes']}, or no names")
-    if height != width:
-        raise ValueError(f"latent_shape is {config['latent_shape']!s:.60}")
-    largest = max(len(weights), *(tensor.numel() for tensor in weights.values()))
-    sizes = {"num_classes": config["num_classes"], "latent_shape": height}
+    classes, count = config.get("classes"), config["num_classes"]
+    scaled = config.keys() & {"latent_mean", "latent_std"}
+    rules = {
+        "vae": len(config["vae"]) <= TEXT,
+        "latent_shape": height == width,
+        "image_size": 1 <= config["image_size"] <= 2**16,
+        "scale": _are_numbers([config["scale"]], 1, *SCALES),
+        "latent_mean": not scaled or _are_numbers(config.get("latent_mean"), channels),
+        "latent_std": not scaled or _are_numbers(config.get("latent_std"), channels, *SCALES),
+        "omega_max": _are_numbers([config.get("omega_max") or 1], 1, 1, float("inf")),
+        "classes": not classes or isinstance(classes, list) and len(classes) == count
+        and all(isinstance(name, str | int) and len(str(name)) <= TEXT for name in classes)}
+    if wrong := [name for name, right in rules.items() if not right]:
+        raise ValueError(f"{wrong[0]} is {config.get(wrong[0])!s:.60}")
+    largest = max([len(weights), *(tensor.numel() for tensor in weights.values())])
+    sizes = {"num_classes": count, "channels": channels, "height": height}
     for name, size in (sizes | (config.get("sizes") or {})).items():
-        if not 0 <= size <= (len(weights) if "depth" in name else largest):
+        least, most = int(name in sizes), len(weights) if "depth" in name else largest
+        if not least <= size <= most:
             raise ValueError(f"{name} is {size!s:.60}")
-    with torch.device("meta"):
-        build(config).load_state_dict({name: value.to("meta") for name, value in weights.items()})
+
+
+def _are_numbers(values, count, least=-1e6, most=1e6):
+    """Whether values are a list of so many finite numbers, from least to most."""
+    return isinstance(values, list) and len(values) == count and all(
+        type(value) in (int, float) and least <= value <= most for value in values)
 
 
 @contextlib.contextmanager
@@ -292,8 +327,8 @@ def restore_checkpoint(path, net, ema, optimizer):
     """Load a checkpoint into network, EMA and optimiser; returns its step. Raises BadValue."""
     state = load_checkpoint(path)
     with _fitting(path):
-        if type(state["step"]) is not int or not 0 < state["step"] < 2**63:
-            raise ValueError(f"step {state['step']!s:.60}")
+        if not state["step"]:
+            raise ValueError("step 0")
         _load(net, state["model"])
         _load(ema, state["ema"])
         _restore_moments(optimizer, state["opt"]["state"], list(net.parameters()))

@@ -77,19 +77,6 @@ def remove_temporary_files(folder):
             path.unlink()
 
 
-def sha256(path):
-    """In hex, of a file, or of the paths and contents of the files in a folder."""
-    digest, path = hashlib.sha256(), Path(path)
-    inside = sorted(file for file in path.rglob("*") if file.is_file())
-    for file in inside if path.is_dir() else [path]:
-        if path.is_dir():
-            digest.update(os.fsencode(file.relative_to(path)))
-        with open(file, "rb") as content:
-            while block := content.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def find_damage(path, *, mapped=False):
     """The name of the first part of a zip archive (a checkpoint, an .npz) that differs from its
     checksum, or None. mapped: parts will be mapped into memory, compressed ones count as damaged.
@@ -104,6 +91,21 @@ def find_damage(path, *, mapped=False):
         if mapped and any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             return "a compressed part"
         return archive.testzip()
+
+
+def sha256(path):
+    """SHA-256, in hex, of a file; of a folder, of what sha256sum prints of its files, ./NAME, in
+    the order of the names' bytes."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for name in sorted(os.fsencode(file.relative_to(path)) for file in path.rglob("*")
+                           if file.is_file()):
+            digest.update(f"{sha256(path / os.fsdecode(name))}  ./".encode() + name + b"\n")
+        return digest.hexdigest()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_folder(path):

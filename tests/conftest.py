@@ -168,7 +168,8 @@ def hub(tmp_path, monkeypatch):
 
     hub = SimpleNamespace(folder=tmp_path / "hub", asked=[])
 
-    def download(repo_id, filename, *, revision=None, local_files_only=False, **more):
+    def download(repo_id, filename, *, revision=None, local_files_only=False, force_download=False,
+                 **more):
         if more:  # by diffusers, which keeps this function if it is imported now
             return hf_hub_download(repo_id, filename, revision=revision,
                                    local_files_only=local_files_only, **more)

@@ -1,7 +1,6 @@
 """What a user can get wrong ends in one line that names the option, exit code 2, and no change to
 any file. The ``refusal`` of conftest.py checks that."""
 
-import argparse
 import os
 import shutil
 
@@ -11,7 +10,7 @@ import torch
 from conftest import call, snapshot, tiny
 from PIL import Image
 
-from engine.checkpoint import load_network, newest_checkpoint
+from engine.checkpoint import newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +154,7 @@ for _ in range(60):
     {"latent_mean": [0.0] * 3, "latent_std": [float("nan")] * 3},
     {"latent_mean": [float("inf")] * 3, "latent_std": [1.0] * 3},
     {"latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}, {"omega_max": "8"},
-    {"classes": ["a", "b"]}, {"classes": [*range(10)]}, {"classes": NESTED}, {"more": SHARED}])
+    {"classes": ["a", "b"]}, {"classes": NESTED}, {"more": SHARED}])
 def test_a_checkpoint_that_lies_is_refused(lie, trained, tmp_path, refusal):
     """Before sampling takes the memory, or opens the file, that a stranger's file asks for. scale
     NaN made black images."""
@@ -169,62 +168,6 @@ def test_a_checkpoint_that_lies_is_refused(lie, trained, tmp_path, refusal):
         refusal("convert_checkpoint", ["--in", path, "--out", tmp_path / "out.pt"], "--in")
 
 
-@pytest.mark.parametrize("change", [
-    lambda w: w * float("nan"), lambda w: w.to(torch.int8), lambda w: w > 0, lambda w: w.cfloat(),
-    lambda w: w.to(torch.float8_e4m3fn), lambda w: w.double() * 1e300, lambda w: w.to_sparse(),
-    lambda w: w.to("meta"), lambda w: w[:1].clone().expand_as(w), lambda w: 5, lambda w: None,
-    lambda w: torch.zeros(1).expand(2**33)])
-def test_weights_that_are_no_numbers_are_refused_by_every_reader(change, trained, digits, tmp_path,
-                                                                 refusal):
-    """sample.py made black images of them; a file of 0.9 MB took 5.6 GB."""
-    state, name = torch.load(trained, weights_only=True), "x_embedder.proj.weight"
-    path = tmp_path / "hostile.pt"
-    torch.save(state | {"ema": state["ema"] | {name: change(state["ema"][name])}}, path)
-    for script, option, more in (
-            ("sample", "--ckpt", ["--sample-dir", tmp_path / "out"]),
-            ("train", "--init", tiny(digits, tmp_path / "run")),
-            ("convert_checkpoint", "--in", ["--out", tmp_path / "out.pt"])):
-        more = [word for word in more if word not in ("--model", "DiT-T/4")]
-        refusal(script, [option, path, *more], option)
-
-
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, "parameters"])
-def test_weights_of_other_floats_and_parameters_are_read(kind, trained, tmp_path):
-    """Of parameters, .safetensors files failed with "free space"."""
-    state = torch.load(trained, weights_only=True)
-    change = torch.nn.Parameter if kind == "parameters" else lambda value: value.to(kind)
-    torch.save(state | {"ema": {name: change(value) for name, value in state["ema"].items()}},
-               tmp_path / "theirs.pt")
-    call("convert_checkpoint", "--in", tmp_path / "theirs.pt", "--out", tmp_path / "x.safetensors")
-    for name in ("theirs.pt", "x.safetensors"):
-        net, _ = load_network(tmp_path / name)
-        for key, value in net.state_dict().items():
-            assert torch.equal(value, state["ema"][key].to(change(value).dtype).float()), key
-
-
-@pytest.mark.parametrize("top", [
-    {"model": 5}, {"model": torch.ones(2)}, {"model": {}}, {"ema": torch.ones(3)}, {"ema": 7},
-    {"args": argparse.Namespace(prediction=SHARED)},
-    {"config": NESTED}, {"config": SHARED}, {"config": torch.ones(3)}, {"config": 5}])
-def test_a_file_with_other_things_in_place_of_its_parts_is_refused(top, trained, tmp_path, refusal):
-    path = tmp_path / "hostile.pt"
-    torch.save(torch.load(trained, weights_only=True) | top, path)
-    raw = ["--raw"] if "model" in top else []
-    refusal("convert_checkpoint", ["--in", path, "--out", tmp_path / "out.pt", *raw], "--in")
-    if not raw:
-        refusal("sample", ["--ckpt", path, "--sample-dir", tmp_path / "out"], "--ckpt")
-
-
-@pytest.mark.parametrize("step", [float("nan"), float("inf"), 2**80, "12", -1, SHARED, None, [1]])
-def test_a_step_that_is_none_is_passed_over(step, trained, tmp_path, capfd):
-    state = torch.load(trained, weights_only=True)
-    theirs = {"ema": state["ema"], "model": state["model"], "steps": step}
-    torch.save(theirs, tmp_path / "theirs.pt")
-    call("convert_checkpoint", "--in", tmp_path / "theirs.pt", "--out", tmp_path / "ours.pt",
-         "--source", "noamelata")
-    assert len(capfd.readouterr().err) < 2000
-
-
 def test_a_checkpoint_that_does_not_fit_its_run_is_refused(trained, digits, tmp_path, refusal):
     """PyTorch takes moments of any shapes, and fails at the next step."""
     shutil.copytree(trained.parent.parent, tmp_path / "run")
@@ -233,8 +176,8 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_refused(trained, digits, tmp_
     model = {key: value[..., :1] for key, value in state["model"].items()}
     moments = {i: dict(value, exp_avg=value["exp_avg"][:1])
                for i, value in state["opt"]["state"].items()}
-    for change in ({"step": "12"}, {"step": -1}, {"model": 3}, {"model": model}, {"ema": {}},
-                   {"opt": []}, {"opt": {"state": moments, "param_groups": []}}):
+    for change in ({"step": 0}, {"model": 3}, {"model": model}, {"ema": {}}, {"opt": []},
+                   {"opt": {"state": moments, "param_groups": []}}):
         torch.save(state | change, path)
         options = [*tiny(digits, tmp_path / "run"), "--max-steps", 20]
         assert path.name in refusal("train", options, "--run-dir", folder=path.parent), change

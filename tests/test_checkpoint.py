@@ -1,5 +1,6 @@
 """Checkpoints: whole, found again, opened as data, enough to rebuild the network."""
 
+import math
 import pickle
 import time
 from concurrent.futures import wait
@@ -18,12 +19,15 @@ from engine.checkpoint import (
     load_checkpoint,
     load_network,
     newest_checkpoint,
+    plain_config,
     restore_checkpoint,
     save_checkpoint,
 )
 from engine.errors import BadValue, UserError
 from engine.files import write_json
 from models import build
+from weights.convert import convert
+from weights.foreign_files import read_weights
 
 CONFIG = {"model": "DiT-T/4", "latent_shape": [3, 8, 8], "num_classes": 10, "image_size": 8,
           "vae": "none", "scale": 1.0, "lr": 0.1}
@@ -130,6 +134,107 @@ def test_the_network_is_rebuilt_from_the_file_alone(folder):
     assert all((p == 0.5).all() and not p.requires_grad for p in net.parameters())
 
 
+# ---- one set of checks --------------------------------------------------------------------------
+
+BIAS, HEAD = "blocks.0.mlp.fc1.bias", "blocks.0.mlp.fc1.weight"
+ONES = torch.ones(384)
+SHARED = ["x" * 100] * 10
+for _ in range(60):  # 10^62 characters, as a file of some kilobytes
+    SHARED = [SHARED] * 10
+WRONG = {  # what the line says: the kind and content of what is changed
+    "not finite": {BIAS: ONES * math.nan}, "finite in float32": {BIAS: ONES.double() * 1e300},
+    "int8": {BIAS: ONES.char()}, "bool": {BIAS: ONES.bool()}, "complex64": {BIAS: ONES.cfloat()},
+    "float8": {BIAS: ONES.to(torch.float8_e5m2)}, "sparse": {BIAS: ONES.to_sparse()},
+    "float32, quantised": {BIAS: ONES.to("meta")}, "NoneType": {BIAS: None}, "by name": {1: ONES},
+    "more numbers": {HEAD: torch.zeros(1).expand(384, 96)},
+    "numbers than the file": {HEAD: torch.zeros(1).half().expand(10**6, 10**6)},
+    "size mismatch": {BIAS: torch.ones(0)},
+    "scale is nan": {"scale": math.nan}, "scale is inf": {"scale": math.inf},
+    "scale is 0": {"scale": 0}, "scale is -1": {"scale": -1.0},
+    "scale is 1e-300": {"scale": 1e-300}, "scale is 1000": {"scale": 10**400},
+    "latent_std is [1.0, 0.0": {"latent_mean": [0.0] * 3, "latent_std": [1.0, 0.0, 1.0]},
+    "latent_std is [nan": {"latent_mean": [0.0] * 3, "latent_std": [math.nan] * 3},
+    "latent_std is [2.0]": {"latent_mean": [0.0] * 3, "latent_std": [2.0]},
+    "latent_mean is [0.0]": {"latent_mean": [0.0], "latent_std": [1.0] * 3},
+    "latent_std is None": {"latent_mean": [0.0] * 3},
+    "latent_mean is None": {"latent_mean": None, "latent_std": None},
+    "classes is ['a', 'b']": {"classes": ["a", "b"]}, "classes is abcdefghij": {
+        "classes": "abcdefghij"}, "classes is [['a']": {"classes": [["a"]] * 10},
+    "classes is 10": {"classes": 10}, "num_classes is 0": {"num_classes": 0},
+    "num_classes is -1": {"num_classes": -1}, "num_classes is True": {"num_classes": True},
+    "image_size is 0": {"image_size": 0}, "image_size is 10000": {"image_size": 10**9},
+    "omega_max is x": {"omega_max": "x"}, "vae is xxxx": {"vae": "x" * 10**5},
+    "model is 3": {"model": 3}, "Tensor is not JSON": {"model": ONES},
+    "depth is 36864": {"sizes": {"depth": 36864}}, "pos_embed": {"sizes": {"hidden_size": 36864}},
+    "too deep or too large": {"vae": SHARED},
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_what_no_image_can_be_made_of_is_refused_wherever_it_is_read(reason, tmp_path):
+    """Sampling made black images of weights that were NaN or whole numbers, or of a scale of NaN,
+    without a word, where conversion refused them. A tensor with a stride of 0, of one number in the
+    file, took any amount of memory."""
+    saved, path = state(5), tmp_path / "wrong.pt"
+    kind = "ema" if WRONG[reason].keys() & {BIAS, HEAD, 1} else "config"
+    torch.save(saved | {kind: saved[kind] | WRONG[reason]}, path)
+    for read in load_network, lambda path: convert(read_weights(path)):
+        with refused("must hold", reason) as error:
+            read(path)
+        assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf, -1, "7", True, ONES, SHARED, 10**30])
+def test_a_step_is_a_whole_number_wherever_it_is_read(step, tmp_path):
+    path = tmp_path / "wrong.pt"
+    torch.save(state(5) | {"step": step}, path)
+    for read in load_checkpoint, read_weights:
+        with refused("must", path, "step"):
+            read(path)
+
+
+def test_configs_that_could_not_be_printed_are_refused():
+    deep, circle = [], []
+    circle.append(circle)
+    for _ in range(20000):
+        deep = [deep]
+    for value in (deep, SHARED, circle, {"a": SHARED}, "x" * 10**8):
+        with pytest.raises(ValueError, match="too deep or too large"):
+            plain_config({"model": value})
+    for value in (b"bytes", torch.ones(3), {1}):
+        with pytest.raises(TypeError, match="JSON"):
+            plain_config({"model": value})
+    names = {"classes": [f"class {i}" for i in range(100_000)], "latent_shape": (3, 8, 8)}
+    assert plain_config(names) == names | {"latent_shape": [3, 8, 8]}
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64", "Parameter", "tied", "views"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_other_floats_parameters_and_shared_weights_are_read_and_written(kind, suffix, tmp_path):
+    """Parameters, and weights of two names, failed at .safetensors with "free space"."""
+    saved, path = state(5), tmp_path / f"odd{suffix}"
+    weights = saved["ema"]
+    if kind == "Parameter":
+        weights = {name: torch.nn.Parameter(value) for name, value in weights.items()}
+    elif kind == "tied":
+        weights |= {f"blocks.{i}.mlp.fc1.weight": weights[HEAD] for i in range(4)}
+    elif kind == "views":  # of one tensor, as in a file of fused weights
+        flat = torch.cat([value.flatten() for value in weights.values()])
+        parts = flat.split([value.numel() for value in weights.values()])
+        weights = {name: part.view(value.shape)
+                   for (name, value), part in zip(weights.items(), parts, strict=True)}
+    else:
+        weights = {name: value.to(getattr(torch, kind)) for name, value in weights.items()}
+    save_checkpoint(path, saved | {"ema": weights})
+    ours, converted = load_network(path)[0].state_dict(), convert(read_weights(path))[0]
+    save_checkpoint(tmp_path / "new.safetensors", converted)
+    for read in ours, converted["ema"], load_checkpoint(tmp_path / "new.safetensors")["ema"]:
+        assert all(torch.equal(read[name], value.float()) for name, value in weights.items())
+
+
+# ---- other files -------------------------------------------------------------------------------
+
+
 class Hostile:
     def __reduce__(self):
         return print, ("a pickle ran code",)
@@ -223,6 +328,20 @@ def test_damaged_bytes_of_a_safetensors_file_are_found(place, safetensors):
     flip(path, saved["ema"][place].numpy().tobytes() if place == "pos_embed" else place.encode(), 2)
     with refused(path.name, "damaged", "SHA-256"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("config", "step"), [
+    ("[" * 20000 + "]" * 20000, "1"), ("[1]", "1"), ('{"scale": NaN}', "1"), ("{", "1"),
+    ("{}", "nan"), ("{}", "-1"), ("{}", "9" * 30), ("{}", "9" * 5000)])
+def test_odd_metadata_of_a_safetensors_file_are_refused(config, step, tmp_path, monkeypatch):
+    path, saved = tmp_path / "odd.safetensors", state(7)
+    monkeypatch.setattr("json.dumps", lambda value: value)
+    save_checkpoint(path, saved | {"config": config, "step": step})
+    monkeypatch.undo()
+    for read in load_network, lambda path: convert(read_weights(path), source="zhuyu"):
+        with refused("must") as error:
+            read(path)
+        assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("case", ["torn", "empty", "text", "foreign", "config", "step"])

@@ -47,6 +47,18 @@ def test_a_weight_file_that_does_not_serve_is_refused(tmp_path):
             Extractor("adm", ALONE, inception=tmp_path / name)
 
 
+def test_a_word_comes_before_weights_are_downloaded_and_the_cause_if_they_are_not(
+        tmp_path, monkeypatch, capsys):
+    def fail(url, path):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with refused("no network", "--inception"):
+        Extractor("adm", ALONE)
+    assert capsys.readouterr().err.startswith("downloading https://")
+
+
 def test_pixels_are_for_tiny_images():
     assert dimension("pixels", (32, 32)) == 3072
     with refused("--protocol pixels", "at most 32 x 32, got 64 x 32", "--protocol pytorch-fid"):

@@ -324,6 +324,7 @@ def test_guidance_is_chosen_when_sampling(improved_checkpoint, tmp_path):
 def test_published_guidance_is_the_default_of_its_size():
     config = {"model": "iMF-XL/2", "vae": "mse", "omega_max": 8.0, "sizes": {"v_head": False}}
     assert sample.default_guidance(config) == {"omega": 8.0, "interval": [0.42, 0.62]}
+    assert sample.default_guidance(config | {"omega_max": None}) == sample.default_guidance(config)
     for other in ({"omega_max": 4.0}, {"vae": "none"}, {"sizes": {"depth": 6}}, {"model": "iMF"}):
         # nothing is published of such a training
         assert sample.default_guidance(config | other) == {"omega": 1.0, "interval": [0.0, 1.0]}

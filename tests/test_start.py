@@ -188,8 +188,14 @@ def test_a_file_that_is_gone_or_hostile_is_refused(digits, trained, tmp_path, re
     state = load_checkpoint(trained)
     state["config"] |= {"sizes": {"depth": 10**9}}
     torch.save(state, tmp_path / "hostile.pt")
-    for name, reason in ("gone.pt", "--init must be"), ("hostile.pt", "depth"):
-        refusal("train", options_from(tmp_path / name, digits, tmp_path / "run"), reason)
+    state["config"] |= {"sizes": None}
+    state["ema"]["pos_embed"][0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "black.pt")
+    for name, reason in (("gone.pt", "must be"), ("hostile.pt", "depth"), ("black.pt", "finite")):
+        options = options_from(tmp_path / name, digits, tmp_path / "run")
+        assert "--init must" in refusal("train", options, reason)
+        sample = ["--ckpt", tmp_path / name, "--sample-dir", tmp_path / "out"]
+        assert "--ckpt must" in refusal("sample", sample, reason)
 
 
 def test_a_run_continues_from_its_own_file_only(digits, trained, tmp_path, refusal):

@@ -1,6 +1,7 @@
 """The codecs: a small AutoencoderKL of random weights, and pixels."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -111,16 +112,18 @@ def test_the_fingerprint_is_that_of_the_encoder_alone(codec, copy):
         assert (load_codec(str(copy)).fingerprint() == codec.fingerprint()) == same
 
 
-def test_a_vae_neither_cached_nor_downloadable_is_refused(tmp_path, monkeypatch):
+def test_a_vae_neither_cached_nor_downloadable_is_refused(tmp_path, monkeypatch, capsys):
+    """A word comes first: without a network the client tries for half a minute."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with refused("--vae", "ema", "connect once"):
         load_codec("ema")
+    assert "downloading stabilityai/sd-vae-ft-ema" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["pickled", "a weight is missing", "shifted"])
+@pytest.mark.parametrize("how", ["pickled", "a weight is missing", "shifted", "scaled", "NaN"])
 def test_a_folder_without_a_vae_that_suits_is_refused(copy, how):
     """diffusers fills in random weights, with a warning."""
     path, config = copy / "diffusion_pytorch_model.safetensors", copy / "config.json"
@@ -128,10 +131,13 @@ def test_a_folder_without_a_vae_that_suits_is_refused(copy, how):
     if how == "pickled":
         torch.save(weights, copy / "diffusion_pytorch_model.bin")
         path.unlink()
-    elif how == "shifted":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.1}))
+    elif how in ("shifted", "scaled"):
+        change = {"shift_factor": 0.1} if how == "shifted" else {"scaling_factor": 0.0}
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
     else:
-        del weights["encoder.conv_in.weight"]
+        weights["decoder.conv_in.bias"][0] = math.nan
+        if how != "NaN":
+            del weights["encoder.conv_in.weight"]
         save_file(weights, path, {"format": "pt"})
     with refused("--vae", copy):
         load_codec(str(copy))

@@ -4,14 +4,13 @@ convert recognises a network by names and shapes of its tensors and returns a ch
 export gives it the names of another repository.
 """
 
-import json
 import math
 import re
 from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import check_fields, check_weights
+from engine.checkpoint import check_network, plain_config, to_float32
 from engine.errors import UserError
 from models import SIZES, DiT, DiT_models, ImprovedDiT, build, describe, sincos_table
 from weights.foreign_files import refusal
@@ -57,8 +56,8 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
             weights, config, report = convert_foreign(foreign, heads, image_size, source)
         else:
             weights, report = to_float32(foreign.tensors), [f"recognised: ours, {foreign.about}"]
-            config = json.loads(json.dumps(foreign.config))  # a .safetensors file holds it as JSON
-        check_fields(config, weights)
+            config = plain_config(foreign.config)
+        check_network(config, weights)
     except UserError:
         raise
     except Exception as error:  # tensors and a config of any content
@@ -166,12 +165,6 @@ def possible_repositories(tensors, foreign):
     if wide and args and not prediction:
         raise refusal("hold a velocity", "a DiT that predicts noise at integer times")
     return {"velocity": ("sit",), "v": ("repa",)}.get(prediction, ("sit", "repa"))
-
-
-def to_float32(tensors):
-    """The tensors in float32, contiguous. Raises ValueError as check_weights does."""
-    check_weights(tensors)
-    return {name: value.detach().float().contiguous() for name, value in tensors.items()}
 
 
 def warm_start(weights, *, reverse):

@@ -2,6 +2,7 @@
 flax and orbax, one msgpack file or a folder of TensorStore's OCDBT format."""
 
 import argparse
+import json
 import math
 import re
 import warnings
@@ -11,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import SAFETENSORS, check_plain, read_safetensors
+from engine.checkpoint import SAFETENSORS, is_step, read_safetensors
 from engine.errors import BadValue
-from engine.files import find_damage
+from engine.files import find_damage, sha256
 
 
 def refusal(rule, content, remedy="give a checkpoint of MeanFlow, improved MeanFlow or SiT"):
@@ -25,22 +26,26 @@ class ForeignWeights(NamedTuple):
     """Tensors by name as they were saved, and what the file says of them."""
 
     tensors: dict
-    path: Path | None = None
-    has_checksums: bool = False  # which were compared
     about: str = "weights"  # for reports: averaged or raw, and of which step
     step: int | None = None
     args: dict | None = None  # the command line in a PyTorch training file
     config: dict | None = None  # in our own files
     jax: bool = False  # names and layouts are those of JAX, with dots in the path
+    origin: str = ""  # for reports: path, SHA-256, and whether damage would have been seen
 
 
 def read_weights(path, *, raw=False):
     """The ForeignWeights of a file or folder: averaged, or the raw ones of a training file.
     Tensors of PyTorch files stay on disk until they are used. Raises BadValue."""
     path = find_checkpoint(Path(path))
-    read = reader_of(path)
+    read, digest = reader_of(path), sha256(path)
+    blob = path.resolve()  # Hugging Face's cache names a file by its SHA-256
+    if path.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
+        raise refusal("be whole", f"{blob}, whose SHA-256 is {digest}", "remove it")
     try:
-        state = read(path, "model" if raw else "ema")
+        with warnings.catch_warnings():  # the line on stderr says it
+            warnings.simplefilter("ignore")
+            state = read(path, "model" if raw else "ema")
     except ImportError as error:
         raise refusal("be a file that this Python can open", f"{path} without the {error.name} "
                       f"package", f"pip install {error.name}") from error
@@ -53,10 +58,11 @@ def read_weights(path, *, raw=False):
                       "copy it again, or unzip it if it is a zip of a folder") from error
     if not isinstance(state, dict):
         raise refusal("hold a dict of tensors", f"{path} with a {type(state).__name__}")
-    weights = choose_weights(state, raw, path)
-    checked = read is read_torch and zipfile.is_zipfile(path) or bool(weights.config)
-    return weights._replace(path=path, has_checksums=checked,
-                            jax=read in (read_msgpack, read_ocdbt))
+    origin = f"read: {path}, SHA-256 {digest}"
+    if not (zipfile.is_zipfile(path) if read is read_torch else state.get("config")):
+        origin += "\nthat format has no checksum: compare the SHA-256 with its owner's"
+    return choose_weights(state, raw, path)._replace(jax=read in (read_msgpack, read_ocdbt),
+                                                     origin=origin)
 
 
 def choose_weights(state, raw, path):
@@ -69,18 +75,16 @@ def choose_weights(state, raw, path):
     if not isinstance(tensors, dict) or not tensors:
         raise refusal(f"hold {'raw' if raw else 'averaged'} weights", f"{path} without them",
                       "leave --raw out" if raw else "add --raw for weights that are not averaged")
-    about, step, args = "raw weights" if raw else "averaged weights", state.get("steps"), None
-    step = step if type(step) is int and 0 <= step < 2**63 else None
+    about, args = "raw weights" if raw else "averaged weights", None
+    step = state.get("step" if "config" in state else "steps")
+    if step is not None and not is_step(step):
+        raise refusal("hold a count of steps", f"{path}, whose step is no whole number")
     if step:
         about += f" of step {step}"
-    try:
-        if isinstance(state.get("args"), argparse.Namespace):
-            args = vars(state["args"])
-            check_plain(args)
-        check_plain(state.get("config"))
-    except ValueError as error:
-        raise refusal("hold plain settings", f"{path} ({error})") from error
-    return ForeignWeights(tensors, about=about, step=step, args=args, config=state.get("config"))
+    if isinstance(state.get("args"), argparse.Namespace):  # other values may be of any size
+        args = {name: value for name, value in vars(state["args"]).items()
+                if isinstance(value, str | int | float)}
+    return ForeignWeights(tensors, about, step, args, state.get("config"))
 
 
 def find_checkpoint(path):
@@ -116,12 +120,10 @@ def reader_of(path):
 def read_torch(path, _):
     """What torch.save wrote."""
     zipped = zipfile.is_zipfile(path)  # files of before PyTorch 1.6 are not, and cannot be mapped
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the line on stderr says it
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if zipped and (damage := find_damage(path, mapped=True)):  # torch.load compares no checksums
         raise ValueError(damage)
-    return state
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def read_safetensors_file(path, _):
@@ -155,6 +157,7 @@ def read_msgpack(path, group):
     return state
 
 
+ZEROS, COMPRESSION = 2**30, 100  # bytes that a folder may leave out, and that one byte becomes
 JAX_GROUPS = {"ema": "ema_params", "model": "params"}
 
 
@@ -182,24 +185,37 @@ def read_ocdbt(folder, group):
     """A JAX state in TensorStore's OCDBT format, as newer orbax writes it; as read_msgpack."""
     import tensorstore
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
-    prefix, state = JAX_GROUPS[group] + ".", {group: {}}
-    # Bytes. Arrays of zeros take none in the files; but TensorStore aborts where memory is short
-    left = 100 * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    for key in tensorstore.KvStore.open(store).result().list().result():
+    files = tensorstore.KvStore.open(store).result()
+    prefix, state, drivers, arrays = JAX_GROUPS[group] + ".", {group: {}}, {}, []
+    for key in files.list().result():
         name, _, file = key.decode().rpartition("/")
         driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(file)
         if driver and (name == "step" or name.startswith(prefix)):
-            spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
-            array = tensorstore.open(spec).result()
-            shapes = array.shape, array.chunk_layout.read_chunk.shape or ()
-            left -= math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
-            if max(map(math.prod, shapes)) > left:
-                raise ValueError(f"{name:.60} with shape and chunk {shapes!s:.90} is larger than "
-                                 f"the files")
-            value = array.read().result()
-            if name == "step":
-                state["steps"] = int(value)
-            else:
-                state[group][name.removeprefix(prefix)] = from_bytes(
-                    value.tobytes(), value.dtype.name, value.shape)
+            drivers[name] = driver
+            arrays.append(json.loads(files.read(key).result().value))
+    check_claims(folder, arrays)
+    for name, driver in drivers.items():
+        spec = {"driver": driver, "kvstore": {**store, "path": f"{name}/"}}
+        value = tensorstore.open(spec).result().read().result()
+        if name == "step":
+            state["steps"] = int(value)
+        else:
+            state[group][name.removeprefix(prefix)] = from_bytes(
+                value.tobytes(), value.dtype.name, value.shape)
     return state
+
+
+def check_claims(folder, arrays):
+    """Raises errors of many kinds where zarr's metadata claim other things than numbers, or far
+    more than the folder has: TensorStore would allocate them, and end the process if it cannot."""
+    claimed = 0
+    for array in arrays:
+        kind = array["dtype"] if "dtype" in array else array["data_type"]
+        if not isinstance(kind, str) or not re.fullmatch(r"[<>|]?[a-z]{1,6}[0-9]{1,2}", kind):
+            raise ValueError(f"an array of {kind!s:.40}")
+        chunk = (array["chunks"] if "chunks" in array else
+                 array["chunk_grid"]["configuration"]["chunk_shape"])
+        claimed += 8 * max(math.prod(abs(int(size)) for size in sizes)
+                           for sizes in (array["shape"], chunk))
+    if claimed > ZEROS + COMPRESSION * sum(file.stat().st_size for file in folder.rglob("*")):
+        raise ValueError(f"arrays that claim {claimed:.1e} bytes")

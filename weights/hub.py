@@ -1,21 +1,23 @@
 """Checkpoints by path, or by address on the Hugging Face Hub: hf://OWNER/REPO[@REVISION]/FILE."""
 
-import contextlib
 import logging
 import re
 import sys
+import urllib.parse
+import warnings
 from pathlib import Path
-from urllib.parse import unquote
 
 from engine.checkpoint import load_checkpoint
 from engine.errors import BadValue
 from engine.files import sha256
 
-ADDRESS = re.compile(r"(?!.*[/@]\.{1,2}(/|$))"  # no . and .., which leave the cache
-                     r"hf://(?P<repo_id>[^/@\s]+/[^/@\s]+)"
-                     r"(@(?P<revision>refs/\w+/\w+|[^/@\s]+))?/(?P<filename>[^@]*[^@/\s])")
-IN_BROWSER = re.compile(r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)([^/]+/[^/]+)"
-                        r"/(?:blob|resolve|raw|tree)/([^/]+)/([^?#]+)")
+NAME, REVISION = r"(?!\.\.?[/@])[^/@\s]+", r"refs/\w+/\w+|(?!\.\.?/)[^/@\s]+"  # neither . nor ..
+ADDRESS = re.compile(rf"hf://(?P<repo_id>{NAME}/{NAME})(@(?P<revision>{REVISION}))?"
+                     r"/(?P<filename>(?!(.*/)?\.\.?(/|$))[^@]*[^@/\s])")
+# What a browser shows, or that after hf://
+PAGE = re.compile(r"(hf://|(https?://)?(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/)"
+                  r"(?P<repository>[^/]+/[^/?#]+)(/(blob|resolve|raw|tree|blame)"
+                  r"/(?P<revision>refs/\w+/\w+|[^/?#]+)(/(?P<file>[^?#]+))?)?/?([?#].*)?")
 
 
 def file_or_address(text):
@@ -26,49 +28,77 @@ def file_or_address(text):
 def open_checkpoint(name, world):
     """The checkpoint of this path or address, as load_checkpoint returns it. Every rank must call
     this: rank 0 verifies the file, and each machine downloads it. Raises BadValue."""
-    def find():
-        path = local_file(name)
+    def verify(path):
         load_checkpoint(path, verify=True)
         return path
 
-    path = world.on_main(find)
+    path = world.on_main(lambda: read_file(name, verify))
     return load_checkpoint(path if path.exists() else local_file(name))
 
 
-def local_file(name):
-    """The path of a file; of an address, in the cache of huggingface_hub, downloaded if it is not
-    there or damaged. REVISION is a branch, a tag or a commit, by default main. Raises BadValue."""
-    page = IN_BROWSER.match(str(name))
-    if "://" not in str(name) and (Path(name).exists() or not page):
-        return Path(name)
-    place, remedy = ADDRESS.fullmatch(str(name)), "mend it"
-    if page:
-        repository, revision, file = map(unquote, page.groups())
-        remedy = f"give hf://{repository}{'' if revision == 'main' else f'@{revision}'}/{file}"
-    if not place:
-        raise BadValue(f"must be a path or hf://OWNER/REPO[@REVISION]/FILE, got {name}; {remedy}")
+def read_file(name, read):
+    """read(path) for the file of this path or address. Where read raises BadValue, a file of the
+    cache that is not the Hub's is downloaded again, once. Raises BadValue."""
+    path = local_file(name)
     try:
-        return _download(name, place.groupdict())
-    except Exception as error:  # httpx and requests, which older versions use, have their own kinds
-        while error.__cause__:
-            error = error.__cause__
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        remedy = remedy if page else "check the address or give the path of a copy"
-        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); "
-                       f"{remedy}") from error
+        return read(path)
+    except BadValue:
+        blob = path.resolve()  # the cache names all but small files by their SHA-256
+        if path == Path(name) or blob.name == sha256(blob):
+            raise
+        print(f"{blob} seems torn or damaged", file=sys.stderr)
+    path = local_file(name, again=True)
+    try:
+        return read(path)
+    except BadValue as error:
+        raise BadValue(f"{error} ({name}, downloaded again to {path.resolve()})") from error
 
 
-def _download(name, place):
-    from huggingface_hub import hf_hub_download
+def local_file(name, *, again=False):
+    """The path of a file; of an address, in the cache of huggingface_hub, downloaded if it is not
+    there, or again. REVISION is a branch, a tag or a commit, by default main. Raises BadValue."""
+    text = str(name)
+    place, is_page = ADDRESS.fullmatch(text), PAGE.fullmatch(text) and not Path(name).exists()
+    if not place and ("://" in text or is_page):
+        remedy = "mend it" if text.startswith("hf://") else "download it and give its path"
+        raise BadValue(f"must be a path or hf://OWNER/REPO[@REVISION]/FILE, got {name}; "
+                       f"{suggestion(text) or remedy}")
+    if not place:
+        return Path(name)
     from huggingface_hub.utils import LocalEntryNotFoundError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each of its attempts
-    with contextlib.suppress(LocalEntryNotFoundError):
-        path = Path(hf_hub_download(**place, local_files_only=True))
-        blob = path.resolve()  # large ones are named by their SHA-256
-        if not re.fullmatch("[0-9a-f]{64}", blob.name) or sha256(blob) == blob.name:
-            return path
-        print(f"{blob} is damaged", file=sys.stderr)
-        place = place | {"force_download": True}
-    print(f"downloading {name}", file=sys.stderr)
-    return Path(hf_hub_download(**place))
+    try:
+        return download(place.groupdict(), name, again)
+    except Exception as error:  # httpx and requests, which older versions use, have their own kinds
+        cause = isinstance(error, LocalEntryNotFoundError) and error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        remedy = "check the address, the network and HF_HOME, or give the path of a copy"
+        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); "
+                       f"{suggestion(text) or remedy}") from error
+
+
+def download(place, name, again):
+    """The path of a file in the cache, to which it is downloaded. Raises errors of many kinds."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import LocalEntryNotFoundError
+
+    try:
+        if not again:
+            return Path(hf_hub_download(**place, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    print(f"downloading {name}", file=sys.stderr)  # without a network the client tries for a while
+    with warnings.catch_warnings():  # of a full disk: the error says it
+        warnings.simplefilter("ignore")
+        return Path(hf_hub_download(**place, **({"force_download": True} if again else {})))
+
+
+def suggestion(text):
+    """"give hf://..." for the address of a page of the Hub, else ""."""
+    page = PAGE.fullmatch(text)
+    if not page:
+        return ""
+    parts = {name: urllib.parse.unquote(part or "") for name, part in page.groupdict().items()}
+    revision = f"@{parts['revision']}" if parts["revision"] not in ("", "main") else ""
+    return f"give hf://{parts['repository']}{revision}/{parts['file'] or 'FILE'}"
