@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from engine.errors import BadValue
-from engine.files import atomic_file, find_damage
+from engine.files import atomic_file, find_damage, utf8_path
 from engine.sharding import full_tensor, shard_like
 from models import build
 
@@ -164,7 +164,8 @@ def _read(path, verify):
                            "config": config}
     if verify and zipfile.is_zipfile(path) and (damage := find_damage(path, mapped=True)):
         raise ValueError(f"damaged: {damage}")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with utf8_path(path) as name:
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_safetensors(path):
@@ -172,7 +173,7 @@ def read_safetensors(path):
     Raises ValueError for damaged bytes, and errors of many kinds for a torn file."""
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    with utf8_path(path) as name, safe_open(name, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     if not metadata.keys() >= {"config", "step", "sha256"}:

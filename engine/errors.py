@@ -93,6 +93,10 @@ def lasting_output():
 @lasting_output()
 def run_main(main, parse_args):
     """Run a script. Expected errors end it with one line."""
+    utf8 = sys.getfilesystemencoding() == "utf-8" or "utf8" in sys._xoptions
+    if not utf8 and main.__module__ == "__main__":
+        # Names are bytes: as UTF-8 they are the same text, in options and configs, in every locale
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by the script for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -108,6 +108,14 @@ def sha256(path):
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def utf8_path(path):
+    """Yields a path to a file for code in C++ and Rust, which opens only names in UTF-8."""
+    with open(path, "rb") as file:
+        utf8 = os.fsencode(path) == str(path).encode(errors="replace")
+        yield path if utf8 else f"/dev/fd/{file.fileno()}"
+
+
 def check_folder(path):
     """Raise BadValue unless this folder is, or could be made, writable."""
     path = Path(path)

@@ -1,6 +1,7 @@
 """Checkpoints: whole, found again, opened as data, enough to rebuild the network."""
 
 import math
+import os
 import pickle
 import time
 from concurrent.futures import wait
@@ -288,6 +289,15 @@ def test_a_run_of_other_options_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with refused("config.json"):
         check(tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"1.pt", b"1.safetensors"])
+def test_a_checkpoint_is_found_again_under_a_name_that_is_no_utf8(name, tmp_path):
+    """PyTorch wrote it and did not read it: the run counted as damaged."""
+    path, saved = tmp_path / os.fsdecode(b"n\xff" + name), state(1)
+    save_checkpoint(path, saved)
+    for loaded in (load_checkpoint(path, verify=True)["ema"], read_weights(path).tensors):
+        assert all(torch.equal(saved["ema"][key], loaded[key]) for key in saved["ema"])
 
 
 # ---- .safetensors ------------------------------------------------------------------------------

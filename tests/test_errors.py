@@ -31,11 +31,11 @@ run_main(main, lambda: None)
 
 def run(command, folder, **more):
     """Run a command of sh, in a folder, where $RUN is Python with SCRIPT."""
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "printing.py").write_text(SCRIPT)
     return subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, text=True,
                           capture_output=True, errors="replace",
                           env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable,
-                                            "RUN": f"{sys.executable} script.py"}, **more)
+                                            "RUN": f"{sys.executable} printing.py"}, **more)
 
 
 @pytest.mark.parametrize("output", [
@@ -51,7 +51,7 @@ def test_output_that_nobody_reads_ends_nothing(output, tmp_path):
 def test_a_result_that_a_full_disk_does_not_take_is_an_error(tmp_path):
     done = run("$RUN >/dev/full", tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "script.py: error: cannot write the result to stdout: No space" in done.stderr
+    assert "printing.py: error: cannot write the result to stdout: No space" in done.stderr
 
 
 def test_output_that_does_not_wait_is_waited_for():
@@ -127,6 +127,16 @@ def test_results_are_printed_whatever_their_names(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as of a notebook
     run_main(lambda args: print("text"), lambda: None)
     assert sys.stdout.getvalue() == "text\n"
+
+
+def test_names_are_utf8_in_every_locale(tmp_path):
+    """--classes and --init did not find what was written elsewhere, and other runs were it."""
+    (tmp_path / "script.py").write_text(
+        "import sys; from engine.errors import run_main\n"
+        "def main(args): print(*sys.argv[1:], sys.stdout.encoding)\n"
+        "run_main(main, lambda: None)")
+    done = run("LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 $PYTHON script.py 'é 日'", tmp_path)
+    assert done.stdout == "é 日 utf-8\n", done.stderr
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}

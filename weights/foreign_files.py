@@ -14,7 +14,7 @@ import torch
 
 from engine.checkpoint import SAFETENSORS, is_step, read_safetensors
 from engine.errors import BadValue
-from engine.files import find_damage, sha256
+from engine.files import find_damage, sha256, utf8_path
 
 
 def refusal(rule, content, remedy="give a checkpoint of MeanFlow, improved MeanFlow or SiT"):
@@ -122,8 +122,8 @@ def read_torch(path, _):
     zipped = zipfile.is_zipfile(path)  # files of before PyTorch 1.6 are not, and cannot be mapped
     if zipped and (damage := find_damage(path, mapped=True)):  # torch.load compares no checksums
         raise ValueError(damage)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    with torch.serialization.safe_globals([argparse.Namespace]), utf8_path(path) as name:
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def read_safetensors_file(path, _):
