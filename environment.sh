@@ -2,7 +2,10 @@
 # installs a requirements file into it whenever a requirements file has changed.
 
 prepare() {  # prepare REQUIREMENTS_FILE
-    if ! .venv/bin/python -c '' 2>/dev/null; then
+    flock 9 2>/dev/null || true  # one at a time, where the system has flock
+    # Half removed, without its pyvenv.cfg, it would install into the Python that it was made with
+    if ! .venv/bin/python -c 'import os, sys; sys.exit(not os.path.samefile(sys.prefix, ".venv"))' \
+        2>/dev/null; then
         local python
         for python in python3 python none; do
             if is_new_enough "$python"; then
@@ -13,7 +16,10 @@ prepare() {  # prepare REQUIREMENTS_FILE
             echo "Found no Python 3.10 or newer as python3 or python: install one" >&2
             exit 2
         fi
-        "$python" -m venv --clear .venv
+        "$python" -m venv --clear .venv || {
+            echo "Cannot make .venv: mend what is said above, or remove .venv, and repeat" >&2
+            exit 2
+        }
     elif ! is_new_enough .venv/bin/python; then
         echo "The Python of .venv must be 3.10 or newer: remove the folder .venv and repeat" >&2
         exit 2
@@ -31,7 +37,7 @@ prepare() {  # prepare REQUIREMENTS_FILE
         echo "$wanted" > "$installed"
         rm $unfinished
     fi
-}
+} 9<environment.sh
 
 is_new_enough() {  # is_new_enough PYTHON
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -35,7 +36,8 @@ PYTHON = """#!/bin/bash
 echo "$*" >> asked
 case "$*" in
     "-c import sys"*) exit ${TOO_OLD:-0};;
-    "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python
+    "-c import os"*) test -e .venv/pyvenv.cfg;;
+    "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; touch .venv/pyvenv.cfg
                 eval "$INTERRUPT_VENV"; touch .venv/pip;;
     "-m pip --version") test -e .venv/pip;;
     "-m ensurepip") touch .venv/pip;;
@@ -97,5 +99,24 @@ def test_a_venv_whose_python_is_gone_is_made_anew_and_an_old_one_named(prepare, 
     (tmp_path / ".venv" / "bin" / "python").symlink_to("/nowhere/python3.9")
     code, said, _ = prepare(TOO_OLD="1")
     assert code == 2 and "Found no Python" in said
+    code, said, _ = prepare(INTERRUPT_VENV="exit 1")
+    assert code == 2 and "remove .venv" in said
+    (tmp_path / ".venv" / "bin" / "python").unlink()
     code, _, asked = prepare()
     assert code == 0 and "-m venv --clear .venv" in asked
+
+
+def test_a_venv_that_is_half_removed_is_made_anew(prepare, tmp_path):
+    """Without pyvenv.cfg its Python installs into the one that it was made with."""
+    prepare()
+    (tmp_path / ".venv" / "pyvenv.cfg").unlink()
+    assert "-m venv --clear .venv" in prepare()[2]
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
+def test_of_two_at_once_one_waits_for_the_other(prepare):
+    """Each cleared what the other made."""
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda _: prepare(INTERRUPT_PIP="sleep 0.5"), range(2)))
+    assert [code for code, *_ in ends] == [0, 0]
+    assert max((asked for *_, asked in ends), key=len).count("-m venv") == 1
