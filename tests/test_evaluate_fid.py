@@ -153,17 +153,3 @@ def test_images_that_cannot_be_evaluated_are_refused(option, other, kind, words,
     line = refusal("evaluate_fid", [option, bad, other, good, "--protocol", "pixels",
                                     "--num-workers", 0], f"error: {option}")
     assert all(word in line for word in words), line
-
-
-def test_weights_neither_cached_nor_downloadable_are_named_with_their_place(tmp_path, refusal,
-                                                                             monkeypatch):
-    """Behind a proxy that refuses: where there is a network, a test may not download either."""
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    home = tmp_path / "home" / "hub" / "checkpoints"
-    home.mkdir(parents=True)
-    folder = save(pictures(3, 8, seed=9), tmp_path / "a")
-    line = refusal("evaluate_fid", ["--samples", folder, "--ref", folder], "--inception")
-    for word in ("pt_inception-2015-12-05-6726825d.pth", "https://", str(home)):
-        assert word in line
