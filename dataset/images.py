@@ -177,9 +177,7 @@ class ImageFolder:
         files = np.array([os.fsencode(f"{folder}/{name}")
                           for folder, names in folders.items() for name in names])
         labels = torch.arange(len(counts)).repeat_interleave(torch.tensor([*counts.values()]))
-        # As UTF-8 whatever the locale: a run may be resumed under another
-        classes = [os.fsencode(name).decode(errors="surrogateescape") for name in counts]
-        return classes, files, labels, notes
+        return list(counts), files, labels, notes
 
     def __len__(self):
         return len(self.files)

@@ -135,7 +135,15 @@ def load_checkpoint(path, *, verify=False):
     file's checksums. The config is as JSON gives it back. Raises BadValue for a missing, torn,
     damaged or foreign file.
     """
-    path = Path(path)
+    state = _open(Path(path), verify)
+    with _fitting(path):
+        if not is_step(state["step"]):
+            raise ValueError("its step is no whole number")
+        return state | {"config": plain_config(state["config"])}
+
+
+def _open(path, verify):
+    """load_checkpoint's dict, whatever its step and config are. Raises BadValue."""
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
         inside = (*list_checkpoints(path / "checkpoints"), *list_checkpoints(path))
@@ -150,10 +158,7 @@ def load_checkpoint(path, *, verify=False):
                        f"data: {type(error).__name__} {error!s:.100}); {REMEDY}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
         raise BadValue(f"must hold {', '.join(KEYS)}, got {path} (a foreign file); {REMEDY}")
-    with _fitting(path):
-        if not is_step(state["step"]):
-            raise ValueError("its step is no whole number")
-        return state | {"config": plain_config(state["config"])}
+    return state
 
 
 def _read(path, verify):
@@ -213,7 +218,7 @@ def newest_checkpoint(folder):
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            load_checkpoint(path, verify=True)
+            _open(path, verify=True)
             return path
         except BadValue:
             print(f"passing over {path}, which is torn or damaged", file=sys.stderr)

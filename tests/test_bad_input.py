@@ -176,8 +176,8 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_refused(trained, digits, tmp_
     model = {key: value[..., :1] for key, value in state["model"].items()}
     moments = {i: dict(value, exp_avg=value["exp_avg"][:1])
                for i, value in state["opt"]["state"].items()}
-    for change in ({"step": 0}, {"model": 3}, {"model": model}, {"ema": {}}, {"opt": []},
-                   {"opt": {"state": moments, "param_groups": []}}):
+    for change in ({"step": "12"}, {"step": -1}, {"step": 0}, {"model": 3}, {"model": model},
+                   {"ema": {}}, {"opt": []}, {"opt": {"state": moments, "param_groups": []}}):
         torch.save(state | change, path)
         options = [*tiny(digits, tmp_path / "run"), "--max-steps", 20]
         assert path.name in refusal("train", options, "--run-dir", folder=path.parent), change

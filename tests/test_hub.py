@@ -32,7 +32,7 @@ def test_a_file_is_downloaded_once_for_each_revision(hub):
         assert local_file(address).read_bytes() == b"weights"
     assert hub.asked == [("ann/digits", "runs/a.pt", revision) for revision in (None, "v1")]
     assert file_or_address(ADDRESS) == ADDRESS  # a Path would lose a slash
-    with refused("must be", "hf://ann/digits@v2/runs/a.pt", "404 Client Error.", "Entry Not Found"):
+    with refused("must be", "got hf://ann/digits@v2/runs/a.pt (404 Client Error. Entry Not Found)"):
         local_file("hf://ann/digits@v2/runs/a.pt")
 
 

@@ -154,12 +154,15 @@ def test_the_names_of_classes_do_not_depend_on_the_locale(tmp_path):
     """A run that was begun under the C locale was another one elsewhere."""
     save_folder(tmp_path / "data")
     (tmp_path / "data" / "a").rename(tmp_path / "data" / "é日")
-    command = ("import sys; from dataset.images import ImageFolder; "
-               "print(ascii(ImageFolder(sys.argv[1], 8).classes))")
+    script = tmp_path / "script.py"
+    script.write_text("import sys; from dataset.images import ImageFolder\n"
+                      "def main(path): print(ascii(ImageFolder(path, 8).classes))\n"
+                      "from engine.errors import run_main; run_main(main, lambda: sys.argv[1])\n")
     for encoding in ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
                      {"PYTHONUTF8": "1"}):
-        done = subprocess.run([sys.executable, "-c", command, tmp_path / "data"], text=True,
-                              capture_output=True, cwd=ROOT, env=os.environ | encoding)
+        done = subprocess.run([sys.executable, script, tmp_path / "data"], text=True,
+                              capture_output=True,
+                              env=os.environ | encoding | {"PYTHONPATH": str(ROOT)})
         assert done.stdout == ascii(["b", "é日"]) + "\n", done.stderr
 
 

@@ -54,7 +54,8 @@ def test_a_word_comes_before_weights_are_downloaded_and_the_cause_if_they_are_no
 
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    with refused("no network", "pt_inception-2015-12-05-6726825d.pth", tmp_path, "--inception"):
+    with refused("no network", "pt_inception-2015-12-05-6726825d.pth", "https://",
+                 tmp_path, "--inception"):
         Extractor("adm", ALONE)
     assert capsys.readouterr().err.startswith("downloading https://")
 
