@@ -19,7 +19,8 @@ from engine.checkpoint import save_checkpoint
 from engine.errors import UserError, naming, run_main
 from engine.files import check_folder, make_folder
 from engine.options import Parser, int_range
-from models import is_improved
+from methods import METHODS, default_method
+from models import network_class
 from weights.convert import FORMATS, REPOSITORIES, convert, export
 from weights.foreign_files import read_weights
 from weights.hub import file_or_address, read_file
@@ -59,8 +60,10 @@ def main(args):
         state, report = convert(foreign, heads=args.heads, image_size=args.image_size,
                                 source=args.source)
     config = state["config"]
-    if foreign.config is None and is_improved(config["model"]) and config["vae"] != "none":
-        config |= LATENT_NORMALISATION
+    if foreign.config is None:
+        config.setdefault("method", default_method(network_class(config["model"])))
+        if METHODS[config["method"]].normalises_channels and config["vae"] != "none":
+            config |= LATENT_NORMALISATION
     scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
     report[:0] = [foreign.origin]
     report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "

@@ -27,6 +27,7 @@ interval [0, 1] where r = t, are as in the official implementation (Lyy-iiis/ime
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -34,11 +35,14 @@ import meanflow
 from meanflow import (
     Draws,
     Loss,
-    MeanFlow,
-    SettingError,
+    Method,
     attention_in_bfloat16,
     per_row,
+    rows_of,
+    setting,
+    sorted_times,
     total_derivative,
+    velocity_of,
 )
 
 
@@ -50,42 +54,48 @@ class ImprovedDraws(Draws):
     t_min: torch.Tensor  # (B,) in [0, 0.5], where guidance begins to act
     t_max: torch.Tensor  # (B,) in [0.5, 1], where it ends
 
-    def part(self, i, n):
-        """Rows i, i + n, i + 2n, ... : the share of rank (or micro-batch) i of n."""
-        rows = slice(i, None, n)
-        return ImprovedDraws(**vars(super().part(i, n)), omega=self.omega[rows],
-                             t_min=self.t_min[rows], t_max=self.t_max[rows])
+
+# omega and interval of the published FIDs in one step, searched by their authors for the best one
+# (Lyy-iiis/imeanflow, configs/eval_config.yml)
+PUBLISHED_GUIDANCE = {"iMF-B/2": (8.0, 0.4, 0.65), "iMF-M/2": (10.5, 0.4, 0.6),
+                      "iMF-L/2": (10.5, 0.4, 0.6), "iMF-XL/2": (8.0, 0.42, 0.62)}
 
 
-class ImprovedMeanFlow(MeanFlow):
-    """The training objective: ``draw``, then ``loss``.
+class ImprovedMeanFlow(Method):
+    """The objective of arXiv 2512.02012. Settings beside those of Method:
 
-    num_classes, ratio, p_mean, p_std, label_drop, p, c: as for MeanFlow.
-    omega_max: largest guidance scale, 1 or more; 1 means no guidance.
-    beta: the density of omega falls as omega^-beta; 0 or more.
-
-    Raises SettingError for a setting out of its range.
+    p_mean, p_std: mean and standard deviation of the logit-normal times.
+    omega_max: largest guidance scale; 1 means no guidance.
+    beta: the density of omega falls as omega^-beta.
     """
 
-    def __init__(self, *, num_classes, ratio=0.5, p_mean=-0.4, p_std=1.0, omega_max=8.0, beta=1.0,
-                 label_drop=0.1, p=1.0, c=0.01):
-        super().__init__(num_classes=num_classes, ratio=ratio, p_mean=p_mean, p_std=p_std,
-                         label_drop=label_drop, p=p, c=c)
-        for name, value, low in (("omega_max", omega_max, 1), ("beta", beta, 0)):
-            if not low <= value < math.inf:
-                raise SettingError(name, f"must be {low} or more and finite, got {value}; choose "
-                                         f"another value")
-        self.omega_max, self.beta = omega_max, beta
+    ratio: float = 0.5
+    p_mean: float = setting(-0.4, "(-inf, inf)", "mean of the logit-normal times")
+    p_std: float = setting(1.0, "(0, inf)", "standard deviation of the logit-normal times")
+    omega_max: float = setting(8.0, "[1, inf)",
+                               "largest guidance scale that is learnt, 1 = no guidance")
+    beta: float = setting(1.0, "[0, inf)", "guidance scales are drawn with density ~ omega^-beta")
 
-    # ---- the draws: all randomness is here ---------------------------------------------------
+    inputs = (*Method.inputs, "omega", "t_min", "t_max")
+    keywords = ("heads",)
+    passes = ("velocity", "time_derivative")
+    run_names = MappingProxyType({"omega_max": "omega"})
+    normalises_channels = True
 
-    def draw(self, shape, *, device=None, generator=None):
-        """ImprovedDraws for a batch of this shape (B, ...), float32, on device."""
-        draws = super().draw(shape, device=device, generator=generator)
-        uniform = torch.rand(3, shape[0], device=device, generator=generator)
+    def draw(self, shape, **options):
+        """ImprovedDraws for a batch of this shape (B, ...); the options are Method.draw's."""
+        draws = super().draw(shape, **options)
+        uniform = torch.rand(3, shape[0], device=options.get("device"),
+                             generator=options.get("generator"))
         t_min, t_max = uniform[0] / 2, (1 + uniform[1]) / 2
         t_min[:draws.equal], t_max[:draws.equal] = 0, 1
         return ImprovedDraws(**vars(draws), omega=self.scale(uniform[2]), t_min=t_min, t_max=t_max)
+
+    def draw_times(self, batch, *, device=None, generator=None):
+        """r, t (B,) and the count of leading rows with r = t."""
+        normal = torch.randn(2, batch, device=device, generator=generator)
+        equal = self.equal_rows(batch)
+        return *sorted_times(torch.sigmoid(normal * self.p_std + self.p_mean), equal), equal
 
     def scale(self, uniform):
         """omega (B,) in [1, omega_max] by uniform (B,): the inverse of its distribution."""
@@ -95,18 +105,16 @@ class ImprovedMeanFlow(MeanFlow):
         area = math.expm1(power * math.log(self.omega_max))
         return torch.exp(torch.log1p(uniform * area) / power)
 
-    # ---- the loss: a function of weights, data and draws -------------------------------------
-
     def loss(self, net, x, y, draws, *, forward=None):
-        """The Loss of data x (B, ...) with labels y (B,) int64 under these draws.
+        """The Loss of data x (B, ...) with conditions y, as drop takes them, under these draws.
 
         error and velocity_error are those of u and of v. net and forward: as for MeanFlow.loss.
         """
         t = per_row(draws.t, x)
         z = (1 - t) * x + t * draws.eps
-        y_input = torch.where(draws.dropped, self.num_classes, y)
         forward = net if forward is None else forward
-        u, v = forward(z, draws.r, draws.t, y_input, draws.omega, draws.t_min, draws.t_max)
+        u, v = forward(z, draws.r, draws.t, self.drop(y, draws.dropped), draws.omega, draws.t_min,
+                       draws.t_max)
         u, v = u.to(z.dtype), v.to(z.dtype)
         target, v_g = self.targets(net, z, draws.eps - x, y, draws, v.detach())
         error = (u - target).square().flatten(1).sum(1)
@@ -118,7 +126,7 @@ class ImprovedMeanFlow(MeanFlow):
     def targets(self, net, z, velocity, y, draws, v):
         """The targets of u and v, each (B, ...), without gradient.
 
-        velocity: eps - x. y (B,): the labels before the drop; v: the network's with those after it.
+        velocity: eps - x. y: the conditions before the drop; v: the network's with those after it.
         """
         # The rows with r < t are the tail, one static slice. On the others v is v_c already, except
         # where the label is dropped, and those rows do not use v_c
@@ -126,19 +134,19 @@ class ImprovedMeanFlow(MeanFlow):
         inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
         w = torch.where(inside, draws.omega, 1)
         v_c = v[tail]
-        if draws.equal < len(y):
-            v_c = self.velocity(net, z[tail], draws.t[tail], y[tail], w[tail])
+        if draws.equal < len(z):
+            v_c = self.velocity(net, z[tail], draws.t[tail], rows_of(y, tail), w[tail])
         v_g = velocity
         if self.omega_max > 1:
-            null = torch.full_like(y, self.num_classes)
+            null = self.drop(y, torch.ones_like(draws.dropped))
             v_u = self.velocity(net, z, draws.t, null, torch.ones_like(w))
             guidance = torch.cat([v[:draws.equal], v_c]) - v_u
             v_g = velocity + per_row(1 - 1 / w, z) * guidance
             v_g = torch.where(per_row(draws.dropped, z), velocity, v_g)
-        if draws.equal == len(y):
+        if draws.equal == len(z):
             return v_g, v_g
-        y = torch.where(draws.dropped, self.num_classes, y)
-        rows = [a[tail] for a in (z, draws.r, draws.t, y, draws.omega, draws.t_min, draws.t_max)]
+        rows = rows_of((z, draws.r, draws.t, self.drop(y, draws.dropped), draws.omega, draws.t_min,
+                        draws.t_max), tail)
         z, r, t, *_ = rows
         with attention_in_bfloat16():
             du_dt = self.time_derivative(net, *rows, v_c)
@@ -153,6 +161,20 @@ class ImprovedMeanFlow(MeanFlow):
         """du/dt along the path, (B, ...) like z, where dz/dt is tangent."""
         return total_derivative(
             lambda z, r, t: net(z, r, t, y, omega, t_min, t_max, heads="u")[0], z, r, t, tangent)
+
+    def sample(self, net, z1, y, **options):
+        """Data (B, ...) from noise z1 (B, ...); the options are those of ``sample``."""
+        return sample(velocity_of(net) if self.ratio == 0 else net, z1, y, **options)
+
+    @staticmethod
+    def guidance(config):
+        """omega and interval: the published ones of the network's size, else omega 1, none, where
+        nothing is published for its size or for its training."""
+        omega, *interval = 1.0, 0.0, 1.0
+        if ((config.get("omega_max") or 8) >= 8 and config["vae"] != "none"
+                and not (config.get("sizes") or {}).keys() - {"v_head"}):
+            omega, *interval = PUBLISHED_GUIDANCE.get(config["model"], (omega, *interval))
+        return {"omega": omega, "interval": interval}
 
 
 def sample(net, z1, y, *, steps=1, omega=8.0, interval=(0.4, 0.65)):

@@ -22,12 +22,18 @@ A sample takes one evaluation: z0 = z1 - u(z1, 0, 1, y) (Eq. 12).
 
 ``net`` is any callable (z, r, t, y) -> u, and x has any shape (B, ...). Which rows have r = t and
 which lose their label is as in the official ImageNet code (Gsunshine/meanflow).
+
+Method is what every method has; a new one is a subclass and a row of the table in methods.py.
 """
 
 import contextlib
+import inspect
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from numbers import Real
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -35,16 +41,18 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All random numbers of a step. B rows, of which the first ``equal`` have r = t."""
+    """All random numbers of a step. B rows, of which the first ``equal`` have r = t. A method that
+    needs more adds tensors of B rows in a subclass."""
 
     r: torch.Tensor  # (B,) in [0, 1], never above t
     t: torch.Tensor  # (B,) in [0, 1], 1 is noise
     eps: torch.Tensor  # (B, ...) standard normal
-    dropped: torch.Tensor  # (B,) bool, rows whose label is replaced by the null label
+    dropped: torch.Tensor  # (B,) bool, rows whose condition is replaced by the null condition
     equal: int  # count of leading rows with r = t
 
     def part(self, i, n):
@@ -52,17 +60,21 @@ class Draws:
 
         The rows with r = t come first in the whole, so they come first in every part.
         """
-        rows = slice(i, None, n)
-        equal = len(range(i, self.equal, n))
-        return Draws(self.r[rows], self.t[rows], self.eps[rows], self.dropped[rows], equal)
+        rows = {name: value[i::n] for name, value in vars(self).items()
+                if isinstance(value, torch.Tensor)}
+        return replace(self, **rows, equal=len(range(i, self.equal, n)))
 
 
 class Loss(NamedTuple):
-    """What ``MeanFlow.loss`` returns; only ``loss`` carries a gradient."""
+    """What ``Method.loss`` returns; only ``loss`` carries a gradient."""
 
     loss: torch.Tensor  # scalar, adaptively weighted; at p = 1 about 1 whatever the network does
     error: torch.Tensor  # (B,) |u - target|^2, unweighted: the number to watch
     velocity_error: torch.Tensor  # (B,) |u - v|^2: on rows with r = t, that of flow matching
+    extra: Mapping = MappingProxyType({})  # name -> (B,): what else to log, the same names always
+
+
+# ---- what every method has -----------------------------------------------------------------------
 
 
 class SettingError(ValueError):
@@ -73,78 +85,102 @@ class SettingError(ValueError):
         self.name, self.rule = name, rule
 
 
-class MeanFlow:
-    """The training objective: ``draw``, then ``loss``.
+class Setting(NamedTuple):
+    """A setting of a method, and an option of train.py."""
 
-    num_classes: the classes are 0 .. num_classes - 1, and num_classes is the null label.
-    ratio: share of rows with r < t, in [0, 1]; 0 is plain flow matching.
-    p_mean, p_std: mean and standard deviation of the logit-normal times, p_std > 0.
-    time_sampler: "logit_normal" or "uniform".
-    cfg: effective guidance scale omega' = omega / (1 - kappa), 0 or more; 1 with kappa = 0 means no
-        guidance.
-    kappa: weight of the network's own conditional velocity, in [0, 1).
-    cfg_interval: closed interval of t, within [0, 1], in which guidance acts.
-    label_drop: probability of the null label, in [0, 1].
-    tangent: of z in the Jacobian-vector product. "velocity": v_g, as in MeanFlow. "network":
-        u(z, t, t, y), the boundary variant of improved MeanFlow (arXiv 2512.02012, Eq. 12).
-    p, c: power, 0 or more, and positive constant of the adaptive weight 1 / (error + c)^p (Eq. 22).
+    default: object  # a number, a word, or a tuple of increasing numbers
+    rule: object  # the range of numbers such as "[0, 1)", or a tuple of the words
+    help: str  # for people, with unit and effect
+    recipe: object  # what train.py takes by default, where that is not the default of the class
 
-    Raises SettingError, a ValueError, for a setting out of its range.
+    def check(self, name, value):
+        """Raise SettingError for a value against the rule."""
+        if isinstance(self.default, str):
+            rule, right = " or ".join(self.rule), value in self.rule
+        else:
+            several = isinstance(self.default, tuple)
+            values = list(value) if several and isinstance(value, tuple | list) else [value]
+            low, high = map(float, self.rule[1:-1].split(","))
+            right = (len(values) == (len(self.default) if several else 1)
+                     and all(isinstance(a, Real) and low <= a <= high for a in values)
+                     and not (self.rule[0] == "(" and low in values)
+                     and not (self.rule[-1] == ")" and high in values) and values == sorted(values))
+            rule = f"{f'{len(self.default)} increasing numbers ' if several else ''}in {self.rule}"
+            value = " ".join(map(str, values))
+        if not right:
+            raise SettingError(name, f"must be {rule}, got {value}; choose another value")
+
+
+def setting(default, rule, help, *, recipe=None):
+    """A field of a Method; the arguments are those of Setting."""
+    return field(default=default, metadata={"setting": Setting(default, rule, help, recipe)})
+
+
+@dataclass(kw_only=True, eq=False)
+class Method:
+    """A training objective: ``draw``, then ``loss``; and the sampler of what it trains.
+
+    A subclass declares its settings as fields, ``name: float = setting(...)``, and is a dataclass
+    with keyword arguments without further ado; another default of an inherited setting is
+    ``name: float = 0.5``. Raises SettingError, a ValueError, for a setting out of its range.
     """
 
-    def __init__(self, *, num_classes, ratio=0.25, p_mean=-0.4, p_std=1.0,
-                 time_sampler="logit_normal", cfg=1.0, kappa=0.0, cfg_interval=(0.0, 1.0),
-                 label_drop=0.1, p=1.0, c=0.01, tangent="velocity"):
-        def check(ok, name, rule, value):
-            if not ok:
-                raise SettingError(name, f"must be {rule}, got {value}; choose another value")
+    num_classes: int  # the classes are 0 .. num_classes - 1, and num_classes is the null label
+    ratio: float = setting(
+        0.25, "[0, 1]", "share of rows with r < t; 0 is plain flow matching")
+    label_drop: float = setting(0.1, "[0, 1]", "probability of the null label")
+    p: float = setting(1.0, "[0, inf)", "power of the adaptive weight; 0 = plain L2")
+    c: float = setting(0.01, "(0, inf)", "constant of the adaptive weight")
 
-        start, end = cfg_interval
-        check(num_classes >= 1, "num_classes", "at least 1", num_classes)
-        check(0 <= ratio <= 1, "ratio", "in [0, 1]", ratio)
-        check(math.isfinite(p_mean), "p_mean", "finite", p_mean)
-        check(0 < p_std < math.inf, "p_std", "positive and finite", p_std)
-        check(time_sampler in ("logit_normal", "uniform"), "time_sampler",
-              "logit_normal or uniform", time_sampler)
-        check(0 <= cfg < math.inf, "cfg", "0 or more and finite", cfg)
-        check(0 <= kappa < 1, "kappa", "in [0, 1)", kappa)
-        check(0 <= start <= end <= 1, "cfg_interval", "two increasing times in [0, 1]",
-              f"{start} {end}")
-        check(0 <= label_drop <= 1, "label_drop", "in [0, 1]", label_drop)
-        check(0 <= p < math.inf, "p", "0 or more and finite", p)
-        check(0 < c < math.inf, "c", "positive and finite", c)
-        check(tangent in ("velocity", "network"), "tangent", "velocity or network", tangent)
-        self.num_classes, self.ratio = num_classes, ratio
-        self.p_mean, self.p_std, self.time_sampler = p_mean, p_std, time_sampler
-        self.cfg, self.kappa, self.cfg_interval = cfg, kappa, (start, end)
-        self.omega = cfg * (1 - kappa)  # Eq. 21
-        self.label_drop, self.p, self.c, self.tangent = label_drop, p, c, tangent
+    # What train.py and sample.py must know of a method
+    inputs = ("z", "r", "t", "y")  # what its networks take by position,
+    keywords = ()  # and by name
+    passes = ()  # its methods (net, *tensors) -> tensor that make passes without gradient
+    run_names = MappingProxyType({})  # setting -> its name in the default run directory
+    scheduled = False  # whether draws depend on step and total: a run must then keep its length
+    takes_bfloat16 = True  # whether --precision bf16 is exact enough
+    takes_noise = False  # whether sample takes new noise for each step after the first
+    normalises_channels = False  # whether latents are normalised per channel, not by one scale
+
+    def __init_subclass__(cls):
+        dataclass(kw_only=True, eq=False)(cls)
+
+    def __post_init__(self):
+        if self.num_classes < 0:
+            raise SettingError("num_classes", f"must be 0 or more, got {self.num_classes}")
+        for name, known in self.settings().items():
+            known.check(name, getattr(self, name))
         load_forward_mode()  # or the first torch.func.jvp prints a warning
 
-    # ---- the draws: all randomness is here ---------------------------------------------------
+    @classmethod
+    def settings(cls):
+        """{name: Setting} of this class."""
+        known = {name: a.metadata["setting"] for base in reversed(cls.__mro__)
+                 for name, a in getattr(base, "__dataclass_fields__", {}).items() if a.metadata}
+        return {a.name: known[a.name]._replace(default=a.default)
+                for a in fields(cls) if a.name in known}
 
-    def draw(self, shape, *, device=None, generator=None):
-        """Draws for a batch of this shape (B, ...), float32, on device."""
+    @classmethod
+    def fits(cls, network):
+        """Whether a network, a module or its class, takes what this method gives to it."""
+        itself = (network,) if isinstance(network, type) else ()
+        try:
+            inspect.signature(getattr(network, "forward", network)).bind(*itself, *cls.inputs,
+                                                    **dict.fromkeys(cls.keywords))
+        except TypeError:
+            return False
+        return True
+
+    def draw(self, shape, *, device=None, generator=None, step=0, total=1):
+        """Draws for a batch of this shape (B, ...), float32, on device.
+
+        step: of total in the whole training, 0 at first. A schedule enters as tensors of the Draws:
+        as a number it would make torch.compile compile anew.
+        """
         r, t, equal = self.draw_times(shape[0], device=device, generator=generator)
         dropped = self.draw_dropped(shape[0], device=device, generator=generator)
         eps = torch.randn(shape, device=device, generator=generator)
         return Draws(r, t, eps, dropped, equal)
-
-    def draw_times(self, batch, *, device=None, generator=None):
-        """r, t (B,) and the count of leading rows with r = t.
-
-        As in the official code, t is the larger of two independent draws on every row, also where
-        r = t: the draws are sorted first.
-        """
-        if self.time_sampler == "uniform":
-            pair = torch.rand(2, batch, device=device, generator=generator)
-        else:
-            normal = torch.randn(2, batch, device=device, generator=generator)
-            pair = torch.sigmoid(normal * self.p_std + self.p_mean)
-        r, t = pair.amin(0), pair.amax(0)
-        equal = self.equal_rows(batch)
-        r[:equal] = t[:equal]
-        return r, t, equal
 
     def equal_rows(self, batch):
         """How many rows of a batch have r = t."""
@@ -160,10 +196,114 @@ class MeanFlow:
         count = (torch.rand(batch, device=device, generator=generator) < self.label_drop).sum()
         return torch.arange(batch, device=device) < count
 
-    # ---- the loss: a function of weights, data and draws -------------------------------------
+    def drop(self, y, dropped):
+        """y with the null condition in the rows of dropped (B,) bool. The null label of labels (B,)
+        int64 is num_classes. A method for other conditions, a nest (dict, tuple) of tensors with B
+        rows, needs its own drop. Raises ValueError for a y that is no labels."""
+        if (not isinstance(y, torch.Tensor) or y.shape != dropped.shape
+                or y.dtype != torch.int64):
+            what = (f"{y.dtype} {tuple(y.shape)}" if isinstance(y, torch.Tensor)
+                    else f"a {type(y).__name__}")
+            raise ValueError(f"y must be labels ({len(dropped)},) of torch.int64, got {what}; for "
+                             f"other conditions give {type(self).__name__} its own drop(y, "
+                             f"dropped)")
+        return torch.where(dropped, self.num_classes, y)
+
+    def weight(self, error):
+        """The adaptive weight 1 / (error + c)^p (B,) of error (B,), without gradient (Eq. 22)."""
+        return (error.detach() + self.c) ** -self.p
+
+    def compile(self, **options):
+        """Compile the passes without gradient; the options are those of torch.compile.
+
+        A compiled function must contain the ``torch.func.jvp``: around a compiled network it
+        breaks the graph (pytorch#187284). The caller compiles the forward with gradient and gives
+        it to ``loss``. A network that breaks the graph of a pass raises an error of torch._dynamo:
+        without fullgraph the pass would be made without the compiler, and no one told.
+        """
+        # Few shapes: the batch, and tails of two lengths
+        options = {"dynamic": False, "fullgraph": True, **options}
+        for name in self.passes:
+            compiled = torch.compile(getattr(self, name), **options)
+            # Slices as inputs fail in a compiled torch.func.jvp: give it copies
+            setattr(self, name, lambda net, *rows, compiled=compiled: compiled(
+                net, *tree_map_only(torch.Tensor, torch.clone, rows)))
+
+    def sample(self, net, z1, y, *, steps=1):
+        """Data (B, ...) from noise z1 (B, ...) and conditions y of B rows; steps as in ``sample``.
+        Subclasses may take more: guidance returns its defaults."""
+        # A network of plain flow matching knows only u(z, t, t)
+        return sample(velocity_of(net) if self.ratio == 0 else net, z1, y, steps=steps)
+
+    @staticmethod
+    def guidance(config):
+        """What sample takes beside steps, as {name: value}, by a checkpoint's config."""
+        return {}
+
+
+def rows_of(nest, rows):
+    """The rows, a slice, of a tensor or of each tensor in a nest."""
+    return tree_map_only(torch.Tensor, lambda a: a[rows], nest)
+
+
+def sorted_times(pair, equal):
+    """r, t (B,) of two draws (2, B), with r = t in so many leading rows.
+
+    As in the official code, t is the larger of the draws on every row, also where r = t: they are
+    sorted first.
+    """
+    r, t = pair.amin(0), pair.amax(0)
+    r[:equal] = t[:equal]
+    return r, t
+
+
+# ---- MeanFlow ------------------------------------------------------------------------------------
+
+
+class MeanFlow(Method):
+    """The objective of arXiv 2505.13447. Settings beside those of Method:
+
+    p_mean, p_std: mean and standard deviation of the logit-normal times.
+    time_sampler: "logit_normal" or "uniform".
+    cfg: effective guidance scale omega' = omega / (1 - kappa); 1 with kappa = 0 means no guidance.
+    kappa: weight of the network's own conditional velocity.
+    cfg_interval: closed interval of t in which guidance acts.
+    tangent: of z in the Jacobian-vector product. "velocity": v_g, as in MeanFlow. "network":
+        u(z, t, t, y), the boundary variant of improved MeanFlow (arXiv 2512.02012, Eq. 12).
+    """
+
+    p_mean: float = setting(-0.4, "(-inf, inf)", "mean of the logit-normal times")
+    p_std: float = setting(1.0, "(0, inf)", "standard deviation of the logit-normal times")
+    time_sampler: str = setting("logit_normal", ("logit_normal", "uniform"),
+                                "distribution of the times")
+    cfg: float = setting(1.0, "[0, inf)", "guidance scale omega' = omega / (1 - kappa), 1 = none",
+                         recipe=3.0)
+    kappa: float = setting(0.0, "[0, 1)", "weight of the network's own labelled velocity")
+    cfg_interval: tuple = setting((0.0, 1.0), "[0, 1]",
+                                  "times t in which guidance acts, both ends included")
+    tangent: str = setting("velocity", ("velocity", "network"),
+                           "of du/dt: guided velocity, or u(z, t, t, y)")
+
+    passes = ("velocity", "time_derivative")
+    run_names = MappingProxyType({"cfg": "cfg"})
+
+    @property
+    def omega(self):
+        """The factor of v in Eq. 20 (Eq. 21)."""
+        return self.cfg * (1 - self.kappa)
+
+    def draw_times(self, batch, *, device=None, generator=None):
+        """r, t (B,) and the count of leading rows with r = t."""
+        if self.time_sampler == "uniform":
+            pair = torch.rand(2, batch, device=device, generator=generator)
+        else:
+            normal = torch.randn(2, batch, device=device, generator=generator)
+            pair = torch.sigmoid(normal * self.p_std + self.p_mean)
+        equal = self.equal_rows(batch)
+        return *sorted_times(pair, equal), equal
 
     def loss(self, net, x, y, draws, *, forward=None):
-        """The Loss of data x (B, ...) with labels y (B,) int64 under these draws.
+        """The Loss of data x (B, ...) with conditions y, as drop takes them, under these draws.
 
         net is the bare network. It makes the passes without gradient: torch.func.jvp does not work
         through DistributedDataParallel. ``forward`` (default: net) makes the pass with gradient and
@@ -172,9 +312,8 @@ class MeanFlow:
         t = per_row(draws.t, x)
         z = (1 - t) * x + t * draws.eps
         v = draws.eps - x
-        y_input = torch.where(draws.dropped, self.num_classes, y)
         forward = net if forward is None else forward
-        u = forward(z, draws.r, draws.t, y_input).to(z.dtype)
+        u = forward(z, draws.r, draws.t, self.drop(y, draws.dropped)).to(z.dtype)
         target = self.target(net, z, v, y, draws, u.detach())
         error = (u - target).square().flatten(1).sum(1)
         velocity_error = (u.detach() - v).square().flatten(1).sum(1)
@@ -184,19 +323,19 @@ class MeanFlow:
     def target(self, net, z, v, y, draws, u):
         """The regression target v_g - (t-r) du/dt (Eq. 10, 19), (B, ...), without gradient.
 
-        z, v, u: (B, ...). y (B,): the labels before the drop; u: the network's output with the
-        labels after it.
+        z, v, u: (B, ...). y: the conditions before the drop; u: the network's output with those
+        after it.
         """
         # The rows with r < t are the tail, one static slice. They alone need the derivative
         tail, own = slice(draws.equal, None), None
-        if draws.equal < len(y) and (self.kappa > 0 or self.tangent == "network"):
-            own = self.velocity(net, z[tail], draws.t[tail], y[tail])
+        if draws.equal < len(z) and (self.kappa > 0 or self.tangent == "network"):
+            own = self.velocity(net, z[tail], draws.t[tail], rows_of(y, tail))
         v_g = self.guided_velocity(net, z, v, y, draws, u, own)
         v_g = torch.where(per_row(draws.dropped, v), v, v_g)  # null label: plain velocity
-        if draws.equal == len(y):
+        if draws.equal == len(z):
             return v_g
-        y = torch.where(draws.dropped, self.num_classes, y)
-        z, r, t, y, v_tail = (a[tail] for a in (z, draws.r, draws.t, y, v_g))
+        z, r, t, y, v_tail = rows_of(
+            (z, draws.r, draws.t, self.drop(y, draws.dropped), v_g), tail)
         tangent = own if self.tangent == "network" else v_tail
         with attention_in_bfloat16():
             du_dt = self.time_derivative(net, z, r, t, y, tangent)
@@ -214,7 +353,7 @@ class MeanFlow:
             return v
         t, v_g = draws.t, self.omega * v
         if self.cfg != 1:
-            null = torch.full_like(y, self.num_classes)
+            null = self.drop(y, torch.ones_like(draws.dropped))
             v_g = v_g + (1 - self.omega - self.kappa) * self.velocity(net, z, t, null)
         if self.kappa > 0:
             equal = u[:draws.equal]
@@ -231,25 +370,6 @@ class MeanFlow:
         """du/dt along the path, (B, ...) like z: the Jacobian-vector product of u with tangent
         (tangent, 0, 1) for (z, r, t) (Eq. 8)."""
         return total_derivative(lambda z, r, t: net(z, r, t, y), z, r, t, tangent)
-
-    def weight(self, error):
-        """The adaptive weight 1 / (error + c)^p (B,) of error (B,), without gradient (Eq. 22)."""
-        return (error.detach() + self.c) ** -self.p
-
-    def compile(self, **options):
-        """Compile the passes without gradient; the options are those of torch.compile.
-
-        The compiled function must contain the ``torch.func.jvp``: around a compiled network it
-        breaks the graph (pytorch#187284). The caller compiles the forward with gradient and gives
-        it to ``loss``. A network that breaks the graph of a pass raises an error of torch._dynamo:
-        without fullgraph the pass would be made without the compiler, and no one told.
-        """
-        # Few shapes: the batch, and tails of two lengths
-        options = {"dynamic": False, "fullgraph": True, **options}
-        self.velocity = torch.compile(self.velocity, **options)
-        derivative = torch.compile(self.time_derivative, **options)
-        # Slices as inputs fail in a compiled torch.func.jvp: give it copies
-        self.time_derivative = lambda net, *rows: derivative(net, *[a.clone() for a in rows])
 
 
 def total_derivative(u, z, r, t, tangent):
@@ -285,7 +405,7 @@ def per_row(a, x):
 
 @torch.no_grad()
 def sample(net, z1, y, *, steps=1):
-    """Data (B, ...) from noise z1 (B, ...) and labels y (B,).
+    """Data (B, ...) from noise z1 (B, ...) and labels or other conditions y.
 
     Each step is z_r = z_t - (t-r) u(z_t, r, t, y) (Eq. 12). steps: a count of equal steps, or the
     times themselves, decreasing from 1 (noise) to 0 (data).

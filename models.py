@@ -395,11 +395,11 @@ DiT_models = {
 FAMILIES = {"DiT": DiT, "iMF": ImprovedDiT}
 
 
-def is_improved(name):
-    """Whether the network of this name takes guidance as input and returns u and v."""
+def network_class(name):
+    """The class of the network of this name, or None where a function makes it."""
     constructor = (DiT_models | FAMILIES)[name]
     network = getattr(constructor, "func", constructor)
-    return isinstance(network, type) and issubclass(network, ImprovedDiT)
+    return network if isinstance(network, type) else None
 
 
 def describe(config):
@@ -411,15 +411,18 @@ def describe(config):
 def build(config):
     """The network that a config describes, freshly initialised.
 
-    config: a dict with model, a name of DiT_models or FAMILIES, latent_shape (C, H, W), num_classes
-    and perhaps sizes, arguments of the constructor that replace the table's. Raises ValueError for
-    an unknown name and for sizes that do not fit together.
+    config: a dict with model, a name of DiT_models or FAMILIES, latent_shape (C, ...), num_classes
+    and perhaps sizes, arguments of the constructor that replace the table's. The constructor gets
+    C as in_channels, and as input_size the side of squares (C, H, H) and the length of signals
+    (C, L), else the tuple of sizes. Raises ValueError for an unknown name and for sizes that do not
+    fit together.
     """
     networks = DiT_models | FAMILIES
     if config["model"] not in networks:
         raise ValueError(f"no network is called {config['model']!s:.60}; there are "
                          f"{', '.join(DiT_models)}")
-    channels, height, _ = config["latent_shape"]
+    channels, *sides = config["latent_shape"]
     return networks[config["model"]](
-        input_size=height, in_channels=channels, num_classes=config["num_classes"],
+        input_size=sides[0] if len(set(sides)) == 1 else tuple(sides),
+        in_channels=channels, num_classes=config["num_classes"],
         **(config.get("sizes") or {}))

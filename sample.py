@@ -24,21 +24,21 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
-import improved_meanflow
-import meanflow
 from dataset.classes import class_names, find_classes
 from dataset.pictures import THREADS, load_pngs, save_grid, write_npz, write_pngs
 from dataset.vae import load_codec, normalisation
 from engine.checkpoint import differences, fingerprint, network_of
 from engine.distributed import one_thread, start_processes
-from engine.errors import UserError, naming, run_main
+from engine.errors import BadValue, UserError, naming, run_main
 from engine.files import FolderLock, check_folder, list_folder, remove_temporary_files, write_json
 from engine.options import Parser, float_range, int_range
+from meanflow import SettingError, schedule
+from methods import default_method, make_method
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, evaluate, notes
 from metrics.statistics import rank_batches
-from models import is_improved
 from weights.hub import file_or_address, open_checkpoint
 
 RECORD = "samples.json"  # in the sample folder: what its images depend on
@@ -103,7 +103,8 @@ def main(args):
         with naming("--ckpt"):
             state = open_checkpoint(args.ckpt, world)
             net, config = network_of(state, args.ckpt), state["config"]
-        guidance = choose_guidance(args, config)
+            method = method_of(config, net)
+        guidance = choose_guidance(args, config, method)
         classes = find_classes(args.classes, config) if args.classes else None
         if args.per_class:
             args.num_fid_samples = args.per_class * len(classes or range(config["num_classes"]))
@@ -219,44 +220,42 @@ def noise_and_labels(indices, shape, *, seed, num_classes, labels="balanced"):
     Both depend on a hash of (seed, index) alone: not on the batch or the number of ranks, and no
     two seeds share an image. labels: "balanced", the index modulo num_classes, or "random".
     """
-    z1, y = [], []
+    y = [i if labels == "balanced" else int.from_bytes(_digest(seed, i, "label"), "little")
+         for i in indices]
+    return (noise_of(indices, shape, seed, "noise"),
+            torch.tensor([number % num_classes for number in y]))
+
+
+def noise_of(indices, shape, seed, purpose):
+    """Standard normal (B, *shape) for the images with these indices, by a hash of all of these."""
+    noise = []
     for i in indices:
         # PyTorch's CPU generator keeps 32 bits of a seed: two of 100,000 images would share theirs.
         # NumPy guarantees that the numbers of this generator never change
-        generator = np.random.RandomState(np.frombuffer(_digest(seed, i, "noise"), "<u4"))
-        z1.append(torch.from_numpy(generator.standard_normal(shape)).float())
-        y.append(i if labels == "balanced" else int.from_bytes(_digest(seed, i, "label"), "little"))
-    return torch.stack(z1), torch.tensor([number % num_classes for number in y])
+        generator = np.random.RandomState(np.frombuffer(_digest(seed, i, purpose), "<u4"))
+        noise.append(torch.from_numpy(generator.standard_normal(shape)).float())
+    return torch.stack(noise)
 
 
 def _digest(seed, i, purpose):
     return hashlib.sha256(f"{seed} {i} {purpose}".encode()).digest()
 
 
-# omega and interval of the published FIDs in one step, searched by their authors for the best one
-# (Lyy-iiis/imeanflow, configs/eval_config.yml)
-PUBLISHED_GUIDANCE = {"iMF-B/2": (8.0, 0.4, 0.65), "iMF-M/2": (10.5, 0.4, 0.6),
-                      "iMF-L/2": (10.5, 0.4, 0.6), "iMF-XL/2": (8.0, 0.42, 0.62)}
+def method_of(config, net):
+    """The method that samples from a network by its config. Raises BadValue."""
+    try:
+        return make_method({"method": default_method(net), **config})
+    except SettingError as error:
+        raise BadValue(f"must hold settings of its method, got {error}; give another") from error
 
 
-def default_guidance(config):
-    """{"omega", "interval"} of an improved model, {} of any other; omega 1, none, where nothing is
-    published for its size or for its training."""
-    if not is_improved(config["model"]):
-        return {}
-    guidance = 1.0, 0.0, 1.0
-    if ((config.get("omega_max") or 8) >= 8 and config["vae"] != "none"
-            and not (config.get("sizes") or {}).keys() - {"v_head"}):
-        guidance = PUBLISHED_GUIDANCE.get(config["model"], guidance)
-    return {"omega": guidance[0], "interval": list(guidance[1:])}
-
-
-def choose_guidance(args, config):
-    """default_guidance, changed by --cfg and --cfg-interval. Raises UserError for a DiT."""
+def choose_guidance(args, config, method):
+    """The method's guidance, changed by --cfg and --cfg-interval. Raises UserError where it has
+    none."""
     options = {} if args.cfg is None else {"omega": args.cfg}
     if args.cfg_interval or args.cfg == 1:
         options["interval"] = args.cfg_interval or [0.0, 1.0]
-    guidance = default_guidance(config)
+    guidance = method.guidance(config)
     if options and not guidance:
         raise UserError(f"--cfg and --cfg-interval must come with an iMF checkpoint, got one of "
                         f"{config['model']}, whose guidance is fixed in training; leave them out")
@@ -266,35 +265,49 @@ def choose_guidance(args, config):
 class ImageSampler:
     """Makes image i of a network, for any i.
 
-    net: a module (z, r, t, y) -> u, or called as ImprovedDiT is; codec: the VAE or pixels; config:
-    of the checkpoint; labels: as in noise_and_labels; classes: their labels, all by default; steps:
-    as in meanflow.sample; guidance: as default_guidance returns it, by default that.
+    net: a module that its method fits; codec: the VAE or pixels; config: of the checkpoint; labels:
+    as in noise_and_labels; classes: their labels, all by default; steps: as in meanflow.sample;
+    guidance: as the method's guidance returns it, by default that; conditions: what makes y of the
+    images of these numbers, where it is no labels.
     """
 
     def __init__(self, net, codec, config, world, *, seed=0, labels="balanced", classes=None,
-                 steps=1, guidance=None):
+                 steps=1, guidance=None, conditions=None):
         self.seed, self.labels, self.steps = seed, labels, steps
         self.classes = torch.tensor(classes or range(config["num_classes"]))
-        self.guidance = default_guidance(config) if guidance is None else guidance
-        self.sample = improved_meanflow.sample if self.guidance else meanflow.sample
-        # A network of plain flow matching knows only u(z, t, t)
-        self.velocity = meanflow.velocity_of(net) if config.get("ratio") == 0 else net
+        self.method, self.conditions = method_of(config, net), conditions
+        self.guidance = self.method.guidance(config) if guidance is None else guidance
         self.net, self.codec, self.config, self.world = net, codec, config, world
 
     def inputs(self, rows):
-        """Noise z1 (B, C, H, W) and labels y (B,) of the images of these numbers, on the CPU."""
+        """Noise z1 (B, C, ...) and labels y (B,), or the conditions, of the images of these
+        numbers, on the CPU."""
         z1, y = noise_and_labels(rows, self.config["latent_shape"], seed=self.seed,
                                  labels=self.labels, num_classes=len(self.classes))
-        return z1, self.classes[y]
+        return z1, self.conditions(rows) if self.conditions else self.classes[y]
+
+    def later_noise(self, rows):
+        """{"noise": a tensor like z1 for each step after the first}, on the CPU, for a method that
+        takes it; else {}."""
+        if not self.method.takes_noise:
+            return {}
+        shape = self.config["latent_shape"]
+        return {"noise": [noise_of(rows, shape, self.seed, f"noise {step}")
+                          for step in range(1, len(schedule(self.steps)) - 1)]}
+
+    @torch.no_grad()
+    def data(self, rows):
+        """The data x (B, C, ...) of the images of these numbers, on the device of this rank."""
+        inputs = [*self.inputs(rows), self.later_noise(rows)]
+        z1, y, noise = tree_map(lambda tensor: tensor.to(self.world.device), inputs)
+        with self.world.autocast():
+            return self.method.sample(self.net, z1, y, steps=self.steps, **noise, **self.guidance)
 
     @torch.no_grad()
     def images(self, rows):
         """The images of these numbers, uint8 (B, 3, H, W), on the device of this rank."""
-        z1, y = self.inputs(rows)
         with one_thread():  # on a CPU the bits depend on the number of threads
-            with self.world.autocast():
-                x = self.sample(self.velocity, z1.to(self.world.device), y.to(self.world.device),
-                                steps=self.steps, **self.guidance)
+            x = self.data(rows)
             if "latent_mean" in self.config or self.config["scale"] != self.codec.scale:
                 scale, shift = normalisation(self.config, x.device)
                 x = (x / scale + shift) * self.codec.scale  # which decode takes back
@@ -313,7 +326,9 @@ def save_picture(path, samplers, images):
     """Write images, for each sampler uint8 (B, 3, H, W) of picture_rows, side by side as one
     picture. The samplers differ in their steps only."""
     first = samplers[0]
-    names = class_names(first.config, first.inputs(range(len(images[0])))[1].tolist())
+    rows = range(len(images[0]))
+    names = ([""] * len(rows) if first.conditions else
+             class_names(first.config, first.inputs(rows)[1].tolist()))
     steps = [f"\n{sampler.steps} step{'s' if sampler.steps > 1 else ''}" for sampler in samplers]
     captions = [name + text for name in names for text in (steps if len(steps) > 1 else [""])]
     columns = min(len(first.classes), 10) * len(samplers)

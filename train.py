@@ -1,4 +1,4 @@
-"""Train a DiT with MeanFlow.
+"""Train a network with MeanFlow, improved MeanFlow or another method of the table in methods.py.
 
 One process, for instance on a laptop, and eight GPUs of one node:
 
@@ -13,9 +13,11 @@ Repeating a command resumes its run. The defaults are the paper's DiT-B/4 recipe
 
 import argparse
 import copy
+import hashlib
 import json
 import re
 import signal
+import sys
 import time
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dataset.images import ImageFolder
@@ -34,21 +37,23 @@ from engine import sharding
 from engine.checkpoint import (
     Saver,
     check_config,
+    differences,
     list_checkpoints,
     newest_checkpoint,
     restore_checkpoint,
 )
-from engine.distributed import counted_generator, start_processes
+from engine.distributed import counted_generator, counted_seed, start_processes
 from engine.errors import RunError, UserError, naming, run_main
 from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import FolderLock, make_folder, remove_temporary_files, write_json
-from engine.log import Log, describe_environment
+from engine.log import Log, code_version, describe_environment
+from engine.optimizer import make_optimizer, parameter_groups
 from engine.options import Parser, float_range, int_range
-from improved_meanflow import ImprovedMeanFlow
-from meanflow import MeanFlow, SettingError
+from meanflow import SettingError, rows_of
+from methods import METHODS, default_method, make_method, settings_by_name
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, metric_names, notes
-from models import DiT_models, build, describe, is_improved
+from models import FAMILIES, DiT_models, build, describe, network_class
 from sample import ImageSampler
 from weights.hub import file_or_address
 from weights.start import InitialWeights
@@ -57,21 +62,18 @@ from weights.start import InitialWeights
 MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
               "sample_every", "num_workers", "compile", "grad_accum_steps", "shard",
               "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
-              "protocol", "skip_bad_images", "num_images")
+              "protocol", "skip_bad_images", "num_images", "command", "commit", "torch")
 DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
-MEANFLOW = {"ratio": 0.25, "time_sampler": "logit_normal", "cfg": 3.0, "kappa": 0.0,
-            "cfg_interval": (0.0, 1.0), "tangent": "velocity"}
-IMPROVED_MEANFLOW = {"ratio": 0.5, "omega_max": 8.0, "beta": 1.0}
+LONGEST_NAME = 200  # characters of a default run directory; file systems take 255 bytes
 
 
 def parse_args(argv=None):
     """The options as they are given; resolve fills in the others."""
-    parser = Parser("Train a DiT with MeanFlow, or an iMF model with improved MeanFlow. Repeat a "
-                    "command to resume its run.")
+    parser = Parser("Train a DiT with MeanFlow or SoFlow, or an iMF model with improved MeanFlow. "
+                    "Repeat a command to resume its run.")
     add_data_options(parser.add_argument_group("data").add_argument)
-    add_method_options(parser.add_argument_group(
-        "method (MeanFlow: arXiv 2505.13447, improved MeanFlow: arXiv 2512.02012)").add_argument)
+    add_method_options(parser.add_argument_group("method").add_argument)
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
     add_run_options(parser.add_argument_group("run").add_argument)
     args = parser.parse_args(argv)
@@ -83,6 +85,14 @@ def parse_args(argv=None):
                      "encode_imagenet.py")
     if args.shard and args.compile:
         parser.error("--compile must come without --shard, got both; leave one out")
+    if args.shard and args.optimizer == "muon":
+        parser.error("--optimizer muon must come without --shard, got both; leave one out")
+    if args.allow_change and not args.run_dir:
+        parser.error("--allow-change must come with --run-dir, as the default one depends on the "
+                     "options; name the run's folder")
+    for name in args.allow_change:
+        if name.replace("-", "_") not in vars(args):
+            parser.error(f"--allow-change must name options, got {name}; --help lists them")
     return args
 
 
@@ -102,29 +112,31 @@ def add_data_options(add):
 
 
 def add_method_options(add):
-    add("--ratio", type=float_range(0, 1),
-        help="share of rows with r < t; 0 is plain flow matching (default: 0.25, iMF 0.5)")
-    add("--p-mean", type=float_range(-1e9), default=-0.4, help="mean of the logit-normal times")
-    add("--p-std", type=float_range(0, above=True), default=1.0,
-        help="standard deviation of the logit-normal times")
-    add("--time-sampler", choices=("logit_normal", "uniform"),
-        help="distribution of the times (DiT only; default: logit_normal)")
-    add("--cfg", type=float_range(0),
-        help="guidance scale omega' = omega / (1 - kappa), 1 = none (DiT only; default: 3)")
-    add("--kappa", type=float_range(0),
-        help="weight of the network's own labelled velocity, below 1 (DiT only; default: 0)")
-    add("--cfg-interval", type=float_range(0, 1), nargs=2, metavar=("FROM", "TO"),
-        help="times t in which guidance acts, both ends included (DiT only; default: 0 1)")
-    add("--tangent", choices=("velocity", "network"),
-        help="of du/dt: guided velocity, or u(z, t, t, y) (DiT only; default: velocity)")
-    add("--omega-max", type=float_range(1),
-        help="largest guidance scale that is learnt, 1 = no guidance (iMF only; default: 8)")
-    add("--beta", type=float_range(0),
-        help="guidance scales are drawn with density ~ omega^-beta (iMF only; default: 1)")
-    add("--label-drop", type=float_range(0, 1), default=0.1, help="probability of the null label")
-    add("--p", type=float_range(0), default=1.0, help="power of the adaptive weight; 0 = plain L2")
-    add("--c", type=float_range(0, above=True), default=0.01,
-        help="constant of the adaptive weight")
+    """--method, and an option for each setting of a method of the table."""
+    add("--method", choices=METHODS,
+        help="training objective (default: the first of these that fits the network)")
+    for name, known in settings_by_name().items():
+        first = next(iter(known.values()))
+        several = {}
+        if isinstance(first.default, tuple):
+            several = {"nargs": len(first.default), "metavar": ("FROM", "TO")}
+        kind = ({"choices": first.rule} if isinstance(first.default, str)
+                else {"type": float_range(float("-inf"))})
+        add(f"--{name.replace('_', '-')}", **kind, **several,
+            help=f"{first.help} (default: {describe_defaults(known)})")
+
+
+def describe_defaults(known):
+    """The default of a setting, {method's name: Setting}; by method if they differ, or if only some
+    methods have it."""
+    texts = {}
+    for method, value in known.items():
+        default = value.default if value.recipe is None else value.recipe
+        text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        texts.setdefault(text, []).append(method)
+    if len(texts) == 1 and len(known) == len(METHODS):
+        return next(iter(texts))
+    return "; ".join(f"{', '.join(methods)} {text}" for text, methods in texts.items())
 
 
 def add_optimisation_options(group):
@@ -145,10 +157,14 @@ def add_optimisation_options(group):
         help="recompute activations in the backward pass: less memory, more time")
     add("--shard", action="store_true",
         help="divide weights, gradients, moments and averages among the ranks; needs torch 2.13")
-    add("--lr", type=float_range(0, above=True), default=1e-4, help="AdamW's rate after warm-up")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="adamw; muon: that for the weights of linear layers, AdamW for the rest")
+    add("--lr", type=float_range(0, above=True), default=1e-4, help="rate after warm-up")
     add("--warmup-steps", type=int_range(0), default=0,
         help="steps in which the rate rises linearly from 0; 0 = none")
-    add("--weight-decay", type=float_range(0), default=0.0, help="AdamW's decay; 0 = none")
+    add("--cooldown-steps", type=int_range(0), default=0,
+        help="last steps, in which the rate falls linearly to 0; 0 = none")
+    add("--weight-decay", type=float_range(0), default=0.0, help="decoupled decay; 0 = none")
     add("--clip-grad", type=float_range(0), default=0.0,
         help="gradient norm above which gradients are scaled down to it; 0 = off")
     add("--ema-decay", type=float_range(0, 1), default=0.9999,
@@ -162,7 +178,10 @@ def add_optimisation_options(group):
 
 def add_run_options(add):
     add("--run-dir", type=Path,
-        help="folder (default: results/<model>-cfg<scale>, iMF results/<model>-omega<largest>)")
+        help="folder (default: results/<model>-cfg<scale>, iMF results/<model>-omega<largest>, and "
+             "each option that differs from its default)")
+    add("--allow-change", nargs="+", default=[], metavar="OPTION",
+        help="options of which a run that resumes takes new values, such as lr")
     add("--ckpt-every", type=int_range(1), default=5000, help="steps between checkpoints")
     add("--keep-last", type=int_range(0), default=3, help="checkpoints kept; 0 = all")
     add("--skip-nonfinite", type=int_range(0), default=0,
@@ -195,7 +214,7 @@ def train(run, state):
         if not state.warm:
             warm_up(state, run.log, data, y)
             meter.begin(state.step)
-        meter.sums += train_step(state, data, y)
+        meter.sums = meter.sums + train_step(state, data, y)
 
         stop = run.signals.stop()
         interval_ends, draw, evaluate, save = (
@@ -206,7 +225,8 @@ def train(run, state):
             state.guard.raise_if_stopped()  # other steps do not wait for the device
             run.saver.raise_errors()
         if interval_ends or stop:
-            run.record(state.step, meter.read(state.step), interval_ends)
+            means = meter.read(state.step, state.extra)
+            run.record(state.step, means, state.extra, interval_ends)
         if save:
             run.save(state)
         if draw:
@@ -226,6 +246,7 @@ def resolve(args, world):
     method. Returns the InitialWeights, or None without --init and for a run that has its own
     checkpoints and no longer needs that file. Raises UserError."""
     initial, known = None, {"model": args.model or DEFAULT_MODEL}
+    defaults = vars(parse_args(["--data-path", "."]))
     if args.init:
         known = world.on_main(lambda: begun_config(args))
         if known is None:
@@ -238,16 +259,14 @@ def resolve(args, world):
     args.model, args.sizes = known["model"], known.get("sizes")
     if args.encoded_data:
         known = read_dataset_json(args.data_path)
-    if args.vae is None:  # mse differs from ema in the decoder alone, which stays to be chosen
-        args.vae = "ema" if known.get("vae") in (None, "mse") else known["vae"]
-    if args.image_size is None:
-        args.image_size = known.get("image_size") or 256
-    resolve_method(args)
+    defaults |= resolve_method(args)
+    # mse differs from ema in the decoder alone, which stays to be chosen
+    defaults["vae"] = "ema" if known.get("vae") in (None, "mse") else known["vae"]
+    defaults["image_size"] = known.get("image_size") or 256
+    args.vae = defaults["vae"] if args.vae is None else args.vae
+    args.image_size = args.image_size or defaults["image_size"]
     if args.run_dir is None:
-        scale = f"omega{args.omega_max}" if is_improved(args.model) else f"cfg{args.cfg}"
-        scale += "-boundary" if args.tangent == "network" else ""
-        scale += "-init" if args.init else ""
-        args.run_dir = Path("results", f"{args.model.replace('/', '-')}-{scale}")
+        args.run_dir = default_run_dir(args, defaults)
     if args.run_dir.resolve().is_relative_to(args.data_path.resolve()):
         raise UserError(f"--run-dir must lie outside --data-path, whose folders are classes, got "
                         f"{args.run_dir}; choose another folder")
@@ -260,48 +279,69 @@ def begun_config(args):
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         config = json.loads((args.run_dir / "config.json").read_text())
         if list_checkpoints(args.run_dir / "checkpoints") and config["init"] == str(args.init):
-            is_improved(config["model"])  # KeyError for an unknown one
-            return config
+            return config if config["model"] in DiT_models | FAMILIES else None
     return None
 
 
-def method_defaults(model):
-    """Values of the options that only this model's method has, or that differ between the two."""
-    return IMPROVED_MEANFLOW if is_improved(model) else MEANFLOW
-
-
 def resolve_method(args):
-    """Fill in the options of the model's method; refuse the other's and what the method refuses."""
-    defaults = method_defaults(args.model)
-    for name in (MEANFLOW | IMPROVED_MEANFLOW).keys() - defaults.keys():
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} must come with another method's network, "
-                            f"got {args.model}; leave it out")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    """Fill in the method and its settings; refuse other methods' options and what the method
+    refuses. Returns the settings' defaults. Raises UserError."""
+    network, name = network_class(args.model), args.method
+    if name is None and (name := default_method(network)) is None:
+        raise UserError(f"--model must be a network that a method fits, got {args.model}; give its "
+                        f"forward the inputs of a method of methods.py")
+    method = METHODS[name]
+    args.method, settings = name, method.settings()
+    if network:
+        check_fit(args, network)
+    for option, known in settings_by_name().items():
+        if option not in settings and getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} must come with --method "
+                            f"{' or '.join(known)}, got {name}; leave it out")
+    if args.precision == "bf16" and not method.takes_bfloat16:
+        raise UserError(f"--precision must be fp32 or tf32 for --method {name}, got bf16, which is "
+                        f"too coarse for its target; change it")
+    defaults = {option: known.default if known.recipe is None else known.recipe
+                for option, known in settings.items()}
+    for option, value in defaults.items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
     try:
-        make_method(args, num_classes=1)
+        make_method(vars(args), num_classes=1)
     except SettingError as error:
         raise UserError(f"--{error.name.replace('_', '-')} {error.rule}") from error
+    return defaults
 
 
-def make_method(args, num_classes):
-    """The loss of these options. Raises SettingError for a setting out of its range."""
-    shared = {"num_classes": num_classes, "ratio": args.ratio, "p_mean": args.p_mean,
-              "p_std": args.p_std, "label_drop": args.label_drop, "p": args.p, "c": args.c}
-    if is_improved(args.model):
-        return ImprovedMeanFlow(omega_max=args.omega_max, beta=args.beta, **shared)
-    return MeanFlow(time_sampler=args.time_sampler, cfg=args.cfg, kappa=args.kappa,
-                    cfg_interval=args.cfg_interval, tangent=args.tangent, **shared)
+def default_run_dir(args, defaults):
+    """results/<model>-<what names runs of the method>, then each option that differs from its
+    default and cannot change in a run."""
+    method = METHODS[args.method]
+    parts = [args.model.replace("/", "-")]
+    if args.method != default_method(network_class(args.model)):
+        parts.append(args.method)
+    parts += [f"{short}{getattr(args, name)}" for name, short in method.run_names.items()]
+    for name, default in defaults.items():
+        value = getattr(args, name)
+        if value == default or name in (*MAY_CHANGE, *method.run_names, "model", "method"):
+            continue
+        text = "-".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+        option = name.replace("_", "-")
+        parts.append(option if value is True else
+                     f"{option}={re.sub('[^A-Za-z0-9.+-]', '_', Path(text).name)}")
+    name = "-".join(parts)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path("results", name)
 
 
 # ---- a training step -----------------------------------------------------------------------------
 
-# What a step is measured by, from which Meter makes means. Of error, velocity error and 1: sums
-# over the leading rows, which have r = t, and over those with r < t, by the number of all rows
-STATISTICS = ("loss", "error_equal", "velocity_error_equal", "share_equal", "error_unequal",
-              "velocity_error_unequal", "share_unequal", "grad_norm", "made_steps")
+# What a step is measured by, from which Meter makes means, before what the method calls extra. Of
+# error, velocity error and 1: sums over the leading rows, which have r = t, and over those with
+# r < t, by the number of all rows
+STATISTICS = ("grad_norm", "made_steps", "loss", "error_equal", "velocity_error_equal",
+              "share_equal", "error_unequal", "velocity_error_unequal", "share_unequal")
 
 
 class TrainingState:
@@ -314,7 +354,7 @@ class TrainingState:
 
     def __init__(self, args, config, codec, world, initial=None):
         self.args, self.config, self.codec, self.world = args, config, codec, world
-        self.step, self.warm = 0, False
+        self.step, self.warm, self.extra = 0, False, None
         try:
             with torch.device("meta"):
                 build(config)
@@ -323,6 +363,7 @@ class TrainingState:
                             f"{error!s:.200}") from error
         torch.manual_seed(args.seed)  # the same initial weights on every rank
         self.net = build(config)
+        check_network(args, self.net)
         if args.checkpoint_activations and not hasattr(self.net, "checkpoint_activations"):
             raise UserError(f"--checkpoint-activations must come with a network that can, got "
                             f"--model {args.model}; leave it out")
@@ -333,10 +374,10 @@ class TrainingState:
         self.net.checkpoint_activations = args.checkpoint_activations
         self.forward = sharding.parallelise(self.net, self.ema, world, shard=args.shard)
         self.params = list(self.net.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+        self.optimizer = make_optimizer(args, parameter_groups(self.net))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.guard = Guard(world, args.skip_nonfinite)
-        self.method = make_method(args, config["num_classes"])
+        self.method = make_method(config)
         self.normalisation = normalisation(config, world.device)
 
     def state_dict(self):
@@ -345,13 +386,35 @@ class TrainingState:
                 "opt": self.optimizer.state_dict(), "config": self.config}
 
 
+def check_fit(args, network):
+    """Raise UserError unless the method fits the network, a module or its class."""
+    method = METHODS[args.method]
+    if not method.fits(network):
+        raise UserError(f"--method must fit the network, got {args.method} for --model "
+                        f"{args.model}, whose forward does not take "
+                        f"{', '.join((*method.inputs, *method.keywords))}; choose another")
+
+
+def check_network(args, net):
+    """Raise UserError for a network that cannot be trained by the method, or at all."""
+    check_fit(args, net)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(f"--model must have no BatchNorm, which mixes the rows of a batch and "
+                            f"so the times and guidance of all, got {args.model} with {name}; take "
+                            f"GroupNorm, LayerNorm or RMSNorm")
+
+
 def train_step(state, data, y):
     """One optimiser step on this rank's share of the global batch.
 
-    data: images uint8 (B, 3, H, W), or moments (B, 2, C, h, w) of encoded data; y: labels (B,)
-    int64. Returns STATISTICS (9,), on the device: zeros where the step was skipped.
+    data: images uint8 (B, 3, H, W), or moments (B, 2, C, ...) of encoded data; y: labels (B,)
+    int64, or a nest of tensors with B rows. Returns STATISTICS and the means of state.extra, one
+    vector on the device: zeros where the step was skipped.
     """
     args = state.args
+    # What a network draws, as dropout does, is not carried over from step to step either
+    torch.manual_seed(counted_seed(args.seed, state.step, state.world.rank, "network"))
     try:
         losses = add_gradients(state, data, y)
     except Exception as error:
@@ -359,34 +422,45 @@ def train_step(state, data, y):
             raise
         raise RunError(f"step {state.step + 1}: torch.compile needs ever more graphs, as "
                        f"{type(state.net).__name__} changes; give --no-compile") from error
-    if args.warmup_steps:
-        rate = args.lr * min(1, state.step / args.warmup_steps)
-        state.optimizer.param_groups[0]["lr"] = rate
+    set_rates(state)
     state.step += 1
 
     norm = sharding.full_tensor(torch.nn.utils.get_total_norm([p.grad for p in state.params]))
     skip = state.guard.judge(state.step, losses[0], norm)
-    # Made for loss scaling: a fused optimiser skips its step where this is 1, and no host waits
-    state.optimizer.found_inf = skip
     if args.clip_grad:
         torch.nn.utils.clip_grads_with_norm_(state.params, args.clip_grad, norm)
-    state.optimizer.step()
+    # Made for loss scaling: a fused optimiser skips its step where this is 1, and no host waits
+    waits = not getattr(state.optimizer, "_step_supports_amp_scaling", False)
+    if not waits:
+        state.optimizer.found_inf = skip
+    if not (waits and skip):
+        state.optimizer.step()
     state.optimizer.zero_grad()
     update_average(state.ema, state.net, args.ema_decay)
-    statistics = torch.cat([losses, norm[None], torch.ones_like(norm)[None]])
+    statistics = torch.cat([norm[None], torch.ones_like(norm)[None], losses])
     return torch.where(skip > 0, 0, statistics)
+
+
+def set_rates(state):
+    """The optimiser's rates for the coming step, of warm-up and cool-down."""
+    args, left = state.args, state.config["total_steps"] - state.step
+    if args.warmup_steps or args.cooldown_steps:
+        share = min(1, state.step / args.warmup_steps if args.warmup_steps else 1,
+                    left / args.cooldown_steps if args.cooldown_steps else 1)
+        for rate, group in zip(state.rates, state.optimizer.param_groups, strict=True):
+            group["lr"] = rate * share
 
 
 def add_gradients(state, data, y, *, exchange=True):
     """Forward and backward of this rank's rows, in micro-batches whose gradients add up.
 
-    Returns the STATISTICS of the losses (7,), means over the micro-batches. In the backward of the
-    last, if exchange, DistributedDataParallel averages the gradients over the ranks; a sharded
-    network does so in every one.
+    Returns the STATISTICS of the losses and state.extra, means over the micro-batches. In the
+    backward of the last, if exchange, DistributedDataParallel averages the gradients over the
+    ranks; a sharded network does so in every one.
     """
     world, count = state.world, state.args.grad_accum_steps
     posterior_noise, global_draws = draw_global_batch(state)
-    losses = torch.zeros(7, device=world.device)
+    losses = 0
     for i in range(count):
         # This rank has every world.size-th row of the global batch, this micro-batch every count-th
         # of those
@@ -399,13 +473,34 @@ def add_gradients(state, data, y, *, exchange=True):
         exchange_now = exchange and i == count - 1
         with nullcontext() if exchange_now else sharding.local_gradients(state.forward):
             with world.autocast():
-                out = state.method.loss(state.net, x, y[i::count], draws, forward=state.forward)
+                rows = rows_of(y, slice(i, None, count))
+                out = state.method.loss(state.net, x, rows, draws, forward=state.forward)
             (propagate_nonfinite(out.loss) / count).backward()
         # Sums over rows by the number of all rows add up over micro-batches, ranks and steps
         errors = torch.stack([out.error, out.velocity_error, torch.ones_like(out.error)], dim=1)
         sums = errors[:draws.equal].sum(0), errors[draws.equal:].sum(0)
-        losses += torch.cat([out.loss.detach()[None], torch.cat(sums) / len(errors)]) / count
+        check_extra(state, out)
+        extra = [out.extra[name].float().mean()[None] for name in state.extra]
+        losses = losses + torch.cat(
+            [out.loss.detach()[None], torch.cat(sums) / len(errors), *extra]) / count
     return losses
+
+
+def check_extra(state, out):
+    """Set state.extra, the names of Loss.extra, at first. Raises UserError for what is no extra."""
+    if state.extra is None:
+        reserved = {"step", *STATISTICS, *LOG_TEXTS, *metric_names("")}
+        wrong = [name for name, value in out.extra.items() if name in reserved
+                 or value.shape != out.error.shape or value.requires_grad]
+        if wrong:
+            raise UserError(f"--method must give as extra detached tensors of one number per row, "
+                            f"under names that are not in use, got {wrong[0]} of "
+                            f"{state.args.method}; change its loss")
+        state.extra = tuple(out.extra)
+    if tuple(out.extra) != state.extra:
+        raise UserError(f"--method must give the same extra in every step, got "
+                        f"{', '.join(out.extra)} after {', '.join(state.extra)} of "
+                        f"{state.args.method}; change its loss")
 
 
 def draw_global_batch(state):
@@ -416,7 +511,8 @@ def draw_global_batch(state):
     posterior, method = (counted_generator(args.seed, state.step, purpose, device=device)
                          for purpose in ("posterior", "method"))
     noise = torch.randn(shape, device=device, generator=posterior)
-    return noise, state.method.draw(shape, device=device, generator=method)
+    return noise, state.method.draw(shape, device=device, generator=method, step=state.step,
+                                    total=state.config["total_steps"])
 
 
 @torch.no_grad()
@@ -427,8 +523,13 @@ def update_average(ema, net, decay):
 
 
 def warm_up(state, log, data, y):
-    """Compile, and let DistributedDataParallel settle, on a first batch as in train_step. Weights,
-    gradients and random state stay as they are."""
+    """Compile, and let DistributedDataParallel settle, on a first batch as in train_step. Weights
+    and gradients stay as they are. Raises UserError for conditions that the method does not know.
+    """
+    try:
+        state.method.drop(y, torch.zeros(len(data), dtype=torch.bool, device=data.device))
+    except ValueError as error:
+        raise UserError(f"--method must know the conditions of the data: {error}") from error
     if state.config["compile"]:
         compile_passes(state, log, data, y)
     if state.world.distributed:
@@ -486,22 +587,23 @@ class Meter:
 
     def __init__(self, world, batch):
         self.world, self.batch = world, batch
-        self.sums = torch.zeros(len(STATISTICS), device=world.device)
 
     def begin(self, step):
         """Begin an interval after this step."""
-        self.step, self.time = step, time.perf_counter()
-        self.sums.zero_()
+        self.step, self.time, self.sums = step, time.perf_counter(), 0
 
-    def read(self, step):
-        """The means over steps and ranks, by name; the next interval begins.
+    def read(self, step, extra):
+        """The means over steps and ranks, by name, with those of the names extra; the next interval
+        begins.
 
         _equal, _unequal: over the rows with r = t and with r < t, if there are any. gpu_memory_gb:
         the most, 10^9 bytes, that this rank's tensors have taken at once so far.
         """
         sums = (self.world.total(self.sums) / self.world.size).tolist()
-        made, steps = sums[-1], step - self.step
-        mean = {name: value / max(made, 1) for name, value in zip(STATISTICS, sums, strict=True)}
+        names = (*STATISTICS, *extra)
+        sums = dict(zip(names, sums, strict=True))
+        made, steps = sums["made_steps"], step - self.step
+        mean = {name: value / max(made, 1) for name, value in sums.items()}
         means = {name: mean[f"{name}_equal"] + mean[f"{name}_unequal"]
                  for name in ("error", "velocity_error")}
         means |= {"loss": mean["loss"], "grad_norm": mean["grad_norm"],
@@ -514,7 +616,7 @@ class Meter:
                 means |= {f"{name}_{rows}": mean[f"{name}_{rows}"] / share
                           for name in ("error", "velocity_error")}
         self.begin(step)
-        return means
+        return means | {name: mean[name] for name in extra}
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -544,6 +646,10 @@ class Run(ExitStack):
         self.order = BatchSampler(len(self.dataset), args.global_batch_size, seed=args.seed,
                                   flip=args.flip, world=world)
         self.total_steps = args.max_steps or args.epochs * self.order.steps_per_epoch
+        self.config["total_steps"] = self.total_steps
+        if args.cooldown_steps > self.total_steps:
+            raise UserError(f"--cooldown-steps must be at most the steps of the run, "
+                            f"{self.total_steps}, got {args.cooldown_steps}; lower it")
         self.evaluation = None
         if args.eval_every:
             self.evaluation = Evaluation(args.fid_ref, args.protocol, self.config, world)
@@ -551,7 +657,7 @@ class Run(ExitStack):
     def open(self, state):
         """Lock the folder, restore its newest checkpoint, and open log, signals and saver."""
         world, enter = self.world, self.enter_context
-        self.lock = self.images_before = None  # on other ranks than 0
+        self.lock = self.images_before = self.changed = None  # on other ranks than 0
         with naming("--run-dir"):
             path = world.on_main(self._open_folder)
             if path:
@@ -566,7 +672,8 @@ class Run(ExitStack):
                                  before_write=self.log.to_disk))
         self.saver.path, world.before_exit = path, self.saver.finish_writing
         self.signals = enter(Signals(world))  # left first: no deadline while the saver ends
-        self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed)
+        self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed,
+                                    conditions=getattr(self.dataset, "conditions", None))
         if state.step and self.is_due(self.args.eval_every, state.step) and not world.broadcast(
                 self.log.has(state.step, "fid")):  # the last run ended in this evaluation
             self.evaluate(state.step)
@@ -575,9 +682,15 @@ class Run(ExitStack):
         """Lock the folder, check that it is this run's, write config.json. Returns the newest
         checkpoint, or None. Raises BadValue."""
         self.lock = self.enter_context(FolderLock(self.folder))
-        defaults = vars(parse_args(["--data-path", "."])) | method_defaults(self.args.model)
-        stored = check_config(self.folder, self.config, defaults=defaults, may_change=MAY_CHANGE)
+        defaults = vars(parse_args(["--data-path", "."]))
+        allowed = {name.replace("-", "_") for name in self.args.allow_change}
+        free = {*MAY_CHANGE, *allowed}
+        if not METHODS[self.args.method].scheduled or allowed & {"max_steps", "epochs"}:
+            free.add("total_steps")
+        stored = check_config(self.folder, self.config, defaults=defaults, may_change=free)
         self.images_before = stored.get("num_images")
+        self.changed = differences(*({name: config.get(name) for name in allowed}
+                                     for config in (stored, self.config)))
         for name in ("checkpoints", "samples"):
             make_folder(self.folder / name)
             remove_temporary_files(self.folder / name)
@@ -599,10 +712,12 @@ class Run(ExitStack):
         """Whether work of every so many steps, 0 = never, is due; after the last step all is."""
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
-    def record(self, step, means, interval_ends):
-        """One log line and, if the interval is complete, one metrics record."""
+    def record(self, step, means, extra, interval_ends):
+        """One log line, with the names extra, and, if the interval is complete, one metrics record.
+        """
         texts = [text.format(means[name]) for name, text in LOG_TEXTS.items()
                  if name in means and (means[name] or name != "skipped_steps")]
+        texts += [f"{name} {means[name]:.4f}" for name in extra]
         self.log.say("  ".join([f"step {step}/{self.total_steps}", *texts]))
         if interval_ends:
             self.log.record(step, **means)
@@ -628,9 +743,9 @@ class Run(ExitStack):
             metrics = self.evaluation.measure(self.sampler, self.args.eval_samples, EVAL_BATCH)
         if self.world.main:
             metrics |= {"labels": self.sampler.labels, "seed": self.sampler.seed}
-            if guidance := self.sampler.guidance:
-                t_min, t_max = guidance["interval"]
-                metrics |= {"omega": guidance["omega"], "t_min": t_min, "t_max": t_max}
+            for name, value in self.sampler.guidance.items():
+                metrics |= (dict(zip(("t_min", "t_max"), value)) if name == "interval"
+                            else {name: value})
             names = metric_names(metrics["protocol"])
             texts = [f"{names.get(key, key)} "
                      + (f"{value:.4f}" if isinstance(value, float) else f"{value}")
@@ -657,7 +772,7 @@ def check_batch(args, world):
     if args.shard:
         sharding.check_sharding(world)
         # Ranks gather the shards together: a rank without such rows would skip the derivative
-        rows = batch - make_method(args, num_classes=1).equal_rows(batch)
+        rows = batch - make_method(vars(args), num_classes=1).equal_rows(batch)
         if 0 < rows < count:
             raise UserError(f"--global-batch-size must have {count} rows with r < t or more for "
                             f"--shard, one per rank and micro-batch, got {rows} of {batch}; choose "
@@ -682,18 +797,21 @@ def open_data(args, world):
 def make_config(args, dataset, codec):
     """The config: every option, and what sampling and resuming must know of the data."""
     config = json.loads(json.dumps(vars(args), default=str))  # plain values: lists, no paths
+    del config["allow_change"]  # of one command, not of the run
     scale = dataset.scale if args.encoded_data else codec.scale
     shape = dataset.latent_shape if args.encoded_data else codec.latent_shape(args.image_size)
     if args.compile is None:
         config["compile"] = torch.cuda.is_available() and not args.shard
-    if is_improved(args.model) and (dataset.vae if args.encoded_data else args.vae) != "none":
+    pixels = (dataset.vae if args.encoded_data else args.vae) == "none"
+    if METHODS[args.method].normalises_channels and not pixels:
         if shape[0] != (channels := len(LATENT_NORMALISATION["latent_mean"])):
-            raise UserError(f"--vae must have latents of {channels} channels for --model "
-                            f"{args.model}, got {shape[0]}; give --vae ema or mse")
+            raise UserError(f"--vae must have latents of {channels} channels for --method "
+                            f"{args.method}, got {shape[0]}; give --vae ema or mse")
         config |= LATENT_NORMALISATION
     return config | {
         "latent_shape": list(shape), "scale": scale, "classes": list(dataset.classes),
-        "num_classes": len(dataset.classes), "num_images": len(dataset)}
+        "num_classes": len(dataset.classes), "num_images": len(dataset),
+        "command": " ".join(sys.argv), "commit": code_version(), "torch": str(torch.__version__)}
 
 
 def introduction(run, state):
@@ -711,6 +829,8 @@ def introduction(run, state):
         decay = max(0, 1 - 10 / run.total_steps)
         lines.append(f"samples will be noise: --ema-decay {args.ema_decay} averages over more "
                      f"steps than the run has; {decay:.4g} would suit {run.total_steps}")
+    if run.changed and state.step:
+        lines.append(f"from step {state.step} on: {run.changed}")
     if run.initial and not state.step:
         lines += run.initial.notes
     lines += dataset.notes

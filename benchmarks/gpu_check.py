@@ -45,7 +45,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 from engine.distributed import counted_generator, start_processes  # noqa: E402
 from engine.options import Parser, float_range  # noqa: E402
 from engine.sharding import list_blocks  # noqa: E402
-from models import DiT_models, is_improved  # noqa: E402
+from models import DiT_models  # noqa: E402
 
 PARTS = {}  # name -> (function, limit in seconds, least useful seconds, title)
 SECOND_CALL = ("compiled_b2", "compiled_xl2", "compiled_imf", "host", "fashion")
@@ -156,7 +156,7 @@ def peak_gigabytes():
 def random_network(name, blocks=None, size=32):
     """A network on the device whose weights are random everywhere: fresh ones have zeros."""
     sizes = {} if blocks is None else {"depth": blocks}
-    if blocks and is_improved(name):
+    if blocks and name.startswith("iMF"):
         sizes["head_depth"] = blocks // 2
     torch.manual_seed(0)
     net = DiT_models[name](input_size=size, num_classes=1000, **sizes)
@@ -522,7 +522,7 @@ def table(args, out, name, batch, mode, *, blocks=None, only=None):
     import train_step
 
     if args.tiny:
-        name, batch, blocks = ("iMF-T/4" if is_improved(name) else "DiT-T/4"), 4, 2
+        name, batch, blocks = ("iMF-T/4" if name.startswith("iMF") else "DiT-T/4"), 4, 2
         only = only or (FLOW, "ours", FASTGEN)
     with start_processes("bf16") as world:
         net = random_network(name, blocks)

@@ -25,7 +25,7 @@ from engine.errors import run_main  # noqa: E402
 from engine.options import Parser, float_range, int_range  # noqa: E402
 from improved_meanflow import ImprovedMeanFlow  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
-from models import DiT_models, is_improved  # noqa: E402
+from models import DiT_models  # noqa: E402
 
 RUNS = [  # name, model, epochs, guidance in training
     ("B/4", "DiT-B/4", 80, {"cfg": 3.0}),
@@ -66,10 +66,10 @@ def report(args):
           + "".join(f" {args.gpus} {gpu}, hours (updates) |" for gpu in PEAKS))
     print("|---" * (8 + len(PEAKS)) + "|")
     for name, model, epochs, guidance in RUNS:
-        forward, flow = flops(model, ratio=0, **({"omega_max": 1} if is_improved(model) else {}))
+        forward, flow = flops(model, ratio=0, **({"omega_max": 1} if model.startswith("iMF") else {}))
         _, step = flops(model, **guidance)
         run = step * epochs * IMAGES_PER_EPOCH
-        steps = epochs * IMAGES_PER_EPOCH / (1024 if is_improved(model) else 256)
+        steps = epochs * IMAGES_PER_EPOCH / (1024 if model.startswith("iMF") else 256)
         hours = []
         for gpu, peak in PEAKS.items():
             updates = steps * update_seconds(model, gpu) / 3600
@@ -93,7 +93,7 @@ def update_seconds(model, gpu):
 
 def fake_method(model, **settings):
     """The loss of the model's method, which takes tensors without data, too."""
-    make = ImprovedMeanFlow if is_improved(model) else MeanFlow
+    make = ImprovedMeanFlow if model.startswith("iMF") else MeanFlow
     method = make(num_classes=1000, **settings)
     derivative = method.time_derivative
     # PyTorch differentiates no views of fake tensors in forward mode: pass copies of the rows
@@ -109,7 +109,7 @@ def flops(model, **settings):
         net = DiT_models[model]()
         x, y = torch.empty(BATCH, 4, 32, 32), torch.zeros(BATCH, dtype=torch.int64)
         draws = method.draw(x.shape)
-        given = (draws.omega, draws.t_min, draws.t_max) if is_improved(model) else ()
+        given = (draws.omega, draws.t_min, draws.t_max) if model.startswith("iMF") else ()
         with FlopCounter() as forward:
             net(x, draws.r, draws.t, y, *given)
         with FlopCounter() as step:

@@ -41,7 +41,7 @@ from engine.distributed import World, start_processes  # noqa: E402
 from engine.errors import run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
 from engine.sharding import check_sharding, list_blocks, local_shard, parallelise  # noqa: E402
-from models import DiT_models, is_improved  # noqa: E402
+from models import DiT_models  # noqa: E402
 
 GPUS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}
 USABLE = 0.9
@@ -115,7 +115,7 @@ class MemoryCounter(TorchDispatchMode):
 
 def make_step(net, model, batch, world, forward=None):
     """A function without arguments that makes forward and backward of a random batch."""
-    method = fake_method(model, **({} if is_improved(model) else {"cfg": 2.0, "kappa": 0.5}))
+    method = fake_method(model, **({} if model.startswith("iMF") else {"cfg": 2.0, "kappa": 0.5}))
     x = torch.randn(batch, *SHAPE, device=world.device)
     y = torch.zeros(batch, dtype=torch.int64, device=world.device)
     draws = method.draw(x.shape, device=world.device)

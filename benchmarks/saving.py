@@ -139,9 +139,9 @@ def time_records(folder, args, world, count=200):
         meter = train.Meter(world, args.batch_size)
         meter.begin(0)
         for step in range(1, count + 1):
-            meter.sums += torch.ones_like(meter.sums)
+            meter.sums = torch.ones(len(train.STATISTICS), device=world.device)
             begin = time.perf_counter()
-            train.Run.record(run, step, meter.read(step), interval_ends=True)
+            train.Run.record(run, step, meter.read(step, ()), (), interval_ends=True)
             seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 

@@ -47,7 +47,7 @@ from engine.options import Parser, float_range, int_range  # noqa: E402
 from engine.sharding import bucket_mib  # noqa: E402
 from improved_meanflow import ImprovedMeanFlow  # noqa: E402
 from meanflow import MeanFlow  # noqa: E402
-from models import DiT_models, is_improved  # noqa: E402
+from models import DiT_models  # noqa: E402
 
 MODELS = ("DiT-B/4", "DiT-B/2", "DiT-M/2", "DiT-L/2", "DiT-XL/2", "iMF-XL/2")
 GPUS = (8, 64, 256)
@@ -188,7 +188,7 @@ def limit(arithmetic, seconds, collectives):
 
 def describe(model):
     """The Network of this name, counted without computing."""
-    improved = is_improved(model)
+    improved = model.startswith("iMF")
     method = (ImprovedMeanFlow if improved else MeanFlow)(num_classes=1000)
     with FakeTensorMode():  # tensors with a shape and no data
         net = DiT_models[model]()
@@ -218,7 +218,7 @@ def count(work):
 
 def row(model, net, gpus, args):
     """The cells of a model on so many GPUs."""
-    improved = is_improved(model)
+    improved = model.startswith("iMF")
     batch = args.per_gpu_batch * gpus or (1024 if improved else 256)
     tail = batch // 2 if improved else batch // 4
     steps = passes(net, batch / gpus, math.ceil(tail / gpus))

@@ -5,8 +5,11 @@ A data set is a class with
     classes, notes            the names of the labels, in order; lines for the log
     len(dataset)              the number of images
     batches(steps, workers)   yields for each (rows, mirrored) of BatchSampler.steps what training
-                              takes: images uint8 (B, 3, H, W) or moments (B, 2, C, h, w), and
-                              labels (B,) int64, on the CPU
+                              takes: images uint8 (B, 3, H, W) or moments (B, 2, C, ...), and
+                              labels (B,) int64 or a nest (dict, tuple) of tensors with B rows, on
+                              the CPU
+    conditions(rows)          only where these are no labels: such a nest for the samples of these
+                              numbers, for pictures and evaluations
 
 It reads ahead with so many workers, or in the caller if they are 0: processes (read_images) suit
 reading that holds the GIL, threads (map_ahead) suit reading that waits for the disk.
@@ -25,6 +28,7 @@ import threading
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from engine.distributed import counted_generator
 from engine.errors import UserError
@@ -62,18 +66,30 @@ class BatchSampler:
 
 
 def load_batches(dataset, steps, *, workers, device):
-    """Yields the batches of a data set, data and labels (B,), on device, for the steps of a
-    BatchSampler. With workers two batches are prefetched, in pinned memory if device is a GPU.
-    Raises UserError for what cannot be read."""
-    batches = iter(dataset.batches(steps, workers))
+    """Yields the batches of a data set, data and labels (B,) or a nest, on device, for the steps of
+    a BatchSampler. With workers two batches are prefetched, in pinned memory if device is a GPU.
+    Raises UserError for what cannot be read and for conditions of another number of rows."""
+    batches = map(check_rows, dataset.batches(steps, workers))
     if device.type == "cuda":
-        batches = ([tensor.pin_memory() for tensor in batch] for batch in batches)
+        batches = (tree_map(torch.Tensor.pin_memory, batch) for batch in batches)
     if workers:
         take = functools.partial(next, batches)  # given None: after the last batch
         ahead = map_ahead(take, itertools.repeat(None), threads=1, depth=2)
         batches = itertools.takewhile(lambda batch: batch is not None, ahead)
     for batch in batches:
-        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+        yield tree_map(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def check_rows(batch):
+    """The batch, (data, y). Raises UserError unless it is a nest of tensors with equal rows."""
+    leaves, _ = tree_flatten_with_path(batch)
+    rows = len(batch[0])
+    for path, leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != (rows,):
+            what = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+            raise UserError(f"--data-path must give {rows} rows of each condition, as of the data, "
+                            f"in tensors, got {what} in y{keystr(path[1:])}; change its batches")
+    return batch
 
 
 def read_images(read, batches, *, workers):

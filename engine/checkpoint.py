@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_map_only
 
 from engine.errors import BadValue
 from engine.files import atomic_file, find_damage, utf8_path
+from engine.optimizer import check_state
 from engine.sharding import full_tensor, shard_like
+from methods import METHODS
 from models import build
 
 KEYS = ("step", "model", "ema", "opt", "config")
@@ -284,12 +286,13 @@ def check_fields(config, weights):
                        "latent_shape": list, "scale": (float, int)}.items():
         if not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise ValueError(f"{name} is {config[name]!s:.60}")
-    channels, height, width = config["latent_shape"]
+    channels, *sides = config["latent_shape"]
     classes, count = config.get("classes"), config["num_classes"]
     scaled = config.keys() & {"latent_mean", "latent_std"}
     rules = {
         "vae": len(config["vae"]) <= TEXT,
-        "latent_shape": height == width,
+        "latent_shape": all(type(side) is int for side in (channels, *sides)),
+        "method": config.get("method") in (None, *METHODS),
         "image_size": 1 <= config["image_size"] <= 2**16,
         "scale": _are_numbers([config["scale"]], 1, *SCALES),
         "latent_mean": not scaled or _are_numbers(config.get("latent_mean"), channels),
@@ -300,7 +303,8 @@ def check_fields(config, weights):
     if wrong := [name for name, right in rules.items() if not right]:
         raise ValueError(f"{wrong[0]} is {config.get(wrong[0])!s:.60}")
     largest = max([len(weights), *(tensor.numel() for tensor in weights.values())])
-    sizes = {"num_classes": count, "channels": channels, "height": height}
+    sizes = {"num_classes": count, "channels": channels} | {
+        f"side {i}": side for i, side in enumerate(sides)}
     for name, size in (sizes | (config.get("sizes") or {})).items():
         least, most = int(name in sizes), len(weights) if "depth" in name else largest
         if not least <= size <= most:
@@ -337,7 +341,7 @@ def restore_checkpoint(path, net, ema, optimizer):
             raise ValueError("step 0")
         _load(net, state["model"])
         _load(ema, state["ema"])
-        _restore_moments(optimizer, state["opt"]["state"], list(net.parameters()))
+        _restore_moments(optimizer, state["opt"]["state"])
     return state["step"]
 
 
@@ -348,19 +352,22 @@ def _load(net, tensors):
                          for name, tensor in tensors.items()})
 
 
-def _restore_moments(optimizer, moments, params):
-    """AdamW's state by parameter number. Its settings stay: check_config has compared them."""
-    shapes = {i: {name: value.shape for name, value in state.items()}
-              for i, state in moments.items()}
-    if shapes != {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                  for i, p in enumerate(params)}:  # load_state_dict would take any shapes
-        raise ValueError("the optimiser's state is of another network")
-    moments = {i: {name: value if name == "step" else shard_like(value, params[i])
+def _restore_moments(optimizer, moments):
+    """The optimiser's state by parameter number. Its settings stay: check_config has compared
+    them."""
+    check_state(optimizer, moments)  # load_state_dict would take any shapes
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: {name: shard_like(value, params[i]) if _is_like(value, params[i]) else value
                    for name, value in state.items()} for i, state in moments.items()}
     optimizer.load_state_dict(
         {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for state in optimizer.state.values():  # on a CPU these still are the mapped file
-        state.update({name: value.clone() for name, value in state.items()})
+        state.update({name: value.clone() for name, value in state.items()
+                      if isinstance(value, torch.Tensor)})
+
+
+def _is_like(value, p):
+    return isinstance(value, torch.Tensor) and value.shape == p.shape and value.ndim > 0
 
 
 def check_config(folder, config, *, defaults, may_change):

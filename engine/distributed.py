@@ -173,5 +173,10 @@ def counted_generator(seed, *counters, device="cpu"):
     PyTorch's CPU generator uses 32 bits of the hash, its CUDA generator 63. On a GPU the order of
     many numbers depends on its count of threads, so on its model (ATen's DistributionTemplates.h).
     """
+    return torch.Generator(device).manual_seed(counted_seed(seed, *counters))
+
+
+def counted_seed(seed, *counters):
+    """A hash of (seed, counters), below 2^63."""
     digest = hashlib.sha256(repr((seed, *counters)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return int.from_bytes(digest[:8], "little") >> 1

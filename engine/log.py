@@ -122,13 +122,18 @@ class Events:
 
 def describe_environment(world):
     """The first lines of a log: command, commit, versions and hardware."""
-    folder, commit = Path(__file__).parent.parent, ""
-    with contextlib.suppress(OSError):  # git is not needed to train
-        commit = subprocess.run(["git", "-C", folder, "describe", "--always", "--dirty"],
-                                capture_output=True, text=True).stdout.strip()
     hardware = (torch.cuda.get_device_name(world.device) if world.device.type == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     return [
         f"command: {' '.join(sys.argv)}",
-        f"commit {commit or 'unknown'}, torch {torch.__version__}, CUDA {torch.version.cuda}",
+        f"commit {code_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}",
         f"{world.size} process(es) on {hardware}, precision {world.precision}"]
+
+
+def code_version():
+    """The commit of this repository, and whether files differ from it; "unknown" without git."""
+    folder, commit = Path(__file__).parent.parent, ""
+    with contextlib.suppress(OSError):  # git is not needed to train
+        commit = subprocess.run(["git", "-C", folder, "describe", "--always", "--dirty"],
+                                capture_output=True, text=True).stdout.strip()
+    return commit or "unknown"

@@ -12,7 +12,7 @@ from conftest import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import IMPROVED_SIZES, SIZES, DiT, DiT_models, ImprovedDiT, build, is_improved
+from models import IMPROVED_SIZES, SIZES, DiT, DiT_models, ImprovedDiT, build
 
 
 @precisions
@@ -164,12 +164,6 @@ def test_a_family_builds_a_network_of_any_sizes(family, network, more):
     expected = network(input_size=8, in_channels=3, num_classes=10, **sizes)
     assert ({key: value.shape for key, value in net.state_dict().items()}
             == {key: value.shape for key, value in expected.state_dict().items()})
-    assert is_improved(family) == (family == "iMF")
-
-
-def test_a_subclass_of_the_improved_network_is_one(monkeypatch):
-    monkeypatch.setitem(DiT_models, "iMF-Mine", type("Mine", (ImprovedDiT,), {}))
-    assert is_improved("iMF-Mine")
 
 
 def test_sizes_replace_those_of_the_table():

@@ -145,7 +145,7 @@ def test_latents_bring_their_vae_and_image_size(vae, digits, tmp_path):
 
 def test_every_step_draws_other_noise():
     state = SimpleNamespace(args=SimpleNamespace(global_batch_size=4, seed=0), world=ALONE, step=0,
-                            config={"latent_shape": [1, 2, 2]}, method=MeanFlow(num_classes=2))
+                            config={"latent_shape": [1, 2, 2], "total_steps": 2}, method=MeanFlow(num_classes=2))
     one = train.draw_global_batch(state)
     state.step = 1
     two = train.draw_global_batch(state)
@@ -215,8 +215,8 @@ def test_errors_are_recorded_by_rows_with_and_without_r_equal_t(model, ratio, eq
     rows three of the four have 3 rows with r = t, and one has 2."""
     make_method, rows = train.make_method, {key: [] for key in SPLIT}  # of four steps
 
-    def watched_method(args, num_classes):
-        method = make_method(args, num_classes)
+    def watched_method(config, **options):
+        method = make_method(config, **options)
         loss = method.loss
 
         def watched_loss(net, x, y, draws, *, forward):
@@ -255,7 +255,8 @@ def test_records_say_how_much_memory_of_a_gpu_a_run_takes(trained, monkeypatch):
     meter.begin(0)
     meter.world.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_500_000_000)
-    assert meter.read(1)["gpu_memory_gb"] == 2.5
+    meter.sums = torch.zeros(len(train.STATISTICS))
+    assert meter.read(1, ())["gpu_memory_gb"] == 2.5
 
 
 def test_what_is_done_every_so_often_is_done_after_the_last_step_too(frequent):
