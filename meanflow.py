@@ -146,8 +146,8 @@ class Method:
         dataclass(kw_only=True, eq=False)(cls)
 
     def __post_init__(self):
-        if self.num_classes < 0:
-            raise SettingError("num_classes", f"must be 0 or more, got {self.num_classes}")
+        if self.num_classes < 1:
+            raise SettingError("num_classes", f"must be at least 1, got {self.num_classes}")
         for name, known in self.settings().items():
             known.check(name, getattr(self, name))
         load_forward_mode()  # or the first torch.func.jvp prints a warning

@@ -47,7 +47,7 @@ from engine.errors import RunError, UserError, naming, run_main
 from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import FolderLock, make_folder, remove_temporary_files, write_json
 from engine.log import Log, code_version, describe_environment
-from engine.optimizer import make_optimizer, parameter_groups
+from engine.optimizer import Both, parameter_groups
 from engine.options import Parser, float_range, int_range
 from meanflow import SettingError, rows_of
 from methods import METHODS, default_method, make_method, settings_by_name
@@ -386,6 +386,23 @@ class TrainingState:
                 "opt": self.optimizer.state_dict(), "config": self.config}
 
 
+def make_optimizer(args, params):
+    """The optimiser of the options, for params as parameter_groups gives them."""
+    if args.optimizer == "adamw":
+        return adamw(args, params)
+    matrices, rest = params
+    # Its updates are then as large as AdamW's, and the same rate suits both
+    muon = torch.optim.Muon([matrices], lr=args.lr, weight_decay=args.weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
+    return Both(muon, adamw(args, [rest]))
+
+
+def adamw(args, params):
+    """AdamW with the betas of the papers, for a list of groups."""
+    return torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                             fused=True)
+
+
 def check_fit(args, network):
     """Raise UserError unless the method fits the network, a module or its class."""
     method = METHODS[args.method]
@@ -682,7 +699,7 @@ class Run(ExitStack):
         """Lock the folder, check that it is this run's, write config.json. Returns the newest
         checkpoint, or None. Raises BadValue."""
         self.lock = self.enter_context(FolderLock(self.folder))
-        defaults = vars(parse_args(["--data-path", "."]))
+        defaults = recorded(parse_args(["--data-path", "."]))
         allowed = {name.replace("-", "_") for name in self.args.allow_change}
         free = {*MAY_CHANGE, *allowed}
         if not METHODS[self.args.method].scheduled or allowed & {"max_steps", "epochs"}:
@@ -794,10 +811,15 @@ def open_data(args, world):
     return dataset, codec
 
 
+def recorded(args):
+    """The options in a config, as plain values: lists, no paths; not those of one command alone."""
+    return json.loads(json.dumps({name: value for name, value in vars(args).items()
+                                  if name != "allow_change"}, default=str))
+
+
 def make_config(args, dataset, codec):
     """The config: every option, and what sampling and resuming must know of the data."""
-    config = json.loads(json.dumps(vars(args), default=str))  # plain values: lists, no paths
-    del config["allow_change"]  # of one command, not of the run
+    config = recorded(args)
     scale = dataset.scale if args.encoded_data else codec.scale
     shape = dataset.latent_shape if args.encoded_data else codec.latent_shape(args.image_size)
     if args.compile is None:

@@ -66,7 +66,8 @@ def report(args):
           + "".join(f" {args.gpus} {gpu}, hours (updates) |" for gpu in PEAKS))
     print("|---" * (8 + len(PEAKS)) + "|")
     for name, model, epochs, guidance in RUNS:
-        forward, flow = flops(model, ratio=0, **({"omega_max": 1} if model.startswith("iMF") else {}))
+        unguided = {"omega_max": 1} if model.startswith("iMF") else {}
+        forward, flow = flops(model, ratio=0, **unguided)
         _, step = flops(model, **guidance)
         run = step * epochs * IMAGES_PER_EPOCH
         steps = epochs * IMAGES_PER_EPOCH / (1024 if model.startswith("iMF") else 256)

@@ -1,4 +1,4 @@
-"""The optimiser of a run. Another one is another line here: checkpoints take any state."""
+"""What a run needs of optimisers: groups of parameters, two at once, and a check of their state."""
 
 import torch
 from torch import nn
@@ -10,24 +10,6 @@ def parameter_groups(net):
     linear = {m.weight for m in net.modules() if isinstance(m, nn.Linear)}
     return [{"params": [p for p in net.parameters() if p in linear]},
             {"params": [p for p in net.parameters() if p not in linear]}]
-
-
-def make_optimizer(args, params):
-    """The optimiser of the options for params, as parameter_groups gives them."""
-    if args.optimizer == "muon":
-        matrices, rest = params
-        return Both(
-            # Its rate is then that of AdamW, whose updates are as large
-            torch.optim.Muon([matrices], lr=args.lr, weight_decay=args.weight_decay,
-                             adjust_lr_fn="match_rms_adamw"),
-            adamw(args, [rest]))
-    return adamw(args, params)
-
-
-def adamw(args, params):
-    """AdamW with the papers' betas."""
-    return torch.optim.AdamW([group for group in params if group["params"]], lr=args.lr,
-                             betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
 
 
 class Both:

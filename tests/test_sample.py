@@ -20,6 +20,8 @@ from engine.checkpoint import load_checkpoint, network_of
 from engine.distributed import World
 from engine.errors import UserError
 from engine.files import FolderLock, list_folder
+from improved_meanflow import ImprovedMeanFlow
+from meanflow import MeanFlow
 from metrics.reference import METRICS
 from sample import noise_and_labels
 
@@ -323,11 +325,12 @@ def test_guidance_is_chosen_when_sampling(improved_checkpoint, tmp_path):
 
 def test_published_guidance_is_the_default_of_its_size():
     config = {"model": "iMF-XL/2", "vae": "mse", "omega_max": 8.0, "sizes": {"v_head": False}}
-    assert sample.default_guidance(config) == {"omega": 8.0, "interval": [0.42, 0.62]}
-    assert sample.default_guidance(config | {"omega_max": None}) == sample.default_guidance(config)
+    method = ImprovedMeanFlow(num_classes=10)
+    assert method.guidance(config) == {"omega": 8.0, "interval": [0.42, 0.62]}
+    assert method.guidance(config | {"omega_max": None}) == method.guidance(config)
     for other in ({"omega_max": 4.0}, {"vae": "none"}, {"sizes": {"depth": 6}}, {"model": "iMF"}):
         # nothing is published of such a training
-        assert sample.default_guidance(config | other) == {"omega": 1.0, "interval": [0.0, 1.0]}
-    assert sample.default_guidance({"model": "DiT-XL/2"}) == {}
+        assert method.guidance(config | other) == {"omega": 1.0, "interval": [0.0, 1.0]}
+    assert MeanFlow(num_classes=10).guidance({"model": "DiT-XL/2"}) == {}
     args = sample.parse_args(["--ckpt", "x.pt", "--cfg", "1"])
-    assert sample.choose_guidance(args, config) == {"omega": 1.0, "interval": [0.0, 1.0]}
+    assert sample.choose_guidance(args, config, method) == {"omega": 1.0, "interval": [0.0, 1.0]}

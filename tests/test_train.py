@@ -145,7 +145,8 @@ def test_latents_bring_their_vae_and_image_size(vae, digits, tmp_path):
 
 def test_every_step_draws_other_noise():
     state = SimpleNamespace(args=SimpleNamespace(global_batch_size=4, seed=0), world=ALONE, step=0,
-                            config={"latent_shape": [1, 2, 2], "total_steps": 2}, method=MeanFlow(num_classes=2))
+                            config={"latent_shape": [1, 2, 2], "total_steps": 2},
+                            method=MeanFlow(num_classes=2))
     one = train.draw_global_batch(state)
     state.step = 1
     two = train.draw_global_batch(state)
@@ -314,7 +315,10 @@ def resolved(*model):
 
 def test_the_run_directory_is_named_after_model_and_guidance():
     for model, name in ((["DiT-XL/2", "--cfg", "2.5"], "DiT-XL-2-cfg2.5"),
-                        (["DiT-B/2", "--tangent", "network"], "DiT-B-2-cfg3.0-boundary"),
+                        (["DiT-B/2", "--tangent", "network", "--flip", "--cfg-interval", "0", ".5"],
+                         "DiT-B-2-cfg3.0-flip-cfg-interval=0.0-0.5-tangent=network"),
+                        (["DiT-B/4", "--vae", "/a b/my vae", "--seed", "1", "--max-steps", "5"],
+                         "DiT-B-4-cfg3.0-vae=my_vae-seed=1"),
                         (["iMF-XL/2"], "iMF-XL-2-omega8.0")):
         assert str(resolved(*model).run_dir) == f"results/{name}"
 
@@ -342,7 +346,8 @@ def test_the_rate_rises_to_the_given_one_and_large_gradients_are_clipped(digits,
     seen, step = [], torch.optim.AdamW.step
 
     def watched(self):
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.param_groups[0]["params"])
+        norm = torch.nn.utils.get_total_norm(
+            p.grad for group in self.param_groups for p in group["params"])
         seen.append((self.param_groups[0]["lr"], float(norm)))
         step(self)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
