@@ -2,11 +2,13 @@
 
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
+from soflow import SoFlow
 
 # A network is trained by the first method that it fits, unless train.py --method names another
 METHODS = {
     "meanflow": MeanFlow,  # arXiv 2505.13447
     "improved-meanflow": ImprovedMeanFlow,  # arXiv 2512.02012
+    "soflow": SoFlow,  # arXiv 2512.15657
 }
 
 
