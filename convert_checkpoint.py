@@ -19,16 +19,16 @@ from engine.checkpoint import save_checkpoint
 from engine.errors import UserError, naming, run_main
 from engine.files import check_folder, make_folder
 from engine.options import Parser, int_range
-from methods import METHODS, default_method
-from models import network_class
+from methods import METHODS
 from weights.convert import FORMATS, REPOSITORIES, convert, export
 from weights.foreign_files import read_weights
 from weights.hub import file_or_address, read_file
 
 
 def parse_args(argv=None):
-    parser = Parser("Make a checkpoint of weights from elsewhere: MeanFlow, improved MeanFlow, or "
-                    "a flow model (SiT, REPA) as a start for training. Or write ours for others.")
+    parser = Parser("Make a checkpoint of weights from elsewhere: MeanFlow, improved MeanFlow, "
+                    "SoFlow, or a flow model (SiT, REPA) as a start for training. Or write ours "
+                    "for others.")
     parser.add_argument("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
                         help="file or folder, or hf://OWNER/REPO[@REVISION]/FILE")
     parser.add_argument("--out", type=Path, required=True, help="new file: .pt or .safetensors")
@@ -38,6 +38,9 @@ def parse_args(argv=None):
                         help="attention heads, for a DiT of a width that is not published")
     parser.add_argument("--image-size", type=int_range(1, 2**16),
                         help="in pixels, for files that do not tell (default: 256)")
+    parser.add_argument("--num-classes", type=int_range(1, 2**24),
+                        help="for a file of SoFlow, whose label table may lack the null row "
+                             "(default: 1000 of 1,000 rows, else one less than rows)")
     parser.add_argument("--source", choices=REPOSITORIES,
                         help="repository that saved the weights, where the file does not tell")
     parser.add_argument("--format", choices=FORMATS, default="ours",
@@ -58,12 +61,11 @@ def main(args):
     with naming("--in"):
         foreign = read_file(args.input, lambda path: read_weights(path, raw=args.raw))
         state, report = convert(foreign, heads=args.heads, image_size=args.image_size,
-                                source=args.source)
+                                source=args.source, num_classes=args.num_classes)
     config = state["config"]
-    if foreign.config is None:
-        config.setdefault("method", default_method(network_class(config["model"])))
-        if METHODS[config["method"]].normalises_channels and config["vae"] != "none":
-            config |= LATENT_NORMALISATION
+    normalises = foreign.config is None and METHODS[config["method"]].normalises_channels
+    if normalises and config["vae"] != "none":
+        config |= LATENT_NORMALISATION
     scaled = "per channel" if "latent_mean" in config else f"by {config['scale']}"
     report[:0] = [foreign.origin]
     report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "

@@ -93,6 +93,36 @@ def test_a_ports_training_file_gives_its_average_or_raw_weights(tmp_path, net, i
     assert ("raw weights of step 7" in config["source"]) == ("noamelata" not in repository)
 
 
+def soflow_file(weights, rows=11):
+    """What SoFlow saves while it trains; without guidance its label table has no null row."""
+    theirs = {f"network.{name}": value for name, value in renamed(weights, "^r_", "s_").items()}
+    table = "network.y_embedder.embedding_table.weight"
+    theirs[table] = theirs[table][:rows].clone()
+    raw = {name: value + 1 for name, value in theirs.items()}
+    return {"model": raw, "ema_model": theirs, "optimizer": {}, "finished_steps": 7,
+            "finished_epochs": 1}
+
+
+@pytest.mark.parametrize(("rows", "options"), [(11, {}), (10, {"num_classes": 10})])
+def test_a_soflow_file_gives_the_network_and_the_method(tmp_path, net, inputs, rows, options):
+    path = save(tmp_path, soflow_file(net.state_dict(), rows))
+    ours, config, report = opened(path, **options)
+    rest = slice(None, 3 if rows == 10 else None)  # the null row was never trained
+    assert torch.equal(ours(*inputs)[rest], net(*inputs)[rest])
+    assert (config["method"], config["vae"], config["scale"]) == ("soflow", "mse", 0.18215)
+    assert config["num_classes"] == 10 and "averaged weights of step 7" in config["source"]
+    assert ("without a null row" in report) == (rows == 10)
+    raw, *_ = opened(path, raw=True, **options)
+    assert torch.equal(raw.t_embedder.mlp[0].bias, net.t_embedder.mlp[0].bias + 1)
+
+
+def test_another_number_of_classes_than_the_table_has_is_refused(tmp_path, net):
+    with refused("--num-classes", "11 or 10", "got 12"):
+        opened(save(tmp_path, soflow_file(net.state_dict())), num_classes=12)
+    with refused("--num-classes", "must be 10", "got 11"):
+        opened(save(tmp_path, training_file(net.state_dict())), num_classes=11, source="noamelata")
+
+
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.module.", "module._orig_mod."])
 def test_a_bare_state_dict_needs_its_source_and_may_have_prefixes(tmp_path, net, inputs, prefix):
     path = save(tmp_path, renamed(net.state_dict(), "^", prefix),

@@ -12,7 +12,17 @@ import torch
 
 from engine.checkpoint import check_network, plain_config, to_float32
 from engine.errors import UserError
-from models import SIZES, DiT, DiT_models, ImprovedDiT, build, describe, sincos_table
+from methods import default_method
+from models import (
+    SIZES,
+    DiT,
+    DiT_models,
+    ImprovedDiT,
+    build,
+    describe,
+    network_class,
+    sincos_table,
+)
 from weights.foreign_files import refusal
 
 
@@ -23,6 +33,7 @@ class Repository(NamedTuple):
     vae: str = "ema"  # whose decoder the repository samples with
     scale: float = 0.18215
     note: str = ""  # for the report
+    method: str | None = None  # of methods.py, if it is not the first that the network fits
 
 
 RENAMED = "renamed: h_embedder, here r_embedder"
@@ -33,6 +44,8 @@ REPOSITORIES = {
     "noamelata": Repository("noamelata/MeanFlow"),
     "zhuyu": Repository("zhuyu-cs/MeanFlow", scale=0.18125),  # in its training and its evaluation
     "haoyizhu": Repository("HaoyiZhu/MeanFlow-PyTorch", note=RENAMED),
+    "soflow": Repository("zlab-princeton/SoFlow", "mse", method="soflow",
+                         note="renamed: s_embedder, here r_embedder"),
     "sit": Repository("willisma/SiT", note=f"{START}; its time and sign are turned"),
     "repa": Repository("sihyun-yu/REPA", note=START),
 }
@@ -41,19 +54,20 @@ FORMATS = ("ours", "noamelata", "zhuyu", "haoyizhu", "imeanflow")
 # ---- to ours -------------------------------------------------------------------------------
 
 
-def convert(foreign, *, heads=None, image_size=None, source=None):
+def convert(foreign, *, heads=None, image_size=None, source=None, num_classes=None):
     """(state, report): a checkpoint of ours, ready to be saved, and lines about it.
 
     state: {step, model, ema, opt, config}; model and ema are the same float32 weights. foreign:
-    ForeignWeights, whose dict is emptied of JAX tensors. heads, image_size, source: the options
-    --heads, --image-size, --source. Raises BadValue and UserError.
+    ForeignWeights, whose dict is emptied of JAX tensors. heads, image_size, source, num_classes:
+    the options of these names. Raises BadValue and UserError.
     """
-    if foreign.config is not None and any((heads, image_size, source)):
-        raise UserError("--heads, --image-size and --source must come with a file of another "
-                        "repository, got one of ours; leave them out")
+    if foreign.config is not None and any((heads, image_size, source, num_classes)):
+        raise UserError("--heads, --image-size, --source and --num-classes must come with a file "
+                        "of another repository, got one of ours; leave them out")
     try:
         if foreign.config is None:
-            weights, config, report = convert_foreign(foreign, heads, image_size, source)
+            weights, config, report = convert_foreign(foreign, heads, image_size, source,
+                                                      num_classes)
         else:
             weights, report = to_float32(foreign.tensors), [f"recognised: ours, {foreign.about}"]
             config = plain_config(foreign.config)
@@ -69,7 +83,7 @@ def convert(foreign, *, heads=None, image_size=None, source=None):
     return state, report
 
 
-def convert_foreign(foreign, heads, image_size, source):
+def convert_foreign(foreign, heads, image_size, source, num_classes):
     """(weights, config, report) of a file of another repository."""
     tensors = rename(from_jax(foreign.tensors) if foreign.jax else foreign.tensors)
     candidates = possible_repositories(tensors, foreign)
@@ -79,17 +93,19 @@ def convert_foreign(foreign, heads, image_size, source):
                         f"{source or 'none'}; name the repository that saved it")
     repository = REPOSITORIES[key]
     if key != "imeanflow":
-        tensors = {re.sub("^h_embedder", "r_embedder", name): value
+        tensors = {re.sub("^[hs]_embedder", "r_embedder", name): value
                    for name, value in tensors.items()}
     unused = {"projectors", "" if "v_heads.0.norm1.weight" in tensors else "v_final_layer"}
     weights = to_float32({name: value for name, value in tensors.items()
                           if name.split(".")[0] not in unused})
     if key in ("sit", "repa"):
         warm_start(weights, reverse=key == "sit")
+    added = add_null_row(weights, key, num_classes)
     config = network_config(weights, heads)
+    config |= {"method": repository.method or default_method(network_class(config["model"]))}
     config |= data_config(weights, repository, foreign.args or {}, image_size)
     config["source"] = f"{repository.name}, {foreign.about}"
-    report = [f"recognised: {config['source']}", *filter(None, [repository.note])]
+    report = [f"recognised: {config['source']}", *filter(None, [repository.note, added])]
     if left_out := unused & {name.split(".")[0] for name in tensors}:
         report.append(f"left out: {', '.join(sorted(left_out))}")
     if key == "meanflow":
@@ -105,7 +121,8 @@ def convert_foreign(foreign, heads, image_size, source):
 EARLIER_NAMES = {"k_embedder": "omega_embedder", "cfg_start_cond_tokens": "t_min_tokens",
                  "cfg_end_cond_tokens": "t_max_tokens", "time_cond_tokens": "time_tokens",
                  "class_cond_tokens": "class_tokens", "kappa_cond_tokens": "omega_tokens"}
-WRAPPERS = ("module.", "_orig_mod.", "net.")  # of DistributedDataParallel, torch.compile, a parent
+# Of DistributedDataParallel, torch.compile, and parents
+WRAPPERS = ("module.", "_orig_mod.", "net.", "network.")
 
 
 def rename(tensors):
@@ -150,6 +167,8 @@ def possible_repositories(tensors, foreign):
         return ("imeanflow",)
     if "blocks.0.attn.qkv.weight" not in tensors:
         raise refusal("hold a DiT", f"other tensors ({next(iter(tensors), 'none'):.60} ...)")
+    if "s_embedder.mlp.0.weight" in tensors:
+        return ("soflow",)
     if "h_embedder.mlp.0.weight" in tensors:
         return ("meanflow",) if foreign.jax else ("haoyizhu",)
     args = foreign.args or {}
@@ -165,6 +184,22 @@ def possible_repositories(tensors, foreign):
     if wide and args and not prediction:
         raise refusal("hold a velocity", "a DiT that predicts noise at integer times")
     return {"velocity": ("sit",), "v": ("repa",)}.get(prediction, ("sit", "repa"))
+
+
+def add_null_row(weights, key, num_classes):
+    """Give a label table of so many rows a null row, in place; returns a line for the report or
+    None. SoFlow without guidance has none. Raises UserError for another number of classes."""
+    table = weights["y_embedder.embedding_table.weight"]
+    num_classes = num_classes or (IMAGENET if key == "soflow" and len(table) == IMAGENET else
+                                  len(table) - 1)
+    if len(table) == num_classes and key == "soflow":
+        weights["y_embedder.embedding_table.weight"] = torch.cat([table, 0 * table[:1]])
+        return "label table: without a null row, which is added as zeros"
+    if len(table) != num_classes + 1:
+        rule = f"{len(table)} or {len(table) - 1}" if key == "soflow" else len(table) - 1
+        raise UserError(f"--num-classes must be {rule} for this file, got {num_classes}; give that "
+                        f"of the network")
+    return None
 
 
 def warm_start(weights, *, reverse):
@@ -198,6 +233,7 @@ def reverse_time(weight):
     return torch.cat(turned, dim=1).to(weight.dtype)
 
 
+IMAGENET = 1000  # classes
 HEADS = {width: heads for _, width, heads in SIZES.values()}  # of a width, in every repository
 
 

@@ -70,13 +70,16 @@ def choose_weights(state, raw, path):
     if not raw and not {"ema", "model"} & state.keys():
         return ForeignWeights(state)
     model, tensors = state.get("model"), state.get("model" if raw else "ema")
+    if not raw and tensors is None:
+        tensors = state.get("ema_model")  # SoFlow's name
     if isinstance(model, dict) and "num_updates" in model:
         raise refusal("hold a DiT", f"{path}, a U-Net of py-meanflow")
     if not isinstance(tensors, dict) or not tensors:
         raise refusal(f"hold {'raw' if raw else 'averaged'} weights", f"{path} without them",
                       "leave --raw out" if raw else "add --raw for weights that are not averaged")
     about, args = "raw weights" if raw else "averaged weights", None
-    step = state.get("step" if "config" in state else "steps")
+    step = state.get("step" if "config" in state else
+                     "finished_steps" if "finished_steps" in state else "steps")
     if step is not None and not is_step(step):
         raise refusal("hold a count of steps", f"{path}, whose step is no whole number")
     if step:
