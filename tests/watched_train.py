@@ -39,7 +39,7 @@ def main(args):
 
     def compared_step(self):
         optimizer_step(self)
-        total = sum(p.double().sum() for p in self.param_groups[0]["params"])
+        total = sum(p.double().sum() for group in self.param_groups for p in group["params"])
         ends = torch.stack([total, -total])
         torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
         assert ends[0] == -ends[1], "the ranks hold different weights"
