@@ -104,6 +104,9 @@ def main(args):
             state = open_checkpoint(args.ckpt, world)
             net, config = network_of(state, args.ckpt), state["config"]
             method = method_of(config, net)
+            if config.get("conditions"):
+                raise BadValue(f"must be of a network whose conditions are labels, got {args.ckpt} "
+                               f"of others; sample from Python, as docs/extend.md does")
         guidance = choose_guidance(args, config, method)
         classes = find_classes(args.classes, config) if args.classes else None
         if args.per_class:

@@ -830,6 +830,8 @@ def make_config(args, dataset, codec):
             raise UserError(f"--vae must have latents of {channels} channels for --method "
                             f"{args.method}, got {shape[0]}; give --vae ema or mse")
         config |= LATENT_NORMALISATION
+    if hasattr(dataset, "conditions"):
+        config["conditions"] = True  # no labels: sample.py has none
     return config | {
         "latent_shape": list(shape), "scale": scale, "classes": list(dataset.classes),
         "num_classes": len(dataset.classes), "num_images": len(dataset),

@@ -102,6 +102,15 @@ def test_each_pass_is_one_graph_that_every_step_calls(method, digits, calls, tmp
     assert all(value.dtype == torch.float32 for value in load_weights(folder, 8).values())
 
 
+@pytest.mark.parametrize("settings", [["--cfg", 2, "--kappa", 0.5], ["--cfg", 1]])
+def test_a_schedule_makes_no_new_graphs(settings, digits, calls, tmp_path):
+    """l of SoFlow is another in each of 50 steps. The passes are the forward, and the average
+    velocity of the batch and of the rows with r < t, which guidance takes twice."""
+    call("train", *tiny(digits, tmp_path), "--method", "soflow", *settings, "--compile",
+         "--max-steps", 50)
+    assert calls == [51] + ([51, 102] if settings[1] == 2 else [51])
+
+
 class Breaks(DiT):
     def forward(self, z, r, t, y):
         torch._dynamo.graph_break()

@@ -144,7 +144,10 @@ def test_texts_train_with_guidance_resume_and_sample(compiler, texts, tmp_path):
 
     assert_resumes(tmp_path, run)
     assert (tmp_path / "whole" / "samples" / "0000006.png").exists()
-    net, config = load_network(tmp_path / "whole" / "checkpoints" / "0000006.pt")
+    path = tmp_path / "whole" / "checkpoints" / "0000006.pt"
+    with refused("--ckpt", "labels", "Python"):
+        call("sample", "--ckpt", path, "--sample-dir", tmp_path / "samples")
+    net, config = load_network(path)
     z1 = torch.randn(4, 3, 8, 8)
     one, two = (make_method(config).sample(net, z1, {"text": texts.texts[rows]})
                 for rows in (slice(0, 4), slice(4, 8)))

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import growth
@@ -26,7 +27,9 @@ from soak import differences
 import train
 from dataset.vae import normalisation, posterior_sample
 from engine.distributed import World
+from engine.log import code_version
 from meanflow import MeanFlow
+from models import build
 from sample import ImageSampler, noise_and_labels
 
 
@@ -339,6 +342,74 @@ def test_a_run_resumes_though_its_config_lacks_an_option(trained, digits, tmp_pa
     line = refusal("train", [*options, "--clip-grad", 1, "--cfg", 1.5], "--run-dir")
     assert "(cfg 3.0, now 1.5; clip_grad 0.0, now 1.0)" in line
     call("train", *options)
+
+
+def test_a_resumed_run_takes_the_new_values_that_it_is_allowed_and_says_so(digits, tmp_path):
+    options = [*tiny(digits, tmp_path), "--max-steps"]
+    call("train", *options, 2)
+    changed = [*options, 3, "--ema-decay", 0.8, "--lr", 2e-3]
+    with refused("--run-dir", "ema_decay 0.9, now 0.8; lr 0.001, now 0.002"):
+        call("train", *changed)
+    with refused("--run-dir", "(ema_decay 0.9, now 0.8)"):
+        call("train", *changed, "--allow-change", "lr")
+    call("train", *changed, "--allow-change", "lr", "ema-decay")
+    log = (tmp_path / "log.txt").read_text()
+    assert "from step 2 on: ema_decay 0.9, now 0.8; lr 0.001, now 0.002" in log
+    config = load_state(tmp_path, 3)["config"]
+    assert config == json.loads((tmp_path / "config.json").read_text()) and config["lr"] == 2e-3
+    call("train", *changed[:-5], 4, *changed[-4:])  # now these are the run's
+
+
+def test_a_run_of_a_method_with_a_schedule_keeps_its_length(digits, tmp_path):
+    options = [*tiny(digits, tmp_path), "--method", "soflow"]
+    call("train", *options, "--max-steps", 24)
+    call("train", *options, "--epochs", 2)  # as many
+    with refused("--run-dir", "total_steps 24, now 25"):
+        call("train", *options, "--max-steps", 25)
+    call("train", *options, "--max-steps", 25, "--allow-change", "max-steps")
+
+
+def test_a_config_says_what_made_the_run(trained):
+    config = load_state(trained.parent.parent, 12)["config"]
+    assert config["torch"] == torch.__version__ and config["commit"] == code_version()
+    assert config["command"] == " ".join(sys.argv) and config["method"] == "meanflow"
+    assert config["total_steps"] == 12 and "allow_change" not in config
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_any_optimiser_resumes_bit_for_bit(optimizer, digits, tmp_path, monkeypatch):
+    if optimizer == "sgd":
+        monkeypatch.setattr(train, "make_optimizer", lambda args, params: torch.optim.SGD(
+            params, lr=args.lr, momentum=0.9))
+    more = ["--optimizer", "muon"] if optimizer == "muon" else []
+    for name, steps in (("one", (6,)), ("two", (4, 6))):
+        for count in steps:
+            call("train", *tiny(digits, tmp_path / name), "--max-steps", count, *more)
+    one, two = (load_state(tmp_path / name, 6) for name in ("one", "two"))
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
+    assert len(one["opt"]["state"]) == len([*build(one["config"]).parameters()])
+
+
+def test_muon_trains_the_weights_of_linear_layers(digits, tmp_path):
+    call("train", *tiny(digits, tmp_path), "--max-steps", 2, "--optimizer", "muon")
+    state = load_state(tmp_path, 2)
+    kinds = ["momentum_buffer" in moments for moments in state["opt"]["state"].values()]
+    linear = [m for m in build(state["config"]).modules() if isinstance(m, torch.nn.Linear)]
+    assert kinds == sorted(kinds, reverse=True) and sum(kinds) == len(linear)
+
+
+def test_the_rate_falls_to_zero_in_the_last_steps(digits, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(self):
+        rates.append({group["lr"] for group in self.param_groups})
+        step(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    for count in (5, 7):
+        call("train", *tiny(digits, tmp_path / f"{count}"), "--max-steps", count, "--lr", 0.1,
+             "--cooldown-steps", 4, "--warmup-steps", 2)
+    expected = [0, 0.05, 0.075, 0.05, 0.025, 0, 0.05, 0.1, 0.1, 0.075, 0.05, 0.025]
+    assert [rate for rates in rates for rate in rates] == pytest.approx(expected)
 
 
 def test_the_rate_rises_to_the_given_one_and_large_gradients_are_clipped(digits, tmp_path,
