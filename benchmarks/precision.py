@@ -5,7 +5,9 @@
 
 It makes one training step with guidance (omega' 2, kappa .5) in each arithmetic and prints relative
 differences (2-norm) to the same step in float64: of the derivative du/dt, of the errors per row and
-of the gradient of all weights. A second table has the errors of du/dt by finite differences.
+of the gradient of all weights. A second table has the errors of du/dt by finite differences. A
+third has those of the targets of MeanFlow and of SoFlow, whose gap shrinks in the training,
+relative to target - output (rms, rows with t - r > .02, no guidance).
 
 The official code multiplies float32 arrays on TPUs, which by default round the factors to bfloat16
 and add in float32. The program simulates this, so its figures do not depend on the machine: it
@@ -30,9 +32,11 @@ from train_step import difference_errors  # noqa: E402
 from engine.checkpoint import load_network  # noqa: E402
 from engine.errors import naming, run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
-from meanflow import MeanFlow  # noqa: E402
+from meanflow import MeanFlow, per_row  # noqa: E402
 from models import DiT_models  # noqa: E402
+from soflow import SoFlow  # noqa: E402
 
+GAPS = (0.1, 0.014, 0.002)  # (t-l) / (t-r) of SoFlow at the start, the middle and the end
 aten = torch.ops.aten
 # operation -> index of its first factor among its arguments
 PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1,
@@ -55,20 +59,62 @@ def main(args):
     x = torch.randn(args.batch_size, *shape)
     y = torch.randint(classes, (args.batch_size,))
     draws = method.draw(x.shape)
-    exact = step(copy.deepcopy(net).double(), method, x.double(), y, dataclasses.replace(
-        draws, r=draws.r.double(), t=draws.t.double(), eps=draws.eps.double()))
+    exact = step(copy.deepcopy(net).double(), method, x.double(), y, in_float64(draws))
     print("| arithmetic | du/dt | error | gradient |\n|---|---|---|---|")
-    for name, arithmetic in {
-        "float32": contextlib.nullcontext(),
-        "TensorFloat-32 factors (`tf32` on a GPU)": Rounded(to_tf32),
-        "bfloat16 factors (official, on TPUs)": Rounded(lambda a: a.bfloat16().float()),
-        "bfloat16 autocast (`bf16`)": torch.autocast("cpu", torch.bfloat16),
-        "the same, attention's inputs converted to float32 and back": converted_attention(),
-    }.items():
+    converted = "the same, attention's inputs converted to float32 and back"
+    for name, arithmetic in {**arithmetics(), converted: converted_attention()}.items():
         found = step(net, method, x, y, draws, arithmetic)
         print(f"| {name} | " + " | ".join(
             f"{float((a - b).norm() / b.norm()):.1e}" for a, b in zip(found, exact)) + " |")
     print("", *difference_errors(net, method.rows, x.device), sep="\n")
+    print("", *target_errors(net, x, y, classes), sep="\n")
+
+
+def arithmetics():
+    """{name: context in which to compute}; each can be entered once."""
+    return {"float32": contextlib.nullcontext(),
+            "TensorFloat-32 factors (`tf32` on a GPU)": Rounded(to_tf32),
+            "bfloat16 factors (official, on TPUs)": Rounded(lambda a: a.bfloat16().float()),
+            "bfloat16 autocast (`bf16`)": torch.autocast("cpu", torch.bfloat16)}
+
+
+def target_errors(net, x, y, classes):
+    """The lines of a Markdown table: errors of the targets of SoFlow and MeanFlow."""
+    yield "| arithmetic | MeanFlow | " + " | ".join(f"SoFlow, gap {gap:g}" for gap in GAPS) + " |"
+    yield "|---" * (2 + len(GAPS)) + "|"
+    methods = [MeanFlow(num_classes=classes, ratio=1),
+               *(SoFlow(num_classes=classes, ratio=1, cfg=1.0, gap_start=gap) for gap in GAPS)]
+    # Of MeanFlow the same points
+    generator = torch.Generator().manual_seed(0)
+    draws = [method.draw(x.shape, generator=generator.manual_seed(0)) for method in methods[1:]]
+    draws.insert(0, draws[0])
+    exact = [residual(copy.deepcopy(net).double(), method, x.double(), y, in_float64(draw))
+             for method, draw in zip(methods, draws)]
+    for name in arithmetics():
+        cells = []
+        for method, draw, (target, output) in zip(methods, draws, exact):
+            with arithmetics()[name], sdpa_kernel(SDPBackend.MATH):
+                found, _ = residual(net, method, x, y, draw)
+            cells.append(f"{float((found - target).norm() / (target - output).norm()):.0e}")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+@torch.no_grad()
+def residual(net, method, x, y, draws):
+    """(target, output) of the rows with t - r > .02, (B', C, H, W), as float64."""
+    t, v = per_row(draws.t, x), draws.eps - x
+    z = (1 - t) * x + t * draws.eps
+    out = net(z, draws.r, draws.t, y).to(z.dtype)
+    far = draws.t - draws.r > 0.02
+    target = method.target(net, z, v, y, dataclasses.replace(
+        draws, equal=0, dropped=torch.zeros_like(draws.dropped)), out)
+    return target[far].double(), out[far].double()
+
+
+def in_float64(draws):
+    """The same Draws in float64."""
+    return dataclasses.replace(draws, **{name: value.double() for name, value in vars(draws).items()
+                                         if torch.is_tensor(value) and value.is_floating_point()})
 
 
 def network(path):

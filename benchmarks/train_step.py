@@ -43,6 +43,7 @@ from engine.options import Parser, float_range, int_range  # noqa: E402
 from improved_meanflow import ImprovedMeanFlow  # noqa: E402
 from meanflow import MeanFlow, per_row  # noqa: E402
 from models import DiT_models, ImprovedDiT  # noqa: E402
+from soflow import SoFlow  # noqa: E402
 
 NUM_CLASSES = 1000
 MODES = ("eager", "compiled", "CUDA graphs")
@@ -160,50 +161,55 @@ RIVALS = {
 
 
 def ours(improved):
-    """Our formulations by name: options of the method, and whether du/dt is a difference."""
-    plain = {"omega_max": 1} if improved else {}
+    """Our formulations by name, the method of each, and of which du/dt is a difference."""
+    make = partial(ImprovedMeanFlow if improved else MeanFlow, num_classes=NUM_CLASSES)
+    plain = partial(make, omega_max=1) if improved else make
     found = {
-        "flow matching": ({"ratio": 0, **plain}, False),
-        "ours": (plain, False),
-        "ours, but a central difference for the derivative": (plain, True),
+        "flow matching": plain(ratio=0),
+        "ours": plain(),
+        "ours, but a central difference for the derivative": plain(),
     }
-    guided = {"omega_max = 8": {"omega_max": 8.0}} if improved else {
-        "`--tangent network`": {"tangent": "network"}, "kappa = 0": {"cfg": 3.0},
-        "kappa = .5": {"cfg": 2.0, "kappa": 0.5}}
-    return found, {f"ours, {name}": (options, False) for name, options in guided.items()}
+    found["ours, but a central difference for the derivative"].time_derivative = central_difference
+    if improved:
+        return found, {"ours, omega_max = 8": make(omega_max=8.0)}
+    return found, {
+        "ours, `--tangent network`": make(tangent="network"),
+        "ours, kappa = 0": make(cfg=3.0),
+        "ours, kappa = .5": make(cfg=2.0, kappa=0.5),
+        "SoFlow, no guidance": SoFlow(num_classes=NUM_CLASSES, cfg=1.0),
+        "SoFlow, kappa = 0": SoFlow(num_classes=NUM_CLASSES, kappa=0.0),
+        "SoFlow, kappa = .75": SoFlow(num_classes=NUM_CLASSES)}
 
 
 def build_variants(net, x, y, *, modes):
     """The list of Variants: x (B, C, H, W) and labels y (B,) are the batch of all."""
     improved, variants = isinstance(net, ImprovedDiT), []
-    make = ImprovedMeanFlow if improved else MeanFlow
-    unguided, guided = ours(improved)
     for mode in modes:
         forward = net if mode == "eager" else torch.compile(net, fullgraph=True)
-        for name, (options, difference) in unguided.items():
+        unguided, guided = ours(improved)
+        for name, method in unguided.items():
             if mode != "CUDA graphs" or name != "flow matching":
-                method = make(num_classes=NUM_CLASSES, **options)
-                variants.append(our_variant(name, mode, method, net, forward, x, y, difference))
+                variants.append(our_variant(name, mode, method, net, forward, x, y))
         for name, derive in RIVALS.items() if mode != "CUDA graphs" else ():
             if mode == "eager" or derive is not double_backward:
-                method = make(num_classes=NUM_CLASSES, **unguided["ours"][0])
+                method = ours(improved)[0]["ours"]
                 variants.append(rival_variant(name, mode, method, net, derive, x, y))
-        for name, (options, difference) in guided.items():
-            method = make(num_classes=NUM_CLASSES, **options)
-            variants.append(our_variant(name, mode, method, net, forward, x, y, difference))
+        for name, method in guided.items():
+            variants.append(our_variant(name, mode, method, net, forward, x, y))
     return variants
 
 
-def our_variant(name, mode, method, net, forward, x, y, difference):
+def our_variant(name, mode, method, net, forward, x, y):
     """Our step of the batch x (B, C, H, W), y (B,), as a Variant."""
-    variant, draws = Variant(name, mode), method.draw(x.shape, device=x.device)
-    if difference:
-        method.time_derivative = central_difference
+    # SoFlow at half of the training
+    draws = method.draw(x.shape, device=x.device, step=1, total=2)
+    variant = Variant(name, mode)
     if mode == "compiled":
         method.compile()
     if mode == "CUDA graphs":
         replay_passes(method)
-    method.time_derivative = watched(method.time_derivative, variant)
+    if "time_derivative" in method.passes:
+        method.time_derivative = watched(method.time_derivative, variant)
     variant.loss = lambda: method.loss(net, x, y, draws, forward=forward).loss
     return variant
 
@@ -211,7 +217,7 @@ def our_variant(name, mode, method, net, forward, x, y, difference):
 def replay_passes(method):
     """Compile the passes without gradient into CUDA graphs."""
     method.compile(mode="reduce-overhead")
-    for name in ("velocity", "time_derivative"):
+    for name in method.passes:
         # The next replay overwrites the output of a graph
         compiled = getattr(method, name)
         setattr(method, name, lambda *rows, compiled=compiled: compiled(*rows).clone())
@@ -365,7 +371,8 @@ def measure(variants, net, world, seconds):
     for variant in variants:
         try:
             warm_up(variant, net, world)
-        except RuntimeError as error:  # of memory, or what autograd or the compiler cannot do
+        # Of memory, what autograd or the compiler cannot do, or autocast where a method refuses it
+        except (RuntimeError, ValueError) as error:
             variant.failure = str(error).splitlines()[0]
     variants = [v for v in variants if not v.failure]
     exact = copy.deepcopy(net).double()

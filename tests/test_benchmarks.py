@@ -39,7 +39,7 @@ def test_the_formulations_are_the_same_step(model, sizes, program, monkeypatch):
     method = train_step.ImprovedMeanFlow if "iMF" in model else train_step.MeanFlow
     torch.manual_seed(1)
     draws = method(num_classes=1000).draw((8, 4, 8, 8))
-    monkeypatch.setattr(method, "draw", lambda *shape, **device: draws)
+    monkeypatch.setattr(method, "draw", lambda *shape, **options: draws)
     net = DiT_models[model](input_size=8, num_classes=train_step.NUM_CLASSES, **sizes)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -65,7 +65,7 @@ def test_the_tables_are_markdown_with_sound_figures(program, capsys):
     tables = re.findall(r"(?:^\|.*\n)+", capsys.readouterr().out, re.MULTILINE)
     steps, derivatives = ([[cell.strip() for cell in row.split("|")[1:-1]]
                            for row in table.splitlines()[2:]] for table in tables)
-    assert len(steps) == 10 and {len(cells) for cells in steps} == {6}
+    assert len(steps) == 13 and {len(cells) for cells in steps} == {6}
     assert steps[0][:5] == ["flow matching", "1.00", "", "1.00", "1.00"]
     jvp, *errors = [[float(cell) for cell in cells[1:]] for cells in derivatives]
     assert jvp[0] < 1e-5 < jvp[1] < 5e-2 and len(errors) == len(train_step.STEPS)
