@@ -45,8 +45,12 @@ def naming(option):
 class _Output(io.FileIO):
     """The bytes of stdout or stderr, which nobody has to read: the rest then goes nowhere."""
 
+    over = False  # after the script: its number may be that of another file
+
     def write(self, data):
         """Raises UserError where a file does not take a result."""
+        if self.over:
+            return len(data)
         try:
             while (written := super().write(data)) is None:
                 select.select([], [self], [])  # full, and another program made it not wait
@@ -83,11 +87,16 @@ def lasting_output():
             continue
         os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _lasting(sys.stdout, True), _lasting(sys.stderr, False)
+    sys.stdout, sys.stderr = streams = _lasting(sys.stdout, True), _lasting(sys.stderr, False)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for stream in streams:
+            if stream not in before:
+                with contextlib.suppress(UserError):
+                    stream.flush()
+                stream.buffer.raw.over = True
 
 
 @lasting_output()

@@ -63,6 +63,21 @@ def test_output_that_does_not_wait_is_waited_for():
     assert io.BufferedWriter(_Output(writer, "w")).write(bytes(2**20)) == 2**20
 
 
+def test_a_stream_that_is_used_after_its_script_writes_nowhere(tmp_path):
+    """A progress bar that was closed late wrote to the number of another file, and /dev/null took
+    that file's place: fonts went missing."""
+    kept = []
+    with open(tmp_path / "output", "w") as output, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", output)
+        run_main(lambda args: kept.append(sys.stderr), lambda: None)
+        number = output.fileno()
+    with open(ROOT / "README.md", "rb") as other:
+        os.dup2(other.fileno(), number)
+        kept[0].write("late\n")
+        assert os.path.sameopenfile(number, other.fileno())
+    os.close(number)
+
+
 # A script, whose name is the second word, with its streams as a shell leaves them
 OTHER_STREAMS = """
 import importlib, os, sys
