@@ -34,13 +34,12 @@ import torch
 import meanflow
 from meanflow import (
     Draws,
+    LogitNormalTimes,
     Loss,
-    Method,
     attention_in_bfloat16,
     per_row,
     rows_of,
     setting,
-    sorted_times,
     total_derivative,
     velocity_of,
 )
@@ -61,22 +60,19 @@ PUBLISHED_GUIDANCE = {"iMF-B/2": (8.0, 0.4, 0.65), "iMF-M/2": (10.5, 0.4, 0.6),
                       "iMF-L/2": (10.5, 0.4, 0.6), "iMF-XL/2": (8.0, 0.42, 0.62)}
 
 
-class ImprovedMeanFlow(Method):
-    """The objective of arXiv 2512.02012. Settings beside those of Method:
+class ImprovedMeanFlow(LogitNormalTimes):
+    """The objective of arXiv 2512.02012. Settings beside those of LogitNormalTimes:
 
-    p_mean, p_std: mean and standard deviation of the logit-normal times.
     omega_max: largest guidance scale; 1 means no guidance.
     beta: the density of omega falls as omega^-beta.
     """
 
     ratio: float = 0.5
-    p_mean: float = setting(-0.4, "(-inf, inf)", "mean of the logit-normal times")
-    p_std: float = setting(1.0, "(0, inf)", "standard deviation of the logit-normal times")
     omega_max: float = setting(8.0, "[1, inf)",
                                "largest guidance scale that is learnt, 1 = no guidance")
     beta: float = setting(1.0, "[0, inf)", "guidance scales are drawn with density ~ omega^-beta")
 
-    inputs = (*Method.inputs, "omega", "t_min", "t_max")
+    inputs = (*LogitNormalTimes.inputs, "omega", "t_min", "t_max")
     keywords = ("heads",)
     passes = ("velocity", "time_derivative")
     run_names = MappingProxyType({"omega_max": "omega"})
@@ -90,12 +86,6 @@ class ImprovedMeanFlow(Method):
         t_min, t_max = uniform[0] / 2, (1 + uniform[1]) / 2
         t_min[:draws.equal], t_max[:draws.equal] = 0, 1
         return ImprovedDraws(**vars(draws), omega=self.scale(uniform[2]), t_min=t_min, t_max=t_max)
-
-    def draw_times(self, batch, *, device=None, generator=None):
-        """r, t (B,) and the count of leading rows with r = t."""
-        normal = torch.randn(2, batch, device=device, generator=generator)
-        equal = self.equal_rows(batch)
-        return *sorted_times(torch.sigmoid(normal * self.p_std + self.p_mean), equal), equal
 
     def scale(self, uniform):
         """omega (B,) in [1, omega_max] by uniform (B,): the inverse of its distribution."""

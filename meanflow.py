@@ -147,7 +147,8 @@ class Method:
 
     def __post_init__(self):
         if self.num_classes < 1:
-            raise SettingError("num_classes", f"must be at least 1, got {self.num_classes}")
+            raise SettingError("num_classes", f"must be at least 1, got {self.num_classes}; data "
+                                              f"without labels have one class")
         for name, known in self.settings().items():
             known.check(name, getattr(self, name))
         load_forward_mode()  # or the first torch.func.jvp prints a warning
@@ -164,15 +165,16 @@ class Method:
     def fits(cls, network):
         """Whether a network, a module or its class, takes what this method gives to it."""
         itself = (network,) if isinstance(network, type) else ()
+        signature = inspect.signature(getattr(network, "forward", network))
         try:
-            inspect.signature(getattr(network, "forward", network)).bind(*itself, *cls.inputs,
-                                                    **dict.fromkeys(cls.keywords))
+            signature.bind(*itself, *cls.inputs, **dict.fromkeys(cls.keywords))
         except TypeError:
             return False
         return True
 
     def draw(self, shape, *, device=None, generator=None, step=0, total=1):
-        """Draws for a batch of this shape (B, ...), float32, on device.
+        """Draws for a batch of this shape (B, ...), float32, on device, with the times of
+        draw_times, which a subclass has.
 
         step: of total in the whole training, 0 at first. A schedule enters as tensors of the Draws:
         as a number it would make torch.compile compile anew.
@@ -181,6 +183,16 @@ class Method:
         dropped = self.draw_dropped(shape[0], device=device, generator=generator)
         eps = torch.randn(shape, device=device, generator=generator)
         return Draws(r, t, eps, dropped, equal)
+
+    def sorted_times(self, pair):
+        """r, t (B,) of two draws (2, B), and the count of leading rows, in which r = t.
+
+        As in the official code, t is the larger of the draws on every row, also where r = t: they
+        are sorted first.
+        """
+        r, t, equal = pair.amin(0), pair.amax(0), self.equal_rows(pair.shape[1])
+        r[:equal] = t[:equal]
+        return r, t, equal
 
     def equal_rows(self, batch):
         """How many rows of a batch have r = t."""
@@ -246,24 +258,24 @@ def rows_of(nest, rows):
     return tree_map_only(torch.Tensor, lambda a: a[rows], nest)
 
 
-def sorted_times(pair, equal):
-    """r, t (B,) of two draws (2, B), with r = t in so many leading rows.
+class LogitNormalTimes(Method):
+    """A Method whose r and t are two logit-normal times, sorted."""
 
-    As in the official code, t is the larger of the draws on every row, also where r = t: they are
-    sorted first.
-    """
-    r, t = pair.amin(0), pair.amax(0)
-    r[:equal] = t[:equal]
-    return r, t
+    p_mean: float = setting(-0.4, "(-inf, inf)", "mean of the logit-normal times")
+    p_std: float = setting(1.0, "(0, inf)", "standard deviation of the logit-normal times")
+
+    def draw_times(self, batch, *, device=None, generator=None):
+        """r, t (B,) and the count of leading rows with r = t."""
+        normal = torch.randn(2, batch, device=device, generator=generator)
+        return self.sorted_times(torch.sigmoid(normal * self.p_std + self.p_mean))
 
 
 # ---- MeanFlow ------------------------------------------------------------------------------------
 
 
-class MeanFlow(Method):
-    """The objective of arXiv 2505.13447. Settings beside those of Method:
+class MeanFlow(LogitNormalTimes):
+    """The objective of arXiv 2505.13447. Settings beside those of LogitNormalTimes:
 
-    p_mean, p_std: mean and standard deviation of the logit-normal times.
     time_sampler: "logit_normal" or "uniform".
     cfg: effective guidance scale omega' = omega / (1 - kappa); 1 with kappa = 0 means no guidance.
     kappa: weight of the network's own conditional velocity.
@@ -272,8 +284,6 @@ class MeanFlow(Method):
         u(z, t, t, y), the boundary variant of improved MeanFlow (arXiv 2512.02012, Eq. 12).
     """
 
-    p_mean: float = setting(-0.4, "(-inf, inf)", "mean of the logit-normal times")
-    p_std: float = setting(1.0, "(0, inf)", "standard deviation of the logit-normal times")
     time_sampler: str = setting("logit_normal", ("logit_normal", "uniform"),
                                 "distribution of the times")
     cfg: float = setting(1.0, "[0, inf)", "guidance scale omega' = omega / (1 - kappa), 1 = none",
@@ -295,12 +305,8 @@ class MeanFlow(Method):
     def draw_times(self, batch, *, device=None, generator=None):
         """r, t (B,) and the count of leading rows with r = t."""
         if self.time_sampler == "uniform":
-            pair = torch.rand(2, batch, device=device, generator=generator)
-        else:
-            normal = torch.randn(2, batch, device=device, generator=generator)
-            pair = torch.sigmoid(normal * self.p_std + self.p_mean)
-        equal = self.equal_rows(batch)
-        return *sorted_times(pair, equal), equal
+            return self.sorted_times(torch.rand(2, batch, device=device, generator=generator))
+        return super().draw_times(batch, device=device, generator=generator)
 
     def loss(self, net, x, y, draws, *, forward=None):
         """The Loss of data x (B, ...) with conditions y, as drop takes them, under these draws.
