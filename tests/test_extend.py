@@ -244,6 +244,31 @@ class UNet(nn.Module):
         return self.last(torch.cat([x, z], dim=1))
 
 
+class TwoHeads(nn.Module):
+    """u and v for improved MeanFlow, of a class that knows nothing of ours."""
+
+    def __init__(self, *, input_size, in_channels, num_classes):
+        super().__init__()
+        self.label = nn.Embedding(num_classes + 1, in_channels)
+        self.u, self.v = (nn.Conv2d(in_channels, in_channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, z, r, t, y, omega, t_min, t_max, heads="uv"):
+        x = z * (t - r + omega)[:, None, None, None] + self.label(y)[:, :, None, None]
+        return self.u(x) if "u" in heads else None, self.v(x) if "v" in heads else None
+
+
+def test_a_network_chooses_its_method_by_what_it_takes(rows, digits, tmp_path, refusal):
+    """Improved MeanFlow once took subclasses of ImprovedDiT alone."""
+    rows(None, TwoHeads=TwoHeads)
+    words = [word for word in options(tmp_path / "run", "--data-path", digits, "--max-steps", 2,
+                                      model="TwoHeads") if word not in ("--method", "mine")]
+    refusal("train", [*words, "--method", "meanflow"], "--method")
+    call("train", *words, "--sample-every", 2)
+    assert load_state(tmp_path / "run", 2)["config"]["method"] == "improved-meanflow"
+    call("sample", "--ckpt", tmp_path / "run" / "checkpoints" / "0000002.pt", "--sample-dir",
+         tmp_path / "samples", "--num-fid-samples", 2, "--cfg", 3)
+
+
 def test_a_unet_with_dropout_resumes_bit_for_bit(rows, digits, tmp_path):
     rows(None, UNet=UNet)
     assert_resumes(tmp_path, lambda folder, steps: call("train", *options(
