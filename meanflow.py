@@ -88,10 +88,15 @@ class SettingError(ValueError):
 class Setting(NamedTuple):
     """A setting of a method, and an option of train.py."""
 
-    default: object  # a number, a word, or a tuple of increasing numbers
+    default: object  # a number, a word, or a tuple of increasing numbers; an int asks for ints
     rule: object  # the range of numbers such as "[0, 1)", or a tuple of the words
     help: str  # for people, with unit and effect
-    recipe: object  # what train.py takes by default, where that is not the default of the class
+    recipe: object = None  # what train.py takes by default, where that is not the default above
+
+    @property
+    def train_default(self):
+        """What train.py takes by default."""
+        return self.default if self.recipe is None else self.recipe
 
     def check(self, name, value):
         """Raise SettingError for a value against the rule."""
@@ -101,8 +106,9 @@ class Setting(NamedTuple):
             several = isinstance(self.default, tuple)
             values = list(value) if several and isinstance(value, tuple | list) else [value]
             low, high = map(float, self.rule[1:-1].split(","))
+            kind = int if isinstance(self.default, int) else Real
             right = (len(values) == (len(self.default) if several else 1)
-                     and all(isinstance(a, Real) and low <= a <= high for a in values)
+                     and all(isinstance(a, kind) and low <= a <= high for a in values)
                      and not (self.rule[0] == "(" and low in values)
                      and not (self.rule[-1] == ")" and high in values) and values == sorted(values))
             rule = f"{f'{len(self.default)} increasing numbers ' if several else ''}in {self.rule}"
@@ -158,7 +164,8 @@ class Method:
         """{name: Setting} of this class."""
         known = {name: a.metadata["setting"] for base in reversed(cls.__mro__)
                  for name, a in getattr(base, "__dataclass_fields__", {}).items() if a.metadata}
-        return {a.name: known[a.name]._replace(default=a.default)
+        return {a.name: known[a.name] if a.metadata else
+                known[a.name]._replace(default=a.default, recipe=None)
                 for a in fields(cls) if a.name in known}
 
     @classmethod

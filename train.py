@@ -15,6 +15,7 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import re
 import signal
 import sys
@@ -117,12 +118,14 @@ def add_method_options(add):
         help="training objective (default: the first of these that fits the network)")
     for name, known in settings_by_name().items():
         first = next(iter(known.values()))
-        several = {}
-        if isinstance(first.default, tuple):
-            several = {"nargs": len(first.default), "metavar": ("FROM", "TO")}
-        kind = ({"choices": first.rule} if isinstance(first.default, str)
-                else {"type": float_range(float("-inf"))})
-        add(f"--{name.replace('_', '-')}", **kind, **several,
+        kind = {"type": float_range(-math.inf)}
+        if isinstance(first.default, str):  # each method checks its own
+            kind = {"choices": [word for a in known.values() for word in a.rule]}
+        elif isinstance(first.default, tuple):
+            kind |= {"nargs": len(first.default), "metavar": "NUMBER"}
+        elif isinstance(first.default, int):
+            kind = {"type": int_range(-2**63)}
+        add(f"--{name.replace('_', '-')}", **kind,
             help=f"{first.help} (default: {describe_defaults(known)})")
 
 
@@ -131,7 +134,7 @@ def describe_defaults(known):
     methods have it."""
     texts = {}
     for method, value in known.items():
-        default = value.default if value.recipe is None else value.recipe
+        default = value.train_default
         text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         texts.setdefault(text, []).append(method)
     if len(texts) == 1 and len(known) == len(METHODS):
@@ -301,8 +304,7 @@ def resolve_method(args):
     if args.precision == "bf16" and not method.takes_bfloat16:
         raise UserError(f"--precision must be fp32 or tf32 for --method {name}, got bf16, which is "
                         f"too coarse for its target; change it")
-    defaults = {option: known.default if known.recipe is None else known.recipe
-                for option, known in settings.items()}
+    defaults = {option: known.train_default for option, known in settings.items()}
     for option, value in defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, value)

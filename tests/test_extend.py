@@ -15,7 +15,7 @@ from torch import nn
 import train
 from dataset.vae import Pixels
 from engine.checkpoint import load_network
-from meanflow import MeanFlow
+from meanflow import MeanFlow, setting
 from methods import METHODS, make_method
 from models import DiT, DiT_models
 
@@ -79,6 +79,34 @@ def test_the_method_of_the_page_trains_resumes_compiles_and_samples(compiler, ro
     call("sample", "--ckpt", tmp_path / "parts" / "checkpoints" / "0000006.pt", "--sample-dir",
          tmp_path / "samples", "--num-fid-samples", 3, "--num-sampling-steps", 1, 2)
     call("plot", tmp_path / "parts", "--out", tmp_path / "curves.png")
+
+
+class Own(MeanFlow):
+    cfg: float = 2.0  # and so in train.py, whose default of MeanFlow is that of its recipe
+    parts: int = setting(3, "[1, 9]", "a whole number")
+    ends: tuple = setting((0.1, 0.2, 0.3), "[0, 1]", "three numbers")
+    tangent: str = setting("middle", ("middle", "velocity"), "a word of its own")
+
+
+def test_settings_of_every_kind_are_options_of_their_method(rows):
+    rows(Own)
+
+    def resolved(*words):
+        args = train.parse_args(["--data-path", "x", "--model", "DiT-T/4", *words])
+        train.resolve(args, world=None)
+        return args
+
+    args = resolved("--method", "mine", "--parts", "4", "--ends", "0", ".5", "1")
+    assert (args.cfg, args.parts, args.ends, args.tangent) == (2.0, 4, [0, 0.5, 1], "middle")
+    assert args.run_dir.name == "DiT-T-4-mine-cfg2.0-parts=4-ends=0.0-0.5-1.0"
+    assert resolved("--tangent", "network").cfg == 3.0
+    for words, named in ((["--parts", "0"], "--parts"), (["--parts", "2.5"], "--parts"),
+                         (["--ends", "0", "1", ".5"], "--ends"),
+                         (["--tangent", "network"], "--tangent must be middle or velocity")):
+        with refused(named):
+            resolved("--method", "mine", *words)
+    with refused("--parts must come with --method mine"):
+        resolved("--parts", "4")
 
 
 def test_extra_is_a_mean_over_rows_ranks_and_micro_batches(rows, digits, tmp_path):
