@@ -71,8 +71,7 @@ LONGEST_NAME = 200  # characters of a default run directory; file systems take 2
 
 def parse_args(argv=None):
     """The options as they are given; resolve fills in the others."""
-    parser = Parser("Train a DiT with MeanFlow or SoFlow, or an iMF model with improved MeanFlow. "
-                    "Repeat a command to resume its run.")
+    parser = Parser("Train a network to generate in one step. Repeat a command to resume its run.")
     add_data_options(parser.add_argument_group("data").add_argument)
     add_method_options(parser.add_argument_group("method").add_argument)
     add_optimisation_options(parser.add_argument_group("model and optimisation"))
