@@ -60,9 +60,8 @@ class Draws:
 
         The rows with r = t come first in the whole, so they come first in every part.
         """
-        rows = {name: value[i::n] for name, value in vars(self).items()
-                if isinstance(value, torch.Tensor)}
-        return replace(self, **rows, equal=len(range(i, self.equal, n)))
+        return replace(self, **rows_of({**vars(self), "equal": len(range(i, self.equal, n))},
+                                       slice(i, None, n)))
 
 
 class Loss(NamedTuple):
@@ -114,12 +113,14 @@ class Setting(NamedTuple):
             rule = f"{f'{len(self.default)} increasing numbers ' if several else ''}in {self.rule}"
             value = " ".join(map(str, values))
         if not right:
-            raise SettingError(name, f"must be {rule}, got {value}; choose another value")
+            raise SettingError(name, f"must be {rule}, got {value!s:.60}; choose another value")
 
 
 def setting(default, rule, help, *, recipe=None):
-    """A field of a Method; the arguments are those of Setting."""
-    return field(default=default, metadata={"setting": Setting(default, rule, help, recipe)})
+    """A field of a Method; the arguments are those of Setting, whose rule the default must keep."""
+    made = Setting(default, rule, help, recipe)
+    made.check("default", default)
+    return field(default=default, metadata={"setting": made})
 
 
 @dataclass(kw_only=True, eq=False)

@@ -29,6 +29,17 @@ def make_method(config, num_classes=None):
                   **given)
 
 
+def method_of(config, network):
+    """The method of a network that was trained with this config. Raises ValueError or TypeError
+    for an unknown one, and for one that does not fit the network or its own settings."""
+    name = config.get("method") or default_method(network)
+    if name not in METHODS:
+        raise ValueError(f"its method {name!s:.60} is not in METHODS of methods.py")
+    if network is not None and not METHODS[name].fits(network):
+        raise ValueError(f"its method {name} does not fit {type(network).__name__}")
+    return make_method(config | {"method": name})
+
+
 def settings_by_name():
     """{setting: {method's name: Setting}} of all methods."""
     found = {}

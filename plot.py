@@ -39,7 +39,8 @@ WITHOUT_PANEL = ("step", "loss")  # all other numbers of training have one
 FROM_ZERO = ("images_per_second", "gpu_memory_gb", "skipped_steps")
 LINEAR = ("inception_score", "precision", "recall")  # whose best value is the greatest
 ERRORS = ("velocity_error", "error")  # the fixed panels that the table shows
-NO_OPTIONS = ("run_dir", "command", "commit", "torch", "allow_change", "num_workers")
+NO_OPTIONS = ("run_dir", "command", "commit", "torch", "num_workers", "latent_shape", "scale",
+              "latent_mean", "latent_std", "classes", "num_classes", "num_images")
 LARGEST = 1e100  # no quantity of training; axes of larger values overflow
 PANELS = 60  # at most: a PNG file has fewer than 2^16 rows
 LOG_FROM = 3  # the other panels have a log axis if the largest value is so many times the smallest

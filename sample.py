@@ -34,8 +34,8 @@ from engine.distributed import one_thread, start_processes
 from engine.errors import BadValue, UserError, naming, run_main
 from engine.files import FolderLock, check_folder, list_folder, remove_temporary_files, write_json
 from engine.options import Parser, float_range, int_range
-from meanflow import SettingError, schedule
-from methods import default_method, make_method
+from meanflow import schedule
+from methods import method_of
 from metrics.inception import PROTOCOLS
 from metrics.reference import Evaluation, evaluate, notes
 from metrics.statistics import rank_batches
@@ -209,8 +209,8 @@ def print_metrics(args, num_reference, metrics):
     """Print the metrics, and what they depend on, as one JSON line."""
     about = {"num_reference": num_reference, "ref": str(args.fid_ref), "ckpt": str(args.ckpt),
              "sampling_precision": args.precision}  # "precision" is a metric
-    about |= {name: args.record[name] for name in ("vae", "labels", "seed", "steps", "omega",
-                                                   "interval", "classes") if name in args.record}
+    about |= {name: value for name, value in args.record.items()
+              if name not in ("images", "batch", "precision", "weights")}
     print(json.dumps(metrics | about))
 
 
@@ -244,14 +244,6 @@ def _digest(seed, i, purpose):
     return hashlib.sha256(f"{seed} {i} {purpose}".encode()).digest()
 
 
-def method_of(config, net):
-    """The method that samples from a network by its config. Raises BadValue."""
-    try:
-        return make_method({"method": default_method(net), **config})
-    except SettingError as error:
-        raise BadValue(f"must hold settings of its method, got {error}; give another") from error
-
-
 def choose_guidance(args, config, method):
     """The method's guidance, changed by --cfg and --cfg-interval. Raises UserError where it has
     none."""
@@ -259,7 +251,7 @@ def choose_guidance(args, config, method):
     if args.cfg_interval or args.cfg == 1:
         options["interval"] = args.cfg_interval or [0.0, 1.0]
     guidance = method.guidance(config)
-    if options and not guidance:
+    if not options.keys() <= guidance.keys():
         raise UserError(f"--cfg and --cfg-interval must come with an iMF checkpoint, got one of "
                         f"{config['model']}, whose guidance is fixed in training; leave them out")
     return guidance | options

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import signal
 import sys
 import time
@@ -64,6 +65,12 @@ MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep
               "sample_every", "num_workers", "compile", "grad_accum_steps", "shard",
               "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
               "protocol", "skip_bad_images", "num_images", "command", "commit", "torch")
+IN_CHECKPOINTS = {"model", "method", "optimizer", "init", "encoded_data", "image_size", "vae",
+                  "allow_change"}  # which --allow-change cannot change
+# Of a config, beside the options
+OF_THE_DATA = ("sizes", "latent_shape", "scale", "latent_mean", "latent_std", "classes",
+               "num_classes", "num_images", "conditions", "total_steps", "source", "command",
+               "commit", "torch")
 DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 LONGEST_NAME = 200  # characters of a default run directory; file systems take 255 bytes
@@ -72,10 +79,12 @@ LONGEST_NAME = 200  # characters of a default run directory; file systems take 2
 def parse_args(argv=None):
     """The options as they are given; resolve fills in the others."""
     parser = Parser("Train a network to generate in one step. Repeat a command to resume its run.")
-    add_data_options(parser.add_argument_group("data").add_argument)
-    add_method_options(parser.add_argument_group("method").add_argument)
-    add_optimisation_options(parser.add_argument_group("model and optimisation"))
-    add_run_options(parser.add_argument_group("run").add_argument)
+    data, method, optimisation, run = map(parser.add_argument_group, (
+        "data", "method", "model and optimisation", "run"))
+    add_data_options(data.add_argument)
+    add_optimisation_options(optimisation)
+    add_run_options(run.add_argument)
+    add_method_options(method.add_argument)  # last: no setting may have the name of another option
     args = parser.parse_args(argv)
     if args.eval_every and args.fid_ref is None:
         parser.error(f"--eval-every must come with --fid-ref, got {args.eval_every} without; give "
@@ -91,8 +100,9 @@ def parse_args(argv=None):
         parser.error("--allow-change must come with --run-dir, as the default one depends on the "
                      "options; name the run's folder")
     for name in args.allow_change:
-        if name.replace("-", "_") not in vars(args):
-            parser.error(f"--allow-change must name options, got {name}; --help lists them")
+        if name.replace("-", "_") not in vars(args).keys() - IN_CHECKPOINTS:
+            parser.error(f"--allow-change must name options that a checkpoint does not depend on, "
+                         f"got {name}; begin another run with them, perhaps from --init")
     return args
 
 
@@ -116,7 +126,10 @@ def add_method_options(add):
     add("--method", choices=METHODS,
         help="training objective (default: the first of these that fits the network)")
     for name, known in settings_by_name().items():
-        first = next(iter(known.values()))
+        first, *others = known.values()
+        if name in OF_THE_DATA or any(type(a.default) is not type(first.default) for a in others):
+            raise UserError(f"METHODS must have settings with names of their own and of one kind, "
+                            f"got {name} of {', '.join(known)}; rename it")
         kind = {"type": float_range(-math.inf)}
         if isinstance(first.default, str):  # each method checks its own
             kind = {"choices": [word for a in known.values() for word in a.rule]}
@@ -124,8 +137,12 @@ def add_method_options(add):
             kind |= {"nargs": len(first.default), "metavar": "NUMBER"}
         elif isinstance(first.default, int):
             kind = {"type": int_range(-2**63)}
-        add(f"--{name.replace('_', '-')}", **kind,
-            help=f"{first.help} (default: {describe_defaults(known)})")
+        try:
+            add(f"--{name.replace('_', '-')}", **kind, help=first.help.replace("%", "%%")
+                + f" (default: {describe_defaults(known)})")
+        except argparse.ArgumentError as error:
+            raise UserError(f"METHODS must have settings with names of their own, got {name} of "
+                            f"{', '.join(known)}, an option of train.py; rename it") from error
 
 
 def describe_defaults(known):
@@ -214,6 +231,7 @@ def train(run, state):
     args, meter = run.args, Meter(run.world, run.args.global_batch_size)
     for data, y in run.read(state.step):
         if not state.warm:
+            check_conditions(run, state, y)
             warm_up(state, run.log, data, y)
             meter.begin(state.step)
         meter.sums = meter.sums + train_step(state, data, y)
@@ -304,9 +322,10 @@ def resolve_method(args):
         raise UserError(f"--precision must be fp32 or tf32 for --method {name}, got bf16, which is "
                         f"too coarse for its target; change it")
     defaults = {option: known.train_default for option, known in settings.items()}
-    for option, value in defaults.items():
-        if getattr(args, option) is None:
-            setattr(args, option, value)
+    for option, default in defaults.items():
+        value = getattr(args, option)
+        value = tuple(value) if isinstance(value, list) else value
+        setattr(args, option, default if value is None else value)
     try:
         make_method(vars(args), num_classes=1)
     except SettingError as error:
@@ -417,10 +436,12 @@ def check_network(args, net):
     """Raise UserError for a network that cannot be trained by the method, or at all."""
     check_fit(args, net)
     for name, module in net.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if (isinstance(module, nn.modules.batchnorm._BatchNorm)
+                or getattr(module, "running_mean", None) is not None):
             raise UserError(f"--model must have no BatchNorm, which mixes the rows of a batch and "
-                            f"so the times and guidance of all, got {args.model} with {name}; take "
-                            f"GroupNorm, LayerNorm or RMSNorm")
+                            f"so the times and guidance of all, and no running statistics, which "
+                            f"are not averaged, got {args.model} with {name}; take GroupNorm, "
+                            f"LayerNorm or RMSNorm")
 
 
 def train_step(state, data, y):
@@ -507,15 +528,16 @@ def add_gradients(state, data, y, *, exchange=True):
 def check_extra(state, out):
     """Set state.extra, the names of Loss.extra, at first. Raises UserError for what is no extra."""
     if state.extra is None:
-        reserved = {"step", *STATISTICS, *LOG_TEXTS, *metric_names("")}
-        wrong = [name for name, value in out.extra.items() if name in reserved
-                 or value.shape != out.error.shape or value.requires_grad]
-        if wrong:
-            raise UserError(f"--method must give as extra detached tensors of one number per row, "
-                            f"under names that are not in use, got {wrong[0]} of "
-                            f"{state.args.method}; change its loss")
+        reserved = {"step", "protocol", "num_samples", *STATISTICS, *LOG_TEXTS, *metric_names("")}
+        for name, value in out.extra.items():
+            if (name in reserved or not re.fullmatch(r"[\w.-]+", name)
+                    or not isinstance(value, torch.Tensor) or value.requires_grad
+                    or value.shape != out.error.shape):
+                raise UserError(f"--method must give as extra detached tensors of one number per "
+                                f"row, under words that are not in use, got {name!r:.60} of "
+                                f"{state.args.method}; change its loss")
         state.extra = tuple(out.extra)
-    if tuple(out.extra) != state.extra:
+    if out.extra.keys() != {*state.extra}:
         raise UserError(f"--method must give the same extra in every step, got "
                         f"{', '.join(out.extra)} after {', '.join(state.extra)} of "
                         f"{state.args.method}; change its loss")
@@ -540,14 +562,22 @@ def update_average(ema, net, decay):
                          [sharding.local_shard(p) for p in net.parameters()], 1 - decay)
 
 
-def warm_up(state, log, data, y):
-    """Compile, and let DistributedDataParallel settle, on a first batch as in train_step. Weights
-    and gradients stay as they are. Raises UserError for conditions that the method does not know.
-    """
+def check_conditions(run, state, y):
+    """Raise UserError for conditions y that the method does not know, or samples do not have."""
+    rows = len(tree_leaves(y)[0])
     try:
-        state.method.drop(y, torch.zeros(len(data), dtype=torch.bool, device=data.device))
+        state.method.drop(y, torch.zeros(rows, dtype=torch.bool, device=state.world.device))
     except ValueError as error:
         raise UserError(f"--method must know the conditions of the data: {error}") from error
+    drawn = run.args.sample_every or run.args.eval_every
+    if drawn and not isinstance(y, torch.Tensor) and not run.sampler.conditions:
+        raise UserError("--data-path must have conditions(rows) for samples, as its conditions are "
+                        "no labels, got none; write it, or give --sample-every 0")
+
+
+def warm_up(state, log, data, y):
+    """Compile, and let DistributedDataParallel settle, on a first batch as in train_step. Weights
+    and gradients stay as they are."""
     if state.config["compile"]:
         compile_passes(state, log, data, y)
     if state.world.distributed:
@@ -573,7 +603,7 @@ def compile_passes(state, log, data, y):
         state.method.compile()
         # No all-reduce: if the compiler failed on one rank, the others would hang in it
         add_gradients(state, data, y, exchange=False)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # every layer of the compiler raises errors of its own
         reason = describe_compiler_error(error)
@@ -680,6 +710,8 @@ class Run(ExitStack):
             path = world.on_main(self._open_folder)
             if path:
                 state.step = restore_checkpoint(path, state.net, state.ema, state.optimizer)
+            # Not before: of options that the checkpoint does not fit nothing must stay
+            world.on_main(lambda: write_json(self.folder / "config.json", self.config))
         if not path and self.args.init and not self.initial:
             raise UserError(f"--run-dir must keep its checkpoints during the start, got none in "
                             f"{self.folder}; repeat the command to begin anew from --init")
@@ -697,13 +729,14 @@ class Run(ExitStack):
             self.evaluate(state.step)
 
     def _open_folder(self):
-        """Lock the folder, check that it is this run's, write config.json. Returns the newest
-        checkpoint, or None. Raises BadValue."""
+        """Lock the folder and check that it is this run's. Returns the newest checkpoint, or None.
+        Raises BadValue."""
         self.lock = self.enter_context(FolderLock(self.folder))
         defaults = recorded(parse_args(["--data-path", "."]))
         allowed = {name.replace("-", "_") for name in self.args.allow_change}
         free = {*MAY_CHANGE, *allowed}
-        if not METHODS[self.args.method].scheduled or allowed & {"max_steps", "epochs"}:
+        schedule = METHODS[self.args.method].scheduled or self.args.cooldown_steps
+        if not schedule or allowed & {"max_steps", "epochs"}:
             free.add("total_steps")
         stored = check_config(self.folder, self.config, defaults=defaults, may_change=free)
         self.images_before = stored.get("num_images")
@@ -712,7 +745,6 @@ class Run(ExitStack):
         for name in ("checkpoints", "samples"):
             make_folder(self.folder / name)
             remove_temporary_files(self.folder / name)
-        write_json(self.folder / "config.json", self.config)
         return newest_checkpoint(self.folder / "checkpoints")
 
     def read(self, step):
@@ -836,7 +868,7 @@ def make_config(args, dataset, codec):
     return config | {
         "latent_shape": list(shape), "scale": scale, "classes": list(dataset.classes),
         "num_classes": len(dataset.classes), "num_images": len(dataset),
-        "command": " ".join(sys.argv), "commit": code_version(), "torch": str(torch.__version__)}
+        "command": shlex.join(sys.argv), "commit": code_version(), "torch": str(torch.__version__)}
 
 
 def introduction(run, state):

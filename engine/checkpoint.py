@@ -22,7 +22,7 @@ from engine.errors import BadValue
 from engine.files import atomic_file, find_damage, utf8_path
 from engine.optimizer import check_state
 from engine.sharding import full_tensor, shard_like
-from methods import METHODS
+from methods import method_of
 from models import build
 
 KEYS = ("step", "model", "ema", "opt", "config")
@@ -276,7 +276,9 @@ def check_network(config, weights):
     that the config describes, and sampling can use its fields."""
     check_fields(config, weights)
     with torch.device("meta"):  # takes no memory, whatever the sizes
-        build(config).load_state_dict(weights, assign=True)
+        net = build(config)
+        net.load_state_dict(weights, assign=True)
+    method_of(config, net)
 
 
 def check_fields(config, weights):
@@ -292,7 +294,6 @@ def check_fields(config, weights):
     rules = {
         "vae": len(config["vae"]) <= TEXT,
         "latent_shape": all(type(side) is int for side in (channels, *sides)),
-        "method": config.get("method") in (None, *METHODS),
         "image_size": 1 <= config["image_size"] <= 2**16,
         "scale": _are_numbers([config["scale"]], 1, *SCALES),
         "latent_mean": not scaled or _are_numbers(config.get("latent_mean"), channels),

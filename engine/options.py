@@ -35,7 +35,7 @@ def int_range(low, high=2**63 - 1):
 
 def float_range(low, high=math.inf, *, above=False):
     """An argparse type: a finite number from low to high; above: low itself is refused."""
-    remedy = f"above {low:g}" if above else f"{low:g} or more"
+    remedy = f"above {low:g}" if above else f"{low:g} or more" if low > -math.inf else "finite"
     remedy = remedy if high == math.inf else f"from {low:g} to {high:g}"
     return _number(float, lambda value: (low < value if above else low <= value) and value <= high
                    and math.isfinite(value), "a number", f"one {remedy}")

@@ -101,7 +101,7 @@ REFUSED = {
         dict(gap_end=0, method="soflow"), dict(precision="bf16", method="soflow"),
         dict(cooldown_steps=99, max_steps=9), dict(optimizer="sgd"),
         dict(optimizer="muon", shard=()), dict(allow_change="rate"),
-        dict(allow_change="lr", run_dir=None)],
+        dict(allow_change="lr", run_dir=None), dict(allow_change="model")],
     "sample": [
         dict(ckpt="missing.pt"), dict(ckpt="."), dict(ckpt=LONG), dict(sample_dir="file.txt"),
         dict(sample_dir="torn"), dict(sample_dir="nested samples"), dict(sample_dir=LONG),
@@ -151,7 +151,8 @@ for _ in range(60):
     {"latent_shape": [10**9, 8, 8]}, {"latent_shape": [3, 10**8, 10**8]},
     {"latent_shape": [3, 8, -8]}, {"latent_shape": None}, {"num_classes": 2 * 10**9},
     {"num_classes": True}, {"model": ["DiT-T/4"]}, {"model": "DiT-Q/4"}, {"model": "DiT"},
-    {"scale": None}, {"vae": 5}, {"vae": "../../../etc"}, {"sizes": [1]},
+    {"method": "improved-meanflow"}, {"method": "theirs"}, {"method": ["soflow"]}, {"kappa": "nan"},
+    {"cfg_interval": [0.5]}, {"scale": None}, {"vae": 5}, {"vae": "../../../etc"}, {"sizes": [1]},
     {"sizes": {"depth": "4"}}, {"sizes": {"depth": 10**9}}, {"sizes": {"depth": -4}},
     {"sizes": {"depth": 5}}, {"sizes": {"mlp_ratio": float("inf")}}, {"sizes": {"patch_size": 0}},
     {"sizes": {"input_size": 8}}, {"sizes": {4: 4}}, {"sizes": {"depth": 10**5}},

@@ -112,8 +112,16 @@ def test_a_soflow_file_gives_the_network_and_the_method(tmp_path, net, inputs, r
     assert (config["method"], config["vae"], config["scale"]) == ("soflow", "mse", 0.18215)
     assert config["num_classes"] == 10 and "averaged weights of step 7" in config["source"]
     assert ("without a null row" in report) == (rows == 10)
+    assert ("the last of 11 rows" in report) == (rows == 11)
     raw, *_ = opened(path, raw=True, **options)
     assert torch.equal(raw.t_embedder.mlp[0].bias, net.t_embedder.mlp[0].bias + 1)
+
+
+def test_a_file_with_two_embedders_of_the_interval_is_refused(tmp_path, net):
+    content = soflow_file(net.state_dict())
+    content["ema_model"]["network.r_embedder.mlp.0.bias"] = torch.zeros(32)
+    with refused("one embedder"):
+        opened(save(tmp_path, content))
 
 
 def test_another_number_of_classes_than_the_table_has_is_refused(tmp_path, net):

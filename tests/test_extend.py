@@ -16,7 +16,7 @@ import train
 from dataset.images import ImageFolder
 from dataset.vae import Pixels
 from engine.checkpoint import load_network
-from meanflow import MeanFlow, setting
+from meanflow import MeanFlow, Method, setting
 from methods import METHODS, make_method
 from models import DiT, DiT_models
 
@@ -98,7 +98,7 @@ def test_settings_of_every_kind_are_options_of_their_method(rows):
         return args
 
     args = resolved("--method", "mine", "--parts", "4", "--ends", "0", ".5", "1")
-    assert (args.cfg, args.parts, args.ends, args.tangent) == (2.0, 4, [0, 0.5, 1], "middle")
+    assert (args.cfg, args.parts, args.ends, args.tangent) == (2.0, 4, (0, 0.5, 1), "middle")
     assert args.run_dir.name == "DiT-T-4-mine-cfg2.0-parts=4-ends=0.0-0.5-1.0"
     assert resolved("--tangent", "network").cfg == 3.0
     for words, named in ((["--parts", "0"], "--parts"), (["--parts", "2.5"], "--parts"),
@@ -135,8 +135,19 @@ train.main(train.parse_args())
     assert record["number"] == pytest.approx(7.5)
 
 
+@pytest.mark.parametrize("name", ["lr", "scale", "kappa"])
+def test_a_setting_with_the_name_of_something_else_is_refused(name, rows):
+    """`scale` was silently that of the latents."""
+    rows(type("Wrong", (Method,), {"__annotations__": {name: str}, name: setting(
+        "a", ("a", "b"), "in 100 % of the cases")}))
+    with refused("METHODS", name, "mine"):
+        train.parse_args(["--data-path", "x"])
+
+
 @pytest.mark.parametrize(("extra", "named"), [
-    (lambda out: {"loss": out.error}, "loss"), (lambda out: {"mean": out.error.mean()}, "mean"),
+    (lambda out: {"protocol": out.error}, "protocol"), (lambda out: {"a b": out.error}, "a b"),
+    (lambda out: {"number": 1.0}, "number"), (lambda out: {"loss": out.error}, "loss"),
+    (lambda out: {"mean": out.error.mean()}, "mean"),
     (lambda out: {"graph": out.error + out.loss}, "graph")])
 def test_what_is_no_extra_is_refused(extra, named, rows, digits, tmp_path):
     class Wrong(MeanFlow):
@@ -192,6 +203,13 @@ def test_a_condition_without_its_own_drop_is_refused(texts, tmp_path):
         MeanFlow(num_classes=3).drop(torch.randn(4, 4), torch.ones(4, dtype=torch.bool))
     with refused("--method", "got a dict", "its own drop"):
         call("train", *options(tmp_path, "--max-steps", 1, model="TextDiT-T/4", method="meanflow"))
+
+
+def test_samples_without_conditions_are_refused_before_the_first_step(texts, tmp_path, monkeypatch):
+    monkeypatch.delattr(type(texts), "conditions")
+    with refused("--data-path", "conditions(rows)", "--sample-every 0"):
+        call("train", *options(tmp_path, "--max-steps", 9, "--sample-every", 9,
+                               model="TextDiT-T/4"))
 
 
 def test_conditions_of_another_number_of_rows_are_refused(texts, tmp_path, monkeypatch):
@@ -321,8 +339,10 @@ train.main(train.parse_args())
     assert [len(lines) for lines in masks] == [5, 5] and len({*steps[0], *steps[1]}) == 6
 
 
-def test_batchnorm_is_refused(rows, digits, tmp_path, refusal):
-    rows(None, Batch=type("Batch", (UNet,), {"norm": nn.BatchNorm2d}))
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.InstanceNorm2d,
+                                                           track_running_stats=True)])
+def test_batchnorm_and_running_statistics_are_refused(norm, rows, digits, tmp_path, refusal):
+    rows(None, Batch=type("Batch", (UNet,), {"norm": staticmethod(norm)}))
     line = refusal("train", options(tmp_path / "run", "--data-path", digits, "--max-steps", 1,
                                     model="Batch", method="meanflow"), "--model")
     assert "down.1" in line and "GroupNorm" in line

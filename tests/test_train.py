@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import shutil
 import sys
 from types import SimpleNamespace
@@ -360,8 +361,20 @@ def test_a_resumed_run_takes_the_new_values_that_it_is_allowed_and_says_so(digit
     call("train", *changed[:-5], 4, *changed[-4:])  # now these are the run's
 
 
-def test_a_run_of_a_method_with_a_schedule_keeps_its_length(digits, tmp_path):
-    options = [*tiny(digits, tmp_path), "--method", "soflow"]
+def test_a_refused_change_leaves_the_config_as_it_was(trained, digits, tmp_path):
+    """It held the new value, so that the run's own command was refused from then on."""
+    folder = shutil.copytree(trained.parent.parent, tmp_path / "run")
+    before = (folder / "config.json").read_text()
+    path = folder / "checkpoints" / "0000012.pt"
+    torch.save(torch.load(path, weights_only=True) | {"ema": {}}, path)
+    with refused("--run-dir", path.name):
+        call("train", *tiny(digits, folder), "--max-steps", 14)
+    assert (folder / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("more", [["--method", "soflow"], ["--cooldown-steps", 4]])
+def test_a_run_with_a_schedule_keeps_its_length(more, digits, tmp_path):
+    options = [*tiny(digits, tmp_path), *more]
     call("train", *options, "--max-steps", 24)
     call("train", *options, "--epochs", 2)  # as many
     with refused("--run-dir", "total_steps 24, now 25"):
@@ -372,7 +385,7 @@ def test_a_run_of_a_method_with_a_schedule_keeps_its_length(digits, tmp_path):
 def test_a_config_says_what_made_the_run(trained):
     config = load_state(trained.parent.parent, 12)["config"]
     assert config["torch"] == torch.__version__ and config["commit"] == code_version()
-    assert config["command"] == " ".join(sys.argv) and config["method"] == "meanflow"
+    assert config["command"] == shlex.join(sys.argv) and config["method"] == "meanflow"
     assert config["total_steps"] == 12 and "allow_change" not in config
 
 

@@ -93,8 +93,11 @@ def convert_foreign(foreign, heads, image_size, source, num_classes):
                         f"{source or 'none'}; name the repository that saved it")
     repository = REPOSITORIES[key]
     if key != "imeanflow":
-        tensors = {re.sub("^[hs]_embedder", "r_embedder", name): value
-                   for name, value in tensors.items()}
+        ours = {re.sub("^[hs]_embedder", "r_embedder", name): value
+                for name, value in tensors.items()}
+        if len(ours) < len(tensors):
+            raise refusal("hold one embedder of t - r", "two")
+        tensors = ours
     unused = {"projectors", "" if "v_heads.0.norm1.weight" in tensors else "v_final_layer"}
     weights = to_float32({name: value for name, value in tensors.items()
                           if name.split(".")[0] not in unused})
@@ -189,12 +192,14 @@ def possible_repositories(tensors, foreign):
 def add_null_row(weights, key, num_classes):
     """Give a label table of so many rows a null row, in place; returns a line for the report or
     None. SoFlow without guidance has none. Raises UserError for another number of classes."""
-    table = weights["y_embedder.embedding_table.weight"]
+    table, given = weights["y_embedder.embedding_table.weight"], num_classes
     num_classes = num_classes or (IMAGENET if key == "soflow" and len(table) == IMAGENET else
                                   len(table) - 1)
     if len(table) == num_classes and key == "soflow":
         weights["y_embedder.embedding_table.weight"] = torch.cat([table, 0 * table[:1]])
         return "label table: without a null row, which is added as zeros"
+    if key == "soflow" and not given and len(table) != IMAGENET + 1:
+        return f"label table: the last of {len(table)} rows is taken to be the null label"
     if len(table) != num_classes + 1:
         rule = f"{len(table)} or {len(table) - 1}" if key == "soflow" else len(table) - 1
         raise UserError(f"--num-classes must be {rule} for this file, got {num_classes}; give that "

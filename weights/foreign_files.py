@@ -17,7 +17,8 @@ from engine.errors import BadValue
 from engine.files import find_damage, sha256, utf8_path
 
 
-def refusal(rule, content, remedy="give a checkpoint of MeanFlow, improved MeanFlow or SiT"):
+def refusal(rule, content,
+            remedy="give a checkpoint of MeanFlow, improved MeanFlow, SoFlow, SiT or REPA"):
     """The BadValue for a file or folder."""
     return BadValue(f"must {rule}, got {content:.300}; {remedy}")
 
@@ -67,7 +68,7 @@ def read_weights(path, *, raw=False):
 
 def choose_weights(state, raw, path):
     """The ForeignWeights in a loaded dict: a training file's, or a bare state dict."""
-    if not raw and not {"ema", "model"} & state.keys():
+    if not raw and not {"ema", "ema_model", "model"} & state.keys():
         return ForeignWeights(state)
     model, tensors = state.get("model"), state.get("model" if raw else "ema")
     if not raw and tensors is None:

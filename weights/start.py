@@ -44,6 +44,9 @@ class InitialWeights:
         elif not names:
             self.notes.append(f"the file does not name its {count} classes: they are taken to be "
                               f"those of the data, in the same order")
+        if self.config.get("method") not in (None, config["method"]):
+            self.notes.append(f"the file was trained by {self.config['method']}, this run by "
+                              f"{config['method']}")
         if changed := differences(_normalisation(self.config), _normalisation(config)):
             self.notes.append(f"the latents are not the file's ({changed}): the network has to "
                               f"learn the difference")
