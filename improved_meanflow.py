@@ -37,6 +37,7 @@ from meanflow import (
     LogitNormalTimes,
     Loss,
     attention_in_bfloat16,
+    on_path,
     per_row,
     rows_of,
     setting,
@@ -100,13 +101,12 @@ class ImprovedMeanFlow(LogitNormalTimes):
 
         error and velocity_error are those of u and of v. net and forward: as for MeanFlow.loss.
         """
-        t = per_row(draws.t, x)
-        z = (1 - t) * x + t * draws.eps
+        z, velocity = on_path(x, draws)
         forward = net if forward is None else forward
         u, v = forward(z, draws.r, draws.t, self.drop(y, draws.dropped), draws.omega, draws.t_min,
                        draws.t_max)
         u, v = u.to(z.dtype), v.to(z.dtype)
-        target, v_g = self.targets(net, z, draws.eps - x, y, draws, v.detach())
+        target, v_g = self.targets(net, z, velocity, y, draws, v.detach())
         error = (u - target).square().flatten(1).sum(1)
         velocity_error = (v - v_g).square().flatten(1).sum(1)
         weighted = self.weight(error) * error + self.weight(velocity_error) * velocity_error

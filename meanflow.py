@@ -323,9 +323,7 @@ class MeanFlow(LogitNormalTimes):
         through DistributedDataParallel. ``forward`` (default: net) makes the pass with gradient and
         may be the wrapped or compiled network.
         """
-        t = per_row(draws.t, x)
-        z = (1 - t) * x + t * draws.eps
-        v = draws.eps - x
+        z, v = on_path(x, draws)
         forward = net if forward is None else forward
         u = forward(z, draws.r, draws.t, self.drop(y, draws.dropped)).to(z.dtype)
         target = self.target(net, z, v, y, draws, u.detach())
@@ -410,6 +408,12 @@ def attention_in_bfloat16():
         yield
     finally:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+def on_path(x, draws):
+    """z = (1-t) x + t eps and v = eps - x, each (B, ...) like the data x."""
+    t = per_row(draws.t, x)
+    return (1 - t) * x + t * draws.eps, draws.eps - x
 
 
 def per_row(a, x):

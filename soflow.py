@@ -28,7 +28,7 @@ from types import MappingProxyType
 import torch
 
 import meanflow
-from meanflow import Draws, Loss, Method, per_row, rows_of, schedule, setting
+from meanflow import Draws, Loss, Method, on_path, per_row, rows_of, schedule, setting
 
 LEAST_GAP = 1e-4  # between t and r, and t and l
 
@@ -107,9 +107,7 @@ class SoFlow(Method):
         if torch.is_autocast_enabled(x.device.type):
             raise ValueError("SoFlow must run without autocast: its target is a difference of two "
                              "outputs, of which bfloat16 leaves mostly rounding")
-        t = per_row(draws.t, x)
-        z = (1 - t) * x + t * draws.eps
-        v = draws.eps - x
+        z, v = on_path(x, draws)
         forward = net if forward is None else forward
         out = forward(z, draws.r, draws.t, self.drop(y, draws.dropped)).to(z.dtype)
         target = self.target(net, z, v, y, draws, out.detach())

@@ -32,7 +32,7 @@ from train_step import difference_errors  # noqa: E402
 from engine.checkpoint import load_network  # noqa: E402
 from engine.errors import naming, run_main  # noqa: E402
 from engine.options import Parser, int_range  # noqa: E402
-from meanflow import MeanFlow, per_row  # noqa: E402
+from meanflow import MeanFlow, on_path  # noqa: E402
 from models import DiT_models  # noqa: E402
 from soflow import SoFlow  # noqa: E402
 
@@ -102,8 +102,7 @@ def target_errors(net, x, y, classes):
 @torch.no_grad()
 def residual(net, method, x, y, draws):
     """(target, output) of the rows with t - r > .02, (B', C, H, W), as float64."""
-    t, v = per_row(draws.t, x), draws.eps - x
-    z = (1 - t) * x + t * draws.eps
+    z, v = on_path(x, draws)
     out = net(z, draws.r, draws.t, y).to(z.dtype)
     far = draws.t - draws.r > 0.02
     target = method.target(net, z, v, y, dataclasses.replace(

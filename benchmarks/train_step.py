@@ -41,7 +41,7 @@ from engine.errors import run_main  # noqa: E402
 from engine.log import describe_environment  # noqa: E402
 from engine.options import Parser, float_range, int_range  # noqa: E402
 from improved_meanflow import ImprovedMeanFlow  # noqa: E402
-from meanflow import MeanFlow, per_row  # noqa: E402
+from meanflow import MeanFlow, on_path, per_row  # noqa: E402
 from models import DiT_models, ImprovedDiT  # noqa: E402
 from soflow import SoFlow  # noqa: E402
 
@@ -235,8 +235,7 @@ def rival_variant(name, mode, method, net, derive, x, y):
     derive = watched(derive, variant)
 
     def loss():
-        t = per_row(draws.t, x)
-        z, v = (1 - t) * x + t * draws.eps, draws.eps - x
+        z, v = on_path(x, draws)
         given, tangent = (torch.where(draws.dropped, NUM_CLASSES, y),), v
         if isinstance(net, ImprovedDiT):
             with torch.no_grad():
