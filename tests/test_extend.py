@@ -31,7 +31,10 @@ def block(number):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """A function that adds a method and networks to the tables until the test ends."""
+    """A function that adds a method and networks to the tables until the test ends. One block
+    compiles in a quarter of the time of four."""
+    monkeypatch.setitem(DiT_models["DiT-T/4"].keywords, "depth", 1)
+
     def add(method, **networks):
         if method:
             monkeypatch.setitem(METHODS, "mine", method)
@@ -171,7 +174,9 @@ def texts(rows, monkeypatch):
     captions = page.Captions(images.contiguous(), F.one_hot(torch.tensor(source.target[:64]), 16)
                              .float())
     monkeypatch.setattr(train, "open_data", lambda args, world: (captions, Pixels()))
-    rows(page.TextMeanFlow, **{"TextDiT-T/4": DiT_models.pop("TextDiT-T/4")})
+    network = DiT_models.pop("TextDiT-T/4")
+    network.keywords["depth"] = 1
+    rows(page.TextMeanFlow, **{"TextDiT-T/4": network})
     return captions
 
 
