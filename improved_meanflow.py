@@ -42,7 +42,6 @@ from meanflow import (
     rows_of,
     setting,
     total_derivative,
-    velocity_of,
 )
 
 
@@ -154,7 +153,7 @@ class ImprovedMeanFlow(LogitNormalTimes):
 
     def sample(self, net, z1, y, **options):
         """Data (B, ...) from noise z1 (B, ...); the options are those of ``sample``."""
-        return sample(velocity_of(net) if self.ratio == 0 else net, z1, y, **options)
+        return sample(self.sampled(net), z1, y, **options)
 
     @staticmethod
     def guidance(config):

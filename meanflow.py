@@ -252,8 +252,11 @@ class Method:
     def sample(self, net, z1, y, *, steps=1):
         """Data (B, ...) from noise z1 (B, ...) and conditions y of B rows; steps as in ``sample``.
         Subclasses may take more: guidance returns its defaults."""
-        # A network of plain flow matching knows only u(z, t, t)
-        return sample(velocity_of(net) if self.ratio == 0 else net, z1, y, steps=steps)
+        return sample(self.sampled(net), z1, y, steps=steps)
+
+    def sampled(self, net):
+        """The network as a sampler calls it: with ratio = 0 it knows only u(z, t, t)."""
+        return velocity_of(net) if self.ratio == 0 else net
 
     @staticmethod
     def guidance(config):

@@ -23,8 +23,9 @@ def make_method(config, num_classes=None):
     """The method of a config, a dict with method and its settings, of which absent ones have their
     defaults, and num_classes. Raises SettingError for a setting out of its range, and KeyError."""
     method = METHODS[config["method"]]
+    stored = {name: config.get(name) for name in method.settings()}
     given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in config.items() if name in method.settings() and value is not None}
+             for name, value in stored.items() if value is not None}
     return method(num_classes=config["num_classes"] if num_classes is None else num_classes,
                   **given)
 

@@ -27,7 +27,6 @@ from types import MappingProxyType
 
 import torch
 
-import meanflow
 from meanflow import Draws, Loss, Method, on_path, per_row, rows_of, schedule, setting
 
 LEAST_GAP = 1e-4  # between t and r, and t and l
@@ -164,7 +163,7 @@ class SoFlow(Method):
 
     def sample(self, net, z1, y, **options):
         """Data (B, ...) from noise z1 (B, ...); the options are those of ``sample``."""
-        return sample(meanflow.velocity_of(net) if self.ratio == 0 else net, z1, y, **options)
+        return sample(self.sampled(net), z1, y, **options)
 
 
 @torch.no_grad()

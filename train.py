@@ -68,9 +68,9 @@ MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep
 IN_CHECKPOINTS = {"model", "method", "optimizer", "init", "encoded_data", "image_size", "vae",
                   "allow_change"}  # which --allow-change cannot change
 # Of a config, beside the options
-OF_THE_DATA = ("sizes", "latent_shape", "scale", "latent_mean", "latent_std", "classes",
-               "num_classes", "num_images", "conditions", "total_steps", "source", "command",
-               "commit", "torch")
+NO_OPTIONS = ("sizes", "latent_shape", "scale", "latent_mean", "latent_std", "classes",
+              "num_classes", "num_images", "conditions", "total_steps", "source", "command",
+              "commit", "torch")
 DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 LONGEST_NAME = 200  # characters of a default run directory; file systems take 255 bytes
@@ -127,7 +127,7 @@ def add_method_options(add):
         help="training objective (default: the first of these that fits the network)")
     for name, known in settings_by_name().items():
         first, *others = known.values()
-        if name in OF_THE_DATA or any(type(a.default) is not type(first.default) for a in others):
+        if name in NO_OPTIONS or any(type(a.default) is not type(first.default) for a in others):
             raise UserError(f"METHODS must have settings with names of their own and of one kind, "
                             f"got {name} of {', '.join(known)}; rename it")
         kind = {"type": float_range(-math.inf)}
@@ -266,7 +266,6 @@ def resolve(args, world):
     method. Returns the InitialWeights, or None without --init and for a run that has its own
     checkpoints and no longer needs that file. Raises UserError."""
     initial, known = None, {"model": args.model or DEFAULT_MODEL}
-    defaults = vars(parse_args(["--data-path", "."]))
     if args.init:
         known = world.on_main(lambda: begun_config(args))
         if known is None:
@@ -279,14 +278,14 @@ def resolve(args, world):
     args.model, args.sizes = known["model"], known.get("sizes")
     if args.encoded_data:
         known = read_dataset_json(args.data_path)
-    defaults |= resolve_method(args)
+    defaults = resolve_method(args)
     # mse differs from ema in the decoder alone, which stays to be chosen
     defaults["vae"] = "ema" if known.get("vae") in (None, "mse") else known["vae"]
     defaults["image_size"] = known.get("image_size") or 256
     args.vae = defaults["vae"] if args.vae is None else args.vae
     args.image_size = args.image_size or defaults["image_size"]
     if args.run_dir is None:
-        args.run_dir = default_run_dir(args, defaults)
+        args.run_dir = default_run_dir(args, vars(parse_args(["--data-path", "."])) | defaults)
     if args.run_dir.resolve().is_relative_to(args.data_path.resolve()):
         raise UserError(f"--run-dir must lie outside --data-path, whose folders are classes, got "
                         f"{args.run_dir}; choose another folder")

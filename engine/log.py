@@ -1,6 +1,7 @@
 """The log of a run: log.txt, metrics.jsonl and TensorBoard events, written by rank 0."""
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -130,6 +131,7 @@ def describe_environment(world):
         f"{world.size} process(es) on {hardware}, precision {world.precision}"]
 
 
+@functools.cache  # the log and the config want it
 def code_version():
     """The commit of this repository, and whether files differ from it; "unknown" without git."""
     folder, commit = Path(__file__).parent.parent, ""

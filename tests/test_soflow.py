@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
+import conftest
 import pytest
 import torch
-from conftest import golden, official_error, precisions
+from conftest import assert_official_gradients, golden, precisions
 
 import meanflow
 from models import DiT
@@ -36,10 +38,8 @@ def golden_step(case, dtype):
     return golden_network(dtype), method, (numbers["x"], numbers["labels"], draws), numbers
 
 
-def assert_official(ours, theirs, *, tolerance=2e-4):
-    """The tolerance of float32 is that of a division by t - l, which is 1e-4 at the least."""
-    error = official_error(ours, theirs)
-    assert error <= (3e-7 if ours.dtype == torch.float64 else tolerance), f"error {error:.2e}"
+# In float32 the tolerance is that of a division by t - l, which is 1e-4 at the least
+assert_official = partial(conftest.assert_official, float32=2e-4)
 
 
 # ---- parity --------------------------------------------------------------------------------------
@@ -54,8 +54,7 @@ def test_step_equals_the_official_implementation(case, dtype):
     assert_official(out.error, numbers["error"])
     assert_official(out.velocity_error, numbers["velocity_error"])
     assert_official(out.loss.detach(), numbers["loss_regression"])
-    for name, p in net.named_parameters():
-        assert_official(p.grad, numbers[f"grad.{name}"], tolerance=6e-4)
+    assert_official_gradients(net, numbers, stride=1, float32=6e-4)
 
 
 @precisions
