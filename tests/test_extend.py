@@ -1,7 +1,10 @@
-"""What docs/extend.md promises: methods, conditions, networks and data by public names alone."""
+"""What docs/extend.md and README's "Change it" promise: methods, conditions, networks and data by
+public names alone."""
 
 import json
 import re
+import subprocess
+import sys
 from functools import partial
 from types import ModuleType
 
@@ -9,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, call, load_state, refused, run_ranks, tiny
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
+import models
 import train
 from dataset.images import ImageFolder
 from dataset.vae import Pixels
@@ -21,11 +26,15 @@ from methods import METHODS, make_method
 from models import DiT, DiT_models
 
 
+def blocks(page):
+    """The Python code blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
 def block(number):
-    """The names that a Python block of the page defines, run as a module."""
-    text = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.S)
+    """The names that a block of docs/extend.md defines, run as a module."""
     module = ModuleType("extension")
-    exec(text[number], vars(module))
+    exec(blocks("docs/extend.md")[number], vars(module))
     return module
 
 
@@ -47,7 +56,7 @@ def options(folder, *more, model="DiT-T/4", method="mine"):
     """Options of a run that takes seconds, without --data-path's digits."""
     words = tiny("unused", folder)
     words[words.index("--model") + 1] = model
-    return [*words, "--method", method, *more]
+    return [*words, *(["--method", method] if method else []), *more]
 
 
 def assert_resumes(folder, run):
@@ -58,6 +67,17 @@ def assert_resumes(folder, run):
     one, two = (load_state(folder / name, 6) for name in ("whole", "parts"))
     for kind in ("model", "ema"):
         assert all(torch.equal(value, two[kind][name]) for name, value in one[kind].items())
+
+
+def test_what_a_reader_adds_passes_the_linter():
+    """run_tests.sh runs it over all files: an import that a block did not need made it fail."""
+    additions = {"added.py": blocks("docs/extend.md"), "models.py": [
+        (ROOT / "models.py").read_text() + "\n\n" + blocks("README.md")[1]]}
+    for name, texts in additions.items():
+        for text in texts:
+            ruff = subprocess.run([sys.executable, "-m", "ruff", "check", "--stdin-filename", name,
+                                   "-"], input=text, text=True, capture_output=True, cwd=ROOT)
+            assert not ruff.returncode, ruff.stdout
 
 
 # ---- methods -------------------------------------------------------------------------------------
@@ -195,9 +215,11 @@ def test_texts_train_with_guidance_resume_and_sample(compiler, texts, reference,
     path = tmp_path / "whole" / "checkpoints" / "0000006.pt"
     with refused("--ckpt", "labels", "Python"):
         call("sample", "--ckpt", path, "--sample-dir", tmp_path / "samples")
-    net, config = load_network(path)
+    exec(blocks("docs/extend.md")[2].replace(
+        "results/texts/checkpoints/0000008.pt", str(path)), shown := {})
+    assert shown["x"].shape == (4, 3, 8, 8) and shown["x"].isfinite().all()
     z1 = torch.randn(4, 3, 8, 8)
-    one, two = (make_method(config).sample(net, z1, {"text": texts.texts[rows]})
+    one, two = (make_method(shown["config"]).sample(shown["net"], z1, {"text": texts.texts[rows]})
                 for rows in (slice(0, 4), slice(4, 8)))
     assert one.shape == z1.shape and not torch.equal(one, two)
 
@@ -271,6 +293,20 @@ def test_stored_features_align_a_network(rows, digits, tmp_path, monkeypatch):
 # ---- networks and data ---------------------------------------------------------------------------
 
 
+def test_a_class_and_a_row_are_another_network(digits, tmp_path, monkeypatch):
+    """README's network, as if it stood at the end of models.py, where a reader may have put it
+    already. sample.py once reached into the last layer of a DiT, train.py into its blocks."""
+    monkeypatch.setitem(DiT_models, "Conv-64", None)  # takes it back in the end
+    exec(blocks("README.md")[1], vars(models))
+    words = options(tmp_path / "run", "--data-path", digits, "--cfg", 2, "--kappa", 0.5,
+                    "--sample-every", 4, model="Conv-64", method=None)
+    for steps in (4, 6):
+        call("train", *words, "--max-steps", steps)
+    call("sample", "--ckpt", tmp_path / "run" / "checkpoints" / "0000006.pt", "--sample-dir",
+         tmp_path / "samples", "--num-fid-samples", 3, "--num-sampling-steps", 2)
+    assert Image.open(tmp_path / "samples" / "000002.png").size == (8, 8)
+
+
 class UNet(nn.Module):
     """One level down and up, with dropout: (B, C, 8, 8), (B,), (B,), (B,) -> (B, C, 8, 8)."""
 
@@ -306,8 +342,8 @@ class TwoHeads(nn.Module):
 def test_a_network_chooses_its_method_by_what_it_takes(rows, digits, tmp_path, refusal):
     """Improved MeanFlow once took subclasses of ImprovedDiT alone."""
     rows(None, TwoHeads=TwoHeads)
-    words = [word for word in options(tmp_path / "run", "--data-path", digits, "--max-steps", 2,
-                                      model="TwoHeads") if word not in ("--method", "mine")]
+    words = options(tmp_path / "run", "--data-path", digits, "--max-steps", 2, model="TwoHeads",
+                    method=None)
     refusal("train", [*words, "--method", "meanflow"], "--method")
     call("train", *words, "--sample-every", 2)
     assert load_state(tmp_path / "run", 2)["config"]["method"] == "improved-meanflow"
