@@ -438,9 +438,8 @@ def check_network(args, net):
         if (isinstance(module, nn.modules.batchnorm._BatchNorm)
                 or getattr(module, "running_mean", None) is not None):
             raise UserError(f"--model must have no BatchNorm, which mixes the rows of a batch and "
-                            f"so the times and guidance of all, and no running statistics, which "
-                            f"are not averaged, got {args.model} with {name}; take GroupNorm, "
-                            f"LayerNorm or RMSNorm")
+                            f"so the times and guidance of all, and no running statistics, got "
+                            f"{args.model} with {name}; take GroupNorm, LayerNorm or RMSNorm")
 
 
 def train_step(state, data, y):
@@ -556,9 +555,12 @@ def draw_global_batch(state):
 
 @torch.no_grad()
 def update_average(ema, net, decay):
-    """ema += (1 - decay) (weights - ema), in place. Buffers are constant and not averaged."""
+    """ema += (1 - decay) (weights - ema), in place. Buffers are copied: those of spectral norm
+    change with the weights."""
     torch._foreach_lerp_([sharding.local_shard(p) for p in ema.parameters()],
                          [sharding.local_shard(p) for p in net.parameters()], 1 - decay)
+    for average, buffer in zip(ema.buffers(), net.buffers()):
+        average.copy_(buffer)
 
 
 def check_conditions(run, state, y):

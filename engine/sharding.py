@@ -35,7 +35,7 @@ def data_parallel(net):
     """net in DistributedDataParallel, which averages gradients over the ranks."""
     with warnings.catch_warnings():  # that an option has a new name, which torch 2.11 lacks
         warnings.simplefilter("ignore")
-        # The buffers are constant: no broadcast each step. Gradients alias the buckets: no copy
+        # The ranks' buffers are equal: no broadcast each step. Gradients alias the buckets: no copy
         return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True,
                                        bucket_cap_mb=bucket_mib(net))
 

@@ -15,6 +15,7 @@ from conftest import ROOT, call, load_state, refused, run_ranks, tiny
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import models
 import train
@@ -310,7 +311,7 @@ def test_a_class_and_a_row_are_another_network(digits, tmp_path, monkeypatch):
 class UNet(nn.Module):
     """One level down and up, with dropout: (B, C, 8, 8), (B,), (B,), (B,) -> (B, C, 8, 8)."""
 
-    norm = partial(nn.GroupNorm, 4)
+    norm, wrap = partial(nn.GroupNorm, 4), staticmethod(lambda layer: layer)
 
     def __init__(self, *, input_size, in_channels, num_classes):
         super().__init__()
@@ -318,7 +319,7 @@ class UNet(nn.Module):
         self.down = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 2, 1), self.norm(16),
                                   nn.Dropout(0.5))
         self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(16, 16, 3, padding=1))
-        self.last = nn.Conv2d(16 + in_channels, in_channels, 3, padding=1)
+        self.last = self.wrap(nn.Conv2d(16 + in_channels, in_channels, 3, padding=1))
 
     def forward(self, z, r, t, y):
         c = self.times(torch.stack([t, t - r], dim=1)) + self.labels(y)
@@ -355,6 +356,18 @@ def test_a_unet_with_dropout_resumes_bit_for_bit(rows, digits, tmp_path):
     rows(None, UNet=UNet)
     assert_resumes(tmp_path, lambda folder, steps: call("train", *options(
         folder, "--data-path", digits, "--max-steps", steps, model="UNet", method="meanflow")))
+
+
+def test_buffers_that_change_are_those_of_the_average_too(rows, digits, tmp_path):
+    """Spectral norm divides by the buffers' estimate: those of the random first weights, kept by
+    the average, made samples of another network."""
+    rows(None, UNet=type("Spectral", (UNet,), {"wrap": staticmethod(spectral_norm)}))
+    assert_resumes(tmp_path, lambda folder, steps: call("train", *options(
+        folder, "--data-path", digits, "--max-steps", steps, model="UNet", method="meanflow")))
+    state = load_state(tmp_path / "whole", 6)
+    names = [name for name in state["ema"] if "parametrizations.weight.0" in name]
+    assert len(names) == 2 and all(
+        torch.equal(state["ema"][name], state["model"][name]) for name in names)
 
 
 def test_ranks_and_steps_have_masks_of_their_own(digits, tmp_path):
