@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import soak
@@ -116,15 +116,17 @@ def processor_time(path):
 def growth(readings, *, mib_per_5000=MIB_PER_5000):
     """By how much a run grows, and whether that is flat.
 
-    Of memory the median increment between readings, for 5,000 steps: what leaks grows in each, an
-    allocator now and then takes 10 MiB for good. Of the rest the median of the last third above
-    that of the first. The first reading may precede the first evaluation and does not count.
+    Of memory for 5,000 steps, the lesser of two medians: of the increments between neighbours, as
+    an allocator now and then takes 10 MiB for good, and between all readings, as neighbours differ
+    by what is in flight. Of the rest the median of the last third above that of the first. The
+    first reading may precede the first evaluation and does not count.
     """
     readings = readings[1:]
     third, spent = len(readings) // 3, [reading["processor_s"] for reading in readings]
     ratio = (spent[-1] - spent[-1 - third]) / (spent[third] - spent[0])
-    mib = statistics.median(5000 * (b["memory_mib"] - a["memory_mib"]) / (b["step"] - a["step"])
-                            for a, b in pairwise(readings))
+    mib = min(statistics.median(
+        5000 * (b["memory_mib"] - a["memory_mib"]) / (b["step"] - a["step"]) for a, b in pairs)
+        for pairs in (pairwise(readings), combinations(readings, 2)))
 
     def rise(name):
         values = [reading[name] for reading in readings]
