@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator
 
 from engine.errors import UserError, naming, run_main
 from engine.files import atomic_file, check_folder
-from engine.log import read_records
+from engine.log import OF_DATA, OF_START, read_records
 from engine.options import Parser, int_range
 from metrics.reference import METRICS, metric_names
 
@@ -39,8 +39,7 @@ WITHOUT_PANEL = ("step", "loss")  # all other numbers of training have one
 FROM_ZERO = ("images_per_second", "gpu_memory_gb", "skipped_steps")
 LINEAR = ("inception_score", "precision", "recall")  # whose best value is the greatest
 ERRORS = ("velocity_error", "error")  # the fixed panels that the table shows
-NO_OPTIONS = ("run_dir", "command", "commit", "torch", "num_workers", "latent_shape", "scale",
-              "latent_mean", "latent_std", "classes", "num_classes", "num_images")
+LEFT_OUT = (*OF_DATA, *OF_START, "run_dir", "num_workers")  # of a config in the table
 LARGEST = 1e100  # no quantity of training; axes of larger values overflow
 PANELS = 60  # at most: a PNG file has fewer than 2^16 rows
 LOG_FROM = 3  # the other panels have a log axis if the largest value is so many times the smallest
@@ -149,7 +148,7 @@ def read_options(folder):
         return {key: _one_line(value if isinstance(value, str) else json.dumps(
                     value, separators=(",", ":"), ensure_ascii=False))
                 for key, value in json.loads(path.read_bytes()).items()
-                if value is not None and key not in NO_OPTIONS}
+                if value is not None and key not in LEFT_OUT}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         print(f"options left empty, {path} cannot be read: {error!s:.200}", file=sys.stderr)
         return {}

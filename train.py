@@ -48,7 +48,7 @@ from engine.distributed import counted_generator, counted_seed, start_processes
 from engine.errors import RunError, UserError, naming, run_main
 from engine.faults import Guard, Signals, propagate_nonfinite
 from engine.files import FolderLock, make_folder, remove_temporary_files, write_json
-from engine.log import Log, code_version, describe_environment
+from engine.log import OF_DATA, OF_START, Log, code_version, describe_environment
 from engine.optimizer import Both, parameter_groups
 from engine.options import Parser, float_range, int_range
 from meanflow import SettingError, rows_of
@@ -64,13 +64,11 @@ from weights.start import InitialWeights
 MAY_CHANGE = ("data_path", "epochs", "max_steps", "run_dir", "ckpt_every", "keep_last", "log_every",
               "sample_every", "num_workers", "compile", "grad_accum_steps", "shard",
               "checkpoint_activations", "skip_nonfinite", "eval_every", "eval_samples", "fid_ref",
-              "protocol", "skip_bad_images", "num_images", "command", "commit", "torch")
+              "protocol", "skip_bad_images", "num_images", *OF_START)
 IN_CHECKPOINTS = {"model", "method", "optimizer", "init", "encoded_data", "image_size", "vae",
                   "allow_change"}  # which --allow-change cannot change
 # Of a config, beside the options
-NO_OPTIONS = ("sizes", "latent_shape", "scale", "latent_mean", "latent_std", "classes",
-              "num_classes", "num_images", "conditions", "total_steps", "source", "command",
-              "commit", "torch")
+NO_OPTIONS = (*OF_DATA, *OF_START, "sizes", "conditions", "total_steps", "source")
 DEFAULT_MODEL = "DiT-B/4"
 EVAL_BATCH = 50  # images; a constant, as the rounding depends on it
 LONGEST_NAME = 200  # characters of a default run directory; file systems take 255 bytes

@@ -15,6 +15,11 @@ from tqdm import tqdm
 
 from engine.files import atomic_file, sync, write_error
 
+# What a config says, beside the options, of the data and of the last start
+OF_DATA = ("latent_shape", "scale", "latent_mean", "latent_std", "classes", "num_classes",
+           "num_images")
+OF_START = ("command", "commit", "torch")
+
 
 class Log(contextlib.AbstractContextManager):
     """log.txt, metrics.jsonl and TensorBoard events of a run; does nothing unless active. Drops
