@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,7 +36,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         # The JVP differentiates with respect to t: bfloat16 would leave it three digits
         with torch.autocast(t.device.type, enabled=False):
-            return self.mlp(self.features(t))
+            return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -51,6 +50,44 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class PatchEmbed(nn.Module):
+    """Maps patches to tokens: (B, C, H, W) -> (B, T, D), T = (H / patch_size)^2."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Attention of all tokens (B, T, D) to all, by several heads."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, D / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two layers on each token (B, T, D), of so many numbers in between."""
+
+    def __init__(self, hidden_size, width):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
 def modulate(x, shift, scale):
     """x (B, T, D) times 1 + scale, plus shift; shift and scale are (B, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -62,10 +99,9 @@ class DiTBlock(nn.Module):
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
@@ -106,7 +142,7 @@ class DiT(nn.Module):
         self.patch_size, self.num_classes = patch_size, num_classes
         self.checkpoint_activations = False
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size)  # embeds t - r (paper, Table 1c)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -216,7 +252,7 @@ class ImprovedDiT(nn.Module):
         self.cfg_t_start_embedder = TimestepEmbedder(hidden_size)
         self.cfg_t_end_embedder = TimestepEmbedder(hidden_size)
         self.h_embedder = TimestepEmbedder(hidden_size)  # of h = t - r
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         length = 20 + (input_size // patch_size)**2  # conditions, then patches
         self.register_buffer("rope", rotary_table(hidden_size // num_heads, length),
                              persistent=False)

@@ -26,12 +26,13 @@ from PIL import Image
 from soak import differences
 
 import train
+from dataset.noise import noise_and_labels
 from dataset.vae import normalisation, posterior_sample
 from engine.distributed import World
 from engine.log import code_version
 from meanflow import MeanFlow
 from models import build
-from sample import ImageSampler, noise_and_labels
+from sample import ImageSampler
 
 
 @pytest.fixture(scope="module")
