@@ -259,7 +259,7 @@ class ImageSampler:
         if not self.method.takes_noise:
             return {}
         shape = self.config["latent_shape"]
-        return {"noise": [noise_of(rows, shape, self.seed, f"noise {step}")
+        return {"noise": [noise_of(rows, shape, self.seed, step)
                           for step in range(1, len(schedule(self.steps)) - 1)]}
 
     @torch.no_grad()

@@ -16,10 +16,15 @@ def find_classes(texts, config):
     like it, or several.
     """
     names = names_of_classes(config)
-    return list(dict.fromkeys(_find(text, names) for text in texts))
+    try:
+        return list(dict.fromkeys(find_label(text, names) for text in texts))
+    except ValueError as error:
+        raise UserError(f"--classes {error}") from error
 
 
-def _find(text, names):
+def find_label(text, names):
+    """The label of the class that a text names, as find_classes says. names: of each class a list,
+    the best first. Raises ValueError, "must ..."."""
     first = [(known[0], label) for label, known in enumerate(names)]
     others = [(name, label) for label, known in enumerate(names) for name in known[1:]]
     for form in (str, _composed, _folded):
@@ -27,8 +32,8 @@ def _find(text, names):
             labels = sorted({label for name, label in level if form(name) == form(text)})
             if len(labels) > 1:
                 which = " and ".join(f"{label} ({names[label][-1]})" for label in labels)
-                raise UserError(f"--classes must each name one class, got {text}, which is "
-                                f"{which}; give a number")
+                raise ValueError(f"must each name one class, got {text}, which is {which}; give a "
+                                 f"number")
             if labels:
                 return labels[0]
     numbers = {str(label): label for label in range(len(names))}
@@ -37,8 +42,8 @@ def _find(text, names):
     known = {_folded(name) for name, _ in first + others}
     near = difflib.get_close_matches(_folded(text[:99]), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise UserError(f"--classes must be class names or numbers from 0 to {len(names) - 1}, got "
-                    f"{text:.99}; {hint}quote names with spaces")
+    raise ValueError(f"must be class names or numbers from 0 to {len(names) - 1}, got "
+                     f"{text:.99}; {hint}quote names with spaces")
 
 
 def _composed(name):

@@ -14,13 +14,13 @@ def noise_and_labels(indices, shape, *, seed, num_classes, labels="balanced"):
     """
     y = [i if labels == "balanced" else int.from_bytes(_digest(seed, i, "label"), "little")
          for i in indices]
-    return (noise_of(indices, shape, seed, "noise"),
-            torch.tensor([number % num_classes for number in y]))
+    return noise_of(indices, shape, seed), torch.tensor([number % num_classes for number in y])
 
 
-def noise_of(indices, shape, seed, purpose):
-    """Standard normal (B, *shape) for the images with these indices, by a hash of all of these."""
-    noise = []
+def noise_of(indices, shape, seed, step=0):
+    """Standard normal (B, *shape), float32, for the images with these indices: z1, or what a method
+    adds before step 1, 2, ..., by a hash of (seed, index, step)."""
+    noise, purpose = [], f"noise {step}" if step else "noise"
     for i in indices:
         # PyTorch's CPU generator keeps 32 bits of a seed: two of 100,000 images would share theirs.
         # NumPy guarantees that the numbers of this generator never change
