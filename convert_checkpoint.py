@@ -2,8 +2,11 @@
 
     python convert_checkpoint.py --in hf://Lyy0725/iMF/iMF-B-2.pth --out iMF-B-2.pt
     python convert_checkpoint.py --in results/run/checkpoints/0400000.pt --out model.safetensors
+    python convert_checkpoint.py --in results/run/checkpoints/0400000.pt --out model
+        --format diffusers
 
-sample.py and train.py --init take what this writes. stderr has a report, stdout the new path.
+sample.py and train.py --init take the files that this writes, DiffusionPipeline.from_pretrained the
+folders. stderr has a report, stdout the new path.
 """
 
 import os
@@ -21,6 +24,7 @@ from engine.files import check_folder, make_folder
 from engine.options import Parser, int_range
 from methods import METHODS
 from weights.convert import FORMATS, REPOSITORIES, convert, export
+from weights.diffusers_folder import push_folder, read_figures, write_diffusers_folder
 from weights.foreign_files import read_weights
 from weights.hub import file_or_address, read_file
 
@@ -31,7 +35,8 @@ def parse_args(argv=None):
                     "for others.")
     parser.add_argument("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
                         help="file or folder, or hf://OWNER/REPO[@REVISION]/FILE")
-    parser.add_argument("--out", type=Path, required=True, help="new file: .pt or .safetensors")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="new file, .pt or .safetensors; a new folder for diffusers")
     parser.add_argument("--raw", action="store_true",
                         help="take the weights of the last step, not their average")
     parser.add_argument("--heads", type=int_range(1, 1024),
@@ -43,9 +48,23 @@ def parse_args(argv=None):
                              "(default: 1000 of 1,000 rows, else one less than rows)")
     parser.add_argument("--source", choices=REPOSITORIES,
                         help="repository that saved the weights, where the file does not tell")
-    parser.add_argument("--format", choices=FORMATS, default="ours",
-                        help="write the names of another repository, to run a model there")
+    parser.add_argument("--format", choices=(*FORMATS, "diffusers"), default="ours",
+                        help="write the names of another repository, to run a model there, or a "
+                             "folder that DiffusionPipeline.from_pretrained opens")
+    add = parser.add_argument_group("for --format diffusers").add_argument
+    add("--vae", help="decoder: ema, mse, OWNER/REPO, which the folder names, or a local folder, "
+                      "which is copied into it (default: the checkpoint's)")
+    add("--license", default="unknown", help="identifier for the model card, such as mit")
+    add("--figures", type=Path, metavar="FILE",
+        help="lines that evaluate_fid.py or sample.py printed, for the model card")
+    add("--push", metavar="OWNER/REPO", help="upload the folder to the Hugging Face Hub")
     args = parser.parse_args(argv)
+    if args.format == "diffusers":
+        return args
+    if given := [option for option in ("vae", "license", "figures", "push")
+                 if getattr(args, option) != parser.get_default(option)]:
+        parser.error(f"--{given[0]} must come with --format diffusers, got {args.format}; leave "
+                     f"one out")
     suffixes = (".pt", ".safetensors") if args.format == "ours" else (".pt",)
     if args.out.suffix not in suffixes:
         parser.error(f"--out must end in {' or '.join(suffixes)} with --format {args.format}, got "
@@ -55,9 +74,11 @@ def parse_args(argv=None):
 
 def main(args):
     if os.path.lexists(args.out):
-        raise UserError(f"--out must be a new file, got {args.out}; remove it or choose another")
+        raise UserError(f"--out must be new, got {args.out}; remove it or choose another")
     with naming("--out"):
         check_folder(args.out.parent)
+    with naming("--figures"):
+        figures = read_figures(args.figures) if args.figures else ()
     with naming("--in"):
         foreign = read_file(args.input, lambda path: read_weights(path, raw=args.raw))
         state, report = convert(foreign, heads=args.heads, image_size=args.image_size,
@@ -70,13 +91,19 @@ def main(args):
     report[:0] = [foreign.origin]
     report.append(f"data: {config['image_size']} pixels, VAE {config['vae']}, latents "
                   f"{config['latent_shape']} scaled {scaled}")
-    if args.format != "ours":
-        state = export(state, args.format)
-        report.append(f"written: for {args.format}, which scales latents its own way")
     with naming("--out"):
         make_folder(args.out.parent)
-    save_checkpoint(args.out, state)
+    if args.format == "diffusers":
+        write_diffusers_folder(args.out, state, vae=args.vae, license=args.license,
+                               figures=figures, repository=args.push, about=foreign.about)
+    elif args.format == "ours":
+        save_checkpoint(args.out, state)
+    else:
+        save_checkpoint(args.out, export(state, args.format))
+        report.append(f"written: for {args.format}, which scales latents its own way")
     print(*report, sep="\n", file=sys.stderr)
+    if args.push:
+        push_folder(args.out, args.push)
     print(args.out)
 
 

@@ -447,18 +447,24 @@ def describe(config):
 def build(config):
     """The network that a config describes, freshly initialised.
 
-    config: a dict with model, a name of DiT_models or FAMILIES, latent_shape (C, ...), num_classes
-    and perhaps sizes, arguments of the constructor that replace the table's. The constructor gets
-    C as in_channels, and as input_size the side of squares (C, H, H) and the length of signals
-    (C, L), else the tuple of sizes. Raises ValueError for an unknown name and for sizes that do not
-    fit together.
+    config: a dict with model, a name of DiT_models or FAMILIES, and what arguments takes. Raises
+    ValueError for an unknown name and for sizes that do not fit together.
     """
     networks = DiT_models | FAMILIES
     if config["model"] not in networks:
         raise ValueError(f"no network is called {config['model']!s:.60}; there are "
                          f"{', '.join(DiT_models)}")
+    return networks[config["model"]](**arguments(config))
+
+
+def arguments(config):
+    """What the constructor of a config's network gets, by name, beside the table's sizes.
+
+    config: a dict with latent_shape (C, ...), num_classes and perhaps sizes, which replace the
+    table's. C is in_channels; input_size is the side of squares (C, H, H) and the length of signals
+    (C, L), else the tuple of sizes.
+    """
     channels, *sides = config["latent_shape"]
-    return networks[config["model"]](
-        input_size=sides[0] if len(set(sides)) == 1 else tuple(sides),
-        in_channels=channels, num_classes=config["num_classes"],
-        **(config.get("sizes") or {}))
+    return {"input_size": sides[0] if len(set(sides)) == 1 else tuple(sides),
+            "in_channels": channels, "num_classes": config["num_classes"],
+            **(config.get("sizes") or {})}

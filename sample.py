@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from dataset.classes import class_names, find_classes
 from dataset.noise import noise_and_labels, noise_of
 from dataset.pictures import THREADS, load_pngs, save_grid, write_npz, write_pngs
-from dataset.vae import load_codec, normalisation
+from dataset.vae import codec_of, normalisation
 from engine.checkpoint import differences, fingerprint, network_of
 from engine.distributed import one_thread, start_processes
 from engine.errors import BadValue, UserError, naming, run_main
@@ -121,7 +121,7 @@ def main(args):
         for part in parts if args.save_images else ():
             check_sample_dir(part)
         evaluation = args.fid_ref and Evaluation(args.fid_ref, args.protocol, config, world)
-        codec = open_codec(record["vae"], config, world)
+        codec = codec_of(config, record["vae"], world.device, precision=world.precision)
         net.to(world.device)
         samplers = [ImageSampler(net, codec, config, world, seed=args.seed, labels=args.labels,
                                  classes=classes, steps=steps, guidance=guidance)
@@ -136,17 +136,6 @@ def main(args):
                 images = [load_pngs(png_paths(part, rows), config["image_size"]) for part in parts]
             save_picture(parts[0].picture, samplers, images)
             print(f"picture: {parts[0].picture}", file=sys.stderr)
-
-
-def open_codec(name, config, world):
-    """The codec of this name. Raises UserError unless it decodes latents of this config."""
-    codec = load_codec(name, world.device, precision=world.precision)
-    shape = list(codec.latent_shape(config["image_size"]))
-    if shape != list(config["latent_shape"]):
-        raise UserError(f"--vae must have latents {config['latent_shape']} for images of "
-                        f"{config['image_size']} pixels, as the checkpoint, got {name} with "
-                        f"{shape}; give another")
-    return codec
 
 
 def options_for(args, steps, record):

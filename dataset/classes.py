@@ -7,14 +7,8 @@ from engine.errors import UserError
 
 
 def find_classes(texts, config):
-    """The labels, from 0, of the classes that these texts name, for --classes, each once.
-
-    A text is the name of a class folder, a label, or, of ImageNet's 1,000 classes, a name or a
-    WordNet number (goldfish, n01443537). It is compared first as it is, then in one Unicode form,
-    then without regard to case and underscores; a class's first name comes before other names.
-    config: of a checkpoint. Raises UserError for a text that names no class, with the names most
-    like it, or several.
-    """
+    """The labels, from 0, of the classes that these texts name, for --classes, each once, as
+    find_label finds them. config: of a checkpoint. Raises UserError."""
     names = names_of_classes(config)
     try:
         return list(dict.fromkeys(find_label(text, names) for text in texts))
@@ -23,8 +17,14 @@ def find_classes(texts, config):
 
 
 def find_label(text, names):
-    """The label of the class that a text names, as find_classes says. names: of each class a list,
-    the best first. Raises ValueError, "must ..."."""
+    """The label, from 0, of the class that a text names, or of which it is the number.
+
+    names: of each class a list, the best first: of a folder, or, of ImageNet's 1,000 classes, all
+    names and the WordNet number (goldfish, n01443537). The text is compared first as it is, then in
+    one Unicode form, then without regard to case and underscores; a class's first name comes before
+    other names. Raises ValueError, "must ...", for a text that names no class, with the names most
+    like it, or several.
+    """
     first = [(known[0], label) for label, known in enumerate(names)]
     others = [(name, label) for label, known in enumerate(names) for name in known[1:]]
     for form in (str, _composed, _folded):

@@ -145,6 +145,18 @@ def load_codec(name, device="cpu", *, precision="fp32"):
     return VAE(name, model.float(), device=device, precision=precision)
 
 
+def codec_of(config, name, device="cpu", *, precision="fp32"):
+    """The codec of this name, as load_codec opens it, for a checkpoint of this config. Raises
+    UserError unless it decodes the checkpoint's latents."""
+    codec = load_codec(name, device, precision=precision)
+    shape = list(codec.latent_shape(config["image_size"]))
+    if shape != list(config["latent_shape"]):
+        raise UserError(f"--vae must have latents {config['latent_shape']} for images of "
+                        f"{config['image_size']} pixels, as the checkpoint, got {name} with "
+                        f"{shape}; give another")
+    return codec
+
+
 def _load(source):
     """The AutoencoderKL of a folder or a repository. Raises errors of many kinds."""
     with warnings.catch_warnings():  # load_codec reports what matters

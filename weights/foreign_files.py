@@ -16,6 +16,9 @@ from engine.checkpoint import SAFETENSORS, is_step, read_safetensors
 from engine.errors import BadValue
 from engine.files import find_damage, sha256, utf8_path
 
+# In a folder that convert_checkpoint.py --format diffusers writes
+DIFFUSERS_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
 
 def refusal(rule, content,
             remedy="give a checkpoint of MeanFlow, improved MeanFlow, SoFlow, SiT or REPA"):
@@ -92,7 +95,10 @@ def choose_weights(state, raw, path):
 
 
 def find_checkpoint(path):
-    """The file or OCDBT folder at path, which may be a folder of the newest one, checkpoint_N."""
+    """The file or OCDBT folder at path, which may be a folder of the newest one, checkpoint_N, or a
+    folder for diffusers."""
+    if (path / "model_index.json").is_file():
+        return path / DIFFUSERS_WEIGHTS
     if path.is_file() or (path / "manifest.ocdbt").is_file():
         return path
     if (path / "checkpoint").is_file():

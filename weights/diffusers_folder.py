@@ -1,0 +1,264 @@
+"""A checkpoint as a folder for diffusers, which opens without this repository:
+
+    model_index.json                        the pipeline, and what the weights say of the data
+    meanflow_pipeline.py                    its code, made of weights/pipeline.py
+    transformer/dit_model.py                the network's code, made of its file
+    transformer/config.json                 the network's sizes
+    transformer/*.safetensors               a checkpoint like any other of ours
+    vae/                                    an AutoencoderKL, if it is to be inside
+    README.md, CODE_LICENSE.txt             the model card, and the licence of the code
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from dataset.classes import names_of_classes
+from dataset.vae import HUB, codec_of
+from engine.checkpoint import save_checkpoint
+from engine.errors import BadValue, UserError
+from engine.files import write_error, write_json
+from methods import default_method, method_of
+from models import FAMILIES, DiT_models, arguments, describe, network_class
+from weights.foreign_files import DIFFUSERS_WEIGHTS
+from weights.stand_alone import ROOT, stand_alone
+
+PIPELINES = {"meanflow": "MeanFlowPipeline", "improved-meanflow": "ImprovedMeanFlowPipeline",
+             "soflow": "SoFlowPipeline"}  # in weights/pipeline.py
+PAPERS = {"meanflow": "[MeanFlow](https://arxiv.org/abs/2505.13447)",
+          "improved-meanflow": "[improved MeanFlow](https://arxiv.org/abs/2512.02012)",
+          "soflow": "[SoFlow](https://arxiv.org/abs/2512.15657)"}
+HEADER = '''"""The {what} of this model, made by convert_checkpoint.py of MeanFlow-PyTorch.
+
+The licence of the code, MIT, is in CODE_LICENSE.txt.
+"""
+
+'''
+MODEL = '''
+
+class {name}Model({name}, ModelMixin, ConfigMixin):
+    """The network as a model of diffusers."""
+
+    __init__ = register_to_config({name}.__init__)
+'''
+CARD = '''---
+license: {license}
+library_name: diffusers
+tags:
+- meanflow
+- one-step-generation
+- class-conditional-image-generation
+---
+
+# {model}, one step from noise to image
+
+Images of {count} classes at {size} x {size} pixels, by {paper}.
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("{repository}", trust_remote_code=True)
+pipe(class_labels={labels}, seed=0).images
+```
+
+`trust_remote_code=True` runs the two Python files of this folder: pipeline and network. They need
+diffusers and torch.
+
+| | |
+|---|---|
+{rows}
+'''
+
+
+def write_diffusers_folder(path, state, *, vae, license, figures, repository, about):
+    """Write a state, as convert returns it, as a new folder.
+
+    vae: ema, mse, a repository of the Hub, which the folder names, or a local folder, which is
+    copied into it; None: the checkpoint's. For the card: license, an identifier of the Hub's;
+    figures, as read_figures returns them; repository, OWNER/REPO, where the folder is to be, or
+    None; about, which weights they are. Raises UserError.
+    """
+    config, weights = state["config"], state["ema"]
+    export = _Export(config)
+    inside, reference = choose_vae(vae, config)
+    sources = export.sources()
+    export.check(sources, weights)
+    made_with = {"_diffusers_version": version("diffusers")}
+    with _new_folder(path) as folder:
+        (folder / "transformer").mkdir()
+        for name, source in sources.items():
+            (folder / name).write_text(source, encoding="utf-8")
+        if inside:
+            inside.model.register_to_config(_name_or_path="vae")  # not the path on this machine
+            inside.model.save_pretrained(folder / "vae")
+        save_checkpoint(folder / DIFFUSERS_WEIGHTS, state | {"config": export.public_config()})
+        write_json(folder / "transformer" / "config.json",
+                   {"_class_name": export.model[1], **made_with, **export.sizes()})
+        write_json(folder / "model_index.json", {
+            "_class_name": export.pipeline, **made_with, "transformer": export.model,
+            "vae": ["diffusers", "AutoencoderKL"] if inside else [None, None],
+            "settings": export.settings(reference)})
+        decoder = "in this folder" if inside else reference
+        (folder / "README.md").write_text(
+            export.card(license, figures, repository, decoder, about), encoding="utf-8")
+        shutil.copyfile(ROOT / "LICENSE.txt", folder / "CODE_LICENSE.txt")
+
+
+def push_folder(folder, repository):
+    """Upload a folder to OWNER/REPO on the Hub, which is made if it is missing. Raises UserError.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # of the client, of httpx, and of requests, which older versions use
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--push must be a repository that you may write, got {repository} "
+                        f"({reason:.200}); {folder} is whole: hf auth login, then hf upload "
+                        f"{repository} {folder}") from error
+
+
+def read_figures(path):
+    """The JSON lines of a file, as evaluate_fid.py and sample.py print them, without paths but the
+    reference's name. Raises BadValue."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return [{name: Path(value).name if name == "ref" else value for name, value in line.items()
+                 if name not in ("ckpt", "samples")} for line in lines]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise BadValue(f"must be a file of lines that evaluate_fid.py printed, got {path} "
+                       f"({error!s:.100}); write them anew") from error
+
+
+@contextlib.contextmanager
+def _new_folder(path):
+    """Yields a temporary folder; at the end it is renamed to path, which must not exist."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Export:
+    """What a config says of the folder to be written. Raises UserError for a checkpoint of which
+    none can be made."""
+
+    def __init__(self, config):
+        self.config, self.network = config, network_class(config["model"])
+        self.method_name = config.get("method") or default_method(self.network)
+        if self.method_name not in PIPELINES or not self.network or config.get("conditions"):
+            raise UserError(f"--format diffusers must have a checkpoint of {', '.join(PIPELINES)} "
+                            f"with labels, whose network is a class, got {config['model']} of "
+                            f"{self.method_name}; convert another")
+        if len(config["latent_shape"]) != 3:
+            raise UserError(f"--format diffusers must have a checkpoint of images, got data of "
+                            f"shape {config['latent_shape']}; convert another")
+        self.method = method_of(config, self.network)
+        self.model = f"{self.network.__name__.lower()}_model", f"{self.network.__name__}Model"
+        self.pipeline = (f"{self.method_name.replace('-', '_')}_pipeline",
+                         PIPELINES[self.method_name])
+
+    def sources(self):
+        """{file: source} of the code. Raises UserError for a network that cannot be carried over.
+        """
+        try:
+            network = stand_alone(Path(inspect.getfile(self.network)), self.network.__name__)
+        except ValueError as error:
+            raise UserError(f"--format diffusers must have a network whose file can stand alone, "
+                            f"got {self.config['model']} ({error}); mend its file") from error
+        first, rest = network.split("\n\n\n", 1)
+        first += ("\nfrom diffusers import ModelMixin"
+                  "\nfrom diffusers.configuration_utils import ConfigMixin, register_to_config")
+        network = f"{first}\n\n\n{rest}{MODEL.format(name=self.network.__name__)}"
+        pipeline = stand_alone(ROOT / "weights" / "pipeline.py", self.pipeline[1])
+        return {f"transformer/{self.model[0]}.py": HEADER.format(what="network") + network,
+                f"{self.pipeline[0]}.py": HEADER.format(what="pipeline") + pipeline}
+
+    def check(self, sources, weights):
+        """Raise UserError unless the network's code runs alone: one sample of these weights."""
+        known, name = {}, f"transformer/{self.model[0]}.py"
+        try:
+            exec(compile(sources[name], name, "exec"), known)
+            net = known[self.model[1]](**self.sizes())
+            net.load_state_dict(weights)
+            noise = torch.zeros(1, *self.config["latent_shape"])
+            self.method.sample(net.eval(), noise, torch.zeros(1, dtype=torch.int64))
+        except Exception as error:  # in code of any content
+            raise UserError(f"--format diffusers must have a network whose file can stand alone, "
+                            f"got {self.config['model']} ({type(error).__name__}: "
+                            f"{error!s:.200}); mend its file") from error
+
+    def sizes(self):
+        """The arguments of the network's constructor."""
+        constructor = (DiT_models | FAMILIES)[self.config["model"]]
+        return {**getattr(constructor, "keywords", {}), **arguments(self.config)}
+
+    def settings(self, vae):
+        """What the pipeline must know. vae: the repository that holds it, or None."""
+        names = names_of_classes(self.config)
+        known = {name: self.config[name] for name in (
+            "image_size", "latent_shape", "scale", "latent_mean", "latent_std", "num_classes")
+            if name in self.config}
+        return known | {
+            "classes": None if names == [[str(i)] for i in range(len(names))] else names,
+            "vae": vae, "velocity_only": self.method.ratio == 0,
+            "guidance": self.method.guidance(self.config)}
+
+    def public_config(self):
+        """The config, without what it says of one machine and of the course of the training."""
+        kept = ("model", "sizes", "latent_shape", "image_size", "num_classes", "classes", "scale",
+                "latent_mean", "latent_std", "source", *self.method.settings())
+        vae = self.config["vae"] if self.config["vae"] in (*HUB, "none") else "vae"
+        return {name: self.config[name] for name in kept if self.config.get(name) is not None} | {
+            "method": self.method_name, "vae": vae}
+
+    def card(self, license, figures, repository, vae, about):
+        """The text of README.md."""
+        names = [known[0] for known in names_of_classes(self.config)]
+        rows = {"network": describe(self.config),
+                "method": ", ".join([PAPERS[self.method_name], *(
+                    f"{name} {_text(value)}" for name, value in vars(self.method).items()
+                    if name in self.method.settings())]),
+                "data": f"{self.config['num_classes']} classes, such as {', '.join(names[:3])}",
+                "decoder": vae or "none: the network makes pixels",
+                "weights": self.config.get("source", about),
+                "figures": "<br>".join(", ".join(f"{name} {_text(value)}" for name, value in line
+                                                 .items()) for line in figures)}
+        return CARD.format(
+            license=license, model=self.config["model"], count=self.config["num_classes"],
+            size=self.config["image_size"], paper=PAPERS[self.method_name],
+            repository=repository or "path/of/this/folder",
+            labels=json.dumps([names[0], len(names) - 1], ensure_ascii=False),
+            rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value))
+
+
+def _text(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def choose_vae(name, config):
+    """(codec, None) of a local folder, (None, repository) of the Hub, or (None, None) for pixels.
+    name: of --vae, or None for the config's. Raises UserError."""
+    if config["vae"] == "none":
+        if name not in (None, "none"):
+            raise UserError(f"--vae must be left out for a network of pixels, got {name}")
+        return None, None
+    name = name or config["vae"]
+    if os.path.isdir(name):
+        return codec_of(config, name), None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository := HUB.get(name, name)):
+        raise UserError(f"--vae must be ema, mse, OWNER/REPO of the Hub, or a folder that exists, "
+                        f"got {name}; name the VAE of the latents")
+    return None, repository
