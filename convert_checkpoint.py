@@ -26,38 +26,32 @@ from methods import METHODS
 from weights.convert import FORMATS, REPOSITORIES, convert, export
 from weights.diffusers_folder import push_folder, read_figures, write_diffusers_folder
 from weights.foreign_files import read_weights
-from weights.hub import file_or_address, read_file
+from weights.hub import file_or_address, read_file, repository
 
 
 def parse_args(argv=None):
     parser = Parser("Make a checkpoint of weights from elsewhere: MeanFlow, improved MeanFlow, "
                     "SoFlow, or a flow model (SiT, REPA) as a start for training. Or write ours "
                     "for others.")
-    parser.add_argument("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
-                        help="file or folder, or hf://OWNER/REPO[@REVISION]/FILE")
-    parser.add_argument("--out", type=Path, required=True,
-                        help="new file, .pt or .safetensors; a new folder for diffusers")
-    parser.add_argument("--raw", action="store_true",
-                        help="take the weights of the last step, not their average")
-    parser.add_argument("--heads", type=int_range(1, 1024),
-                        help="attention heads, for a DiT of a width that is not published")
-    parser.add_argument("--image-size", type=int_range(1, 2**16),
-                        help="in pixels, for files that do not tell (default: 256)")
-    parser.add_argument("--num-classes", type=int_range(1, 2**24),
-                        help="for a file of SoFlow, whose label table may lack the null row "
-                             "(default: 1000 of 1,000 rows, else one less than rows)")
-    parser.add_argument("--source", choices=REPOSITORIES,
-                        help="repository that saved the weights, where the file does not tell")
-    parser.add_argument("--format", choices=(*FORMATS, "diffusers"), default="ours",
-                        help="write the names of another repository, to run a model there, or a "
-                             "folder that DiffusionPipeline.from_pretrained opens")
-    add = parser.add_argument_group("for --format diffusers").add_argument
-    add("--vae", help="decoder: ema, mse, OWNER/REPO, which the folder names, or a local folder, "
-                      "which is copied into it (default: the checkpoint's)")
-    add("--license", default="unknown", help="identifier for the model card, such as mit")
-    add("--figures", type=Path, metavar="FILE",
-        help="lines that evaluate_fid.py or sample.py printed, for the model card")
-    add("--push", metavar="OWNER/REPO", help="upload the folder to the Hugging Face Hub")
+    add = parser.add_argument
+    add("--in", dest="input", type=file_or_address, required=True, metavar="PATH",
+        help="file or folder, or hf://OWNER/REPO[@REVISION]/FILE")
+    add("--out", type=Path, required=True,
+        help="new file, .pt or .safetensors; a new folder for diffusers")
+    add("--raw", action="store_true", help="take the weights of the last step, not their average")
+    add("--heads", type=int_range(1, 1024),
+        help="attention heads, for a DiT of a width that is not published")
+    add("--image-size", type=int_range(1, 2**16),
+        help="in pixels, for files that do not tell (default: 256)")
+    add("--num-classes", type=int_range(1, 2**24),
+        help="for a file of SoFlow, whose label table may lack the null row "
+             "(default: 1000 of 1,000 rows, else one less than rows)")
+    add("--source", choices=REPOSITORIES,
+        help="repository that saved the weights, where the file does not tell")
+    add("--format", choices=(*FORMATS, "diffusers"), default="ours",
+        help="write the names of another repository, to run a model there, or a "
+             "folder that DiffusionPipeline.from_pretrained opens")
+    add_folder_options(parser.add_argument_group("for --format diffusers").add_argument)
     args = parser.parse_args(argv)
     if args.format == "diffusers":
         return args
@@ -70,6 +64,15 @@ def parse_args(argv=None):
         parser.error(f"--out must end in {' or '.join(suffixes)} with --format {args.format}, got "
                      f"{args.out}; rename it")
     return args
+
+
+def add_folder_options(add):
+    add("--vae", help="decoder: ema, mse, OWNER/REPO, which the folder names, or a local folder, "
+                      "which is copied into it (default: the checkpoint's)")
+    add("--license", default="unknown", help="identifier for the model card, such as mit")
+    add("--figures", type=Path, metavar="FILE",
+        help="lines that evaluate_fid.py or sample.py printed, for the model card")
+    add("--push", type=repository, metavar="OWNER/REPO", help="upload it to the Hugging Face Hub")
 
 
 def main(args):

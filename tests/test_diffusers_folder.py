@@ -45,6 +45,10 @@ for case in json.loads(sys.argv[1]):
                                              torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     kinds["half"] = half(**options, output_type="np").images
+    half.save_pretrained(case["out"][:-4])
+    again = DiffusionPipeline.from_pretrained(case["out"][:-4], trust_remote_code=True,
+                                              torch_dtype=torch.bfloat16)
+    assert np.array_equal(again(**options, output_type="np").images, kinds["half"])
     np.savez(case["out"], **kinds)
 """
 
@@ -188,7 +192,7 @@ def test_a_folder_that_cannot_be_uploaded_is_whole(trained, tmp_path, refusal, c
 
 @pytest.mark.parametrize(("more", "named"), [
     (["--vae", "ema"], "--vae"), (["--figures", "nothing.txt"], "--figures"),
-    (["--format", "ours", "--push", "ann/digits"], "--push"),
+    (["--format", "ours", "--push", "ann/digits"], "--push"), (["--push", "digits"], "--push"),
     (["--format", "ours", "--vae", "ema"], "--vae")])
 def test_options_that_do_not_fit_are_refused(trained, tmp_path, refusal, more, named):
     refusal("convert_checkpoint", ["--in", trained, "--out", tmp_path / "model", "--format",

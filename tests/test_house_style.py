@@ -19,7 +19,7 @@ TREES = {path.relative_to(ROOT): ast.parse(path.read_text())
 ROOMS = {path.stem for path, tree in TREES.items() if len(path.parts) == 1
          and "parse_args" not in {getattr(node, "name", "") for node in tree.body}}
 LOWEST = {"meanflow", "models"}
-FLOORS = [LOWEST, ROOMS - LOWEST, {"engine"}, {"weights", "dataset"}, {"metrics"}, SCRIPTS]
+FLOORS = [LOWEST, ROOMS - LOWEST, {"engine"}, {"dataset"}, {"weights", "metrics"}, SCRIPTS]
 SIDEWAYS = {("train", "sample"), *((room, other) for room in ROOMS - LOWEST for other in ROOMS)}
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "RESULTS.md"]
 
@@ -39,7 +39,8 @@ def test_imports_point_down_and_only_the_engine_knows_processes():
             continue
         for other in names & levels.keys() - {name}:
             assert levels[other] < levels[name] or (name, other) in SIDEWAYS, (path, other)
-        assert "diffusers" not in imported(tree.body), f"{path}: it takes seconds to import"
+        if path != Path("weights", "pipeline.py"):  # which nothing imports
+            assert "diffusers" not in imported(tree.body), f"{path}: it takes seconds to import"
         if name != "engine":
             text = (ROOT / path).read_text()
             assert not re.search("torch.distributed|LOCAL_RANK|WORLD_SIZE", text), path

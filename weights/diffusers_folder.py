@@ -28,6 +28,7 @@ from engine.files import write_error, write_json
 from methods import default_method, method_of
 from models import FAMILIES, DiT_models, arguments, describe, network_class
 from weights.foreign_files import DIFFUSERS_WEIGHTS
+from weights.hub import NAME
 from weights.stand_alone import ROOT, stand_alone
 
 PIPELINES = {"meanflow": "MeanFlowPipeline", "improved-meanflow": "ImprovedMeanFlowPipeline",
@@ -258,7 +259,7 @@ def choose_vae(name, config):
     name = name or config["vae"]
     if os.path.isdir(name):
         return codec_of(config, name), None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository := HUB.get(name, name)):
+    if not re.fullmatch(f"{NAME}/{NAME}", repository := HUB.get(name, name)):
         raise UserError(f"--vae must be ema, mse, OWNER/REPO of the Hub, or a folder that exists, "
                         f"got {name}; name the VAE of the latents")
     return None, repository

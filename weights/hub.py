@@ -1,5 +1,6 @@
 """Checkpoints by path, or by address on the Hugging Face Hub: hf://OWNER/REPO[@REVISION]/FILE."""
 
+import argparse
 import logging
 import re
 import sys
@@ -23,6 +24,13 @@ PAGE = re.compile(r"(hf://|(https?://)?(www\.)?(huggingface\.co|hf\.co|hf-mirror
 def file_or_address(text):
     """An argparse type: a path, or an address, which stays a str: a Path would make hf:/ of it."""
     return text if "://" in text else Path(text)
+
+
+def repository(text):
+    """An argparse type: OWNER/REPO."""
+    if not re.fullmatch(f"{NAME}/{NAME}", text):
+        raise argparse.ArgumentTypeError(f"must be OWNER/REPO, got {text}; name a repository")
+    return text
 
 
 def open_checkpoint(name, world):

@@ -4,7 +4,11 @@ Nothing imports this file: weights/diffusers_folder.py writes a class, and all t
 file that stands alone.
 """
 
+import inspect
+import json
 import operator
+import shutil
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -37,6 +41,19 @@ class MeanFlowPipeline(DiffusionPipeline):
             vae = AutoencoderKL.from_pretrained(settings["vae"], torch_dtype=transformer.dtype)
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(settings=settings)
+
+    def save_config(self, save_directory, **options):
+        """As diffusers does for save_pretrained, with the code without which no folder opens."""
+        super().save_config(save_directory, **options)
+        path = Path(save_directory, self.config_name)
+        index = json.loads(path.read_text(encoding="utf-8"))
+        network = getattr(self.transformer, "_orig_mod", self.transformer)  # within torch.compile
+        for name, part, place in (("_class_name", self, ""),
+                                  ("transformer", network, "transformer")):
+            code = Path(inspect.getfile(type(part)))
+            index[name] = code.stem, type(part).__name__
+            shutil.copyfile(code, path.parent / place / code.name)
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def __call__(self, class_labels, num_inference_steps=1, guidance_scale=None,
