@@ -1,7 +1,10 @@
 """Python files that stand alone: definitions of this repository with all that they use of it."""
 
 import ast
+import builtins
+import dis
 import sys
+import types
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,9 +17,20 @@ def stand_alone(path, name):
 
     Raises ValueError for what cannot be carried over.
     """
-    definitions = _Definitions()
-    definitions.add(path, name)
-    return "\n\n\n".join(["\n".join(definitions.import_lines()), *definitions.sources]) + "\n"
+    parts = _Definitions()
+    parts.add(path, name)
+    source = "\n\n\n".join(["\n".join(parts.import_lines()), *parts.sources]) + "\n"
+    known = {*dir(builtins), *parts.names.values(), *(known for *_, known in parts.imports)}
+    if missing := global_names(compile(source, path.name, "exec")) - known:
+        raise ValueError(f"{path.name} has no {' and '.join(sorted(missing))} at its top level")
+    return source
+
+
+def global_names(code):
+    """The names that the functions in compiled code take from around them."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return names.union(*map(global_names, inner))
 
 
 class _File:
