@@ -148,7 +148,8 @@ def _open(path, verify):
     """load_checkpoint's dict, whatever its step and config are. Raises BadValue."""
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
-        inside = (*list_checkpoints(path / "checkpoints"), *list_checkpoints(path))
+        inside = (*list_checkpoints(path / "checkpoints"), *list_checkpoints(path),
+                  *path.glob(f"transformer/*{SAFETENSORS}"))  # in a folder for diffusers
         remedy = f"did you mean {inside[0]}?" if inside else REMEDY
         raise BadValue(f"must be a checkpoint file, got {path} ({kind}); {remedy}")
     try:

@@ -158,6 +158,11 @@ def test_a_folder_is_a_checkpoint_and_tells_nothing_of_this_machine(cases, tmp_p
             assert str(tmp_path.parent).encode() not in text and b"run_dir" not in text, path
 
 
+def test_the_checkpoint_in_a_folder_is_suggested(cases, refusal):
+    err = refusal("sample", ["--ckpt", cases[0]["folder"]], "--ckpt must")
+    assert f"did you mean {cases[0]['folder']}/transformer/" in err
+
+
 def test_the_card_says_what_a_reader_asks(trained, tmp_path, hub):
     figures = tmp_path / "figures.txt"
     figures.write_text(json.dumps({"protocol": "adm", "num_samples": 50000, "fid": 15.5,

@@ -58,11 +58,12 @@ class _File:
         return None
 
     def source(self, node, names):
-        """The text of a definition with the comment above it, in which names, a list of (node,
-        text), have another text."""
+        """The text of a definition with the comment above it. names: (part, text) of it, a text
+        that is not None replaces the part's."""
         first = min(part.lineno for part in [node, *getattr(node, "decorator_list", ())])
         lines = [line.encode() for line in self.lines[:node.end_lineno]]
-        for part, text in sorted(names, key=lambda pair: -pair[0].col_offset):
+        changed = [(part, text) for part, text in names if text]
+        for part, text in sorted(changed, key=lambda pair: -pair[0].col_offset):
             line = lines[part.lineno - 1]
             lines[part.lineno - 1] = (line[:part.col_offset] + text.encode()
                                       + line[part.end_col_offset:])
@@ -94,15 +95,12 @@ class _Definitions:
         file = self.files[path]
         if name not in file.nodes:
             raise ValueError(f"{path.name} has no {name} at its top level")
-        new = f"{path.stem}_{name}" if name in self.names.values() else name
-        self.names[path, name] = new
-        node, changed = file.nodes[name], []
-        for part in ast.walk(node):
-            text = self.refer(file, part)
-            if text:
-                changed.append((part, text))
-        source = file.source(node, changed)
-        if new != name:
+        node, taken = file.nodes[name], set(self.names.values())
+        for other in (other for other in file.nodes if file.nodes[other] is node):
+            self.names[path, other] = f"{path.stem}_{other}" if other in taken else other
+        changed = [(part, self.refer(file, part)) for part in ast.walk(node)]
+        source, new = file.source(node, changed), self.names[path, name]
+        if not isinstance(node, ast.Assign):
             source = source.replace(f" {name}", f" {new}", 1)  # after def or class
         self.sources.append(source)
         return new
