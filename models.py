@@ -431,9 +431,17 @@ DiT_models = {
 FAMILIES = {"DiT": DiT, "iMF": ImprovedDiT}
 
 
+def constructor_of(name):
+    """The constructor of the network of this name. Raises ValueError for an unknown name."""
+    networks = DiT_models | FAMILIES
+    if name not in networks:
+        raise ValueError(f"no network is called {name!s:.60}; there are {', '.join(DiT_models)}")
+    return networks[name]
+
+
 def network_class(name):
     """The class of the network of this name, or None where a function makes it."""
-    constructor = (DiT_models | FAMILIES)[name]
+    constructor = constructor_of(name)
     network = getattr(constructor, "func", constructor)
     return network if isinstance(network, type) else None
 
@@ -447,24 +455,21 @@ def describe(config):
 def build(config):
     """The network that a config describes, freshly initialised.
 
-    config: a dict with model, a name of DiT_models or FAMILIES, and what arguments takes. Raises
-    ValueError for an unknown name and for sizes that do not fit together.
+    config: as for arguments. Raises ValueError for an unknown name and for sizes that do not fit
+    together.
     """
-    networks = DiT_models | FAMILIES
-    if config["model"] not in networks:
-        raise ValueError(f"no network is called {config['model']!s:.60}; there are "
-                         f"{', '.join(DiT_models)}")
-    return networks[config["model"]](**arguments(config))
+    return constructor_of(config["model"])(**arguments(config))
 
 
 def arguments(config):
-    """What the constructor of a config's network gets, by name, beside the table's sizes.
+    """The arguments, by name, with which a config's network is made.
 
-    config: a dict with latent_shape (C, ...), num_classes and perhaps sizes, which replace the
-    table's. C is in_channels; input_size is the side of squares (C, H, H) and the length of signals
-    (C, L), else the tuple of sizes.
+    config: a dict with model, a name of DiT_models or FAMILIES, latent_shape (C, ...), num_classes
+    and perhaps sizes, which replace the table's. C is in_channels; input_size is the side of
+    squares (C, H, H) and the length of signals (C, L), else the tuple of sizes.
     """
     channels, *sides = config["latent_shape"]
-    return {"input_size": sides[0] if len(set(sides)) == 1 else tuple(sides),
+    return {**getattr(constructor_of(config["model"]), "keywords", {}),
+            "input_size": sides[0] if len(set(sides)) == 1 else tuple(sides),
             "in_channels": channels, "num_classes": config["num_classes"],
             **(config.get("sizes") or {})}

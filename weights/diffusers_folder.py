@@ -24,7 +24,7 @@ from engine.checkpoint import save_checkpoint
 from engine.errors import BadValue, UserError
 from engine.files import write_error, write_json
 from methods import default_method, method_of
-from models import FAMILIES, DiT_models, arguments, describe, network_class
+from models import arguments, describe, network_class
 from weights.foreign_files import DIFFUSERS_WEIGHTS
 from weights.hub import NAME
 from weights.stand_alone import ROOT, stand_alone
@@ -96,7 +96,7 @@ def write_diffusers_folder(path, state, *, vae, license, figures, repository, ab
             inside.model.save_pretrained(folder / "vae")
         save_checkpoint(folder / DIFFUSERS_WEIGHTS, state | {"config": export.public_config()})
         write_json(folder / "transformer" / "config.json",
-                   {"_class_name": export.model[1], **made_with, **export.sizes()})
+                   {"_class_name": export.model[1], **made_with, **arguments(export.config)})
         write_json(folder / "model_index.json", {
             "_class_name": export.pipeline, **made_with, "transformer": export.model,
             "vae": ["diffusers", "AutoencoderKL"] if inside else [None, None],
@@ -182,11 +182,6 @@ class _Export:
         pipeline = stand_alone(ROOT / "weights" / "pipeline.py", self.pipeline[1])
         return {f"transformer/{self.model[0]}.py": HEADER.format(what="network") + network,
                 f"{self.pipeline[0]}.py": HEADER.format(what="pipeline") + pipeline}
-
-    def sizes(self):
-        """The arguments of the network's constructor."""
-        constructor = (DiT_models | FAMILIES)[self.config["model"]]
-        return {**getattr(constructor, "keywords", {}), **arguments(self.config)}
 
     def settings(self, vae):
         """What the pipeline must know. vae: the repository that holds it, or None."""
