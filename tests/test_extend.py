@@ -73,7 +73,7 @@ def assert_resumes(folder, run):
 def test_what_a_reader_adds_passes_the_linter():
     """run_tests.sh runs it over all files: an import that a block did not need made it fail."""
     additions = {"added.py": blocks("docs/extend.md"), "models.py": [
-        (ROOT / "models.py").read_text() + "\n\n" + blocks("README.md")[1]]}
+        (ROOT / "models.py").read_text() + "\n\n" + blocks("README.md")[-1]]}
     for name, texts in additions.items():
         for text in texts:
             ruff = subprocess.run([sys.executable, "-m", "ruff", "check", "--stdin-filename", name,
@@ -298,7 +298,7 @@ def test_a_class_and_a_row_are_another_network(digits, tmp_path, monkeypatch):
     """README's network, as if it stood at the end of models.py, where a reader may have put it
     already. sample.py once reached into the last layer of a DiT, train.py into its blocks."""
     monkeypatch.setitem(DiT_models, "Conv-64", None)  # takes it back in the end
-    exec(blocks("README.md")[1], vars(models))
+    exec(blocks("README.md")[-1], vars(models))
     words = options(tmp_path / "run", "--data-path", digits, "--cfg", 2, "--kappa", 0.5,
                     "--sample-every", 4, model="Conv-64", method=None)
     for steps in (4, 6):
