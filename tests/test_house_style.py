@@ -19,7 +19,7 @@ TREES = {path.relative_to(ROOT): ast.parse(path.read_text())
 ROOMS = {path.stem for path, tree in TREES.items() if len(path.parts) == 1
          and "parse_args" not in {getattr(node, "name", "") for node in tree.body}}
 LOWEST = {"meanflow", "models"}
-FLOORS = [LOWEST, ROOMS - LOWEST, {"engine"}, {"dataset"}, {"weights", "metrics"}, SCRIPTS]
+FLOORS = [LOWEST, ROOMS - LOWEST, {"engine"}, {"dataset"}, {"weights"}, {"metrics"}, SCRIPTS]
 SIDEWAYS = {("train", "sample"), *((room, other) for room in ROOMS - LOWEST for other in ROOMS)}
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "RESULTS.md"]
 
