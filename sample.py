@@ -5,7 +5,8 @@
 
 This writes <sample-dir>/000000.png ..., <sample-dir>.npz with arr_0 uint8 (N, H, W, 3), which ADM's
 evaluator reads, and <sample-dir>.png, a picture of the first ones. With --fid-ref it also prints
-the metrics. Of the same options image i depends on the seed and on i. If interrupted, rerun it.
+the metrics. Of the same options image i depends on the seed and on i. If interrupted, rerun it; for
+more images rerun it with a larger count.
 """
 
 import argparse
@@ -47,7 +48,8 @@ def parse_args(argv=None):
     parser = Parser("Sample images from a checkpoint. Repeat a command to continue it.")
     add_image_options(parser.add_argument_group("images"))
     add = parser.add_argument_group("output").add_argument
-    add("--sample-dir", type=Path, default=Path("samples"), help="new folder for the PNG files")
+    add("--sample-dir", type=Path, default=Path("samples"),
+        help="folder for the PNG files: new, or of the same command for fewer images, which stay")
     add("--save-images", action=argparse.BooleanOptionalAction, default=True,
         help="write the images; without, only measure them by --fid-ref")
     add("--fid-ref", type=Path, metavar="REF.npz",
@@ -171,7 +173,11 @@ def sample_one_count(args, sampler, evaluation):
 
 def make_images(args, sampler, statistics):
     """Make, measure and write this rank's batches but those on disk. Threads write them, for which
-    they also wait for the copy from the GPU."""
+    they also wait for the copy from the GPU.
+
+    A batch that an earlier command cut short is written anew from its first image on, as rounding
+    depends on the batch; until its last image is there, it counts as missing.
+    """
     world, jobs = sampler.world, deque()
     with (world.progress(args.num_fid_samples, desc="sampling", unit="image") as bar,
           ThreadPoolExecutor(THREADS) as pool):
@@ -304,7 +310,8 @@ def output_path(args, suffix):
 
 
 def check_sample_dir(args):
-    """Raise UserError unless the folder has no images yet, or the samples.json of this command."""
+    """Raise UserError unless the folder has no images yet, or the samples.json of this command, if
+    for fewer images."""
     folder = args.sample_dir
     with naming("--sample-dir"):
         check_folder(folder)
@@ -315,12 +322,14 @@ def check_sample_dir(args):
     try:
         stored = json.loads((folder / RECORD).read_text())
         without_images = len(paths) == 1 and "weights" in stored  # as a failed command leaves it
-        difference = "" if without_images else differences(stored, args.record)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        grows = stored["images"] <= args.record["images"]
+        difference = "" if without_images else differences(
+            stored, args.record, may_change=["images"] if grows else [])
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         difference = f"{paths[0]} is not of this command"
     if difference:
-        raise UserError(f"--sample-dir must be new, or hold images of this very command, got "
-                        f"{folder} ({difference}); choose another --sample-dir")
+        raise UserError(f"--sample-dir must be new, or hold images of this very command, no more "
+                        f"than it makes, got {folder} ({difference}); choose another --sample-dir")
 
 
 def open_sample_dir(args, world, stack):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dataset.vae import Pixels
 from engine.checkpoint import load_checkpoint, network_of
 from engine.distributed import World
 from engine.errors import UserError
-from engine.files import FolderLock, list_folder
+from engine.files import FolderLock, atomic_file, list_folder
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
 from metrics.reference import METRICS
@@ -56,6 +57,51 @@ def test_an_interrupted_command_goes_on_where_it_stopped(trained, sampled):
     call("sample", *options(trained, sampled))
     assert files(sampled) == before
     assert (sampled / "000005.png").stat().st_mtime_ns == time_before
+
+
+def test_a_larger_count_ends_with_the_bytes_of_one_command(trained, sampled, tmp_path, monkeypatch):
+    """Also where a batch was cut short, which rounds differently, and after an interruption in that
+    batch. The image with other bytes stands in for such a rounding."""
+    folder = tmp_path / "new"
+    call("sample", *options(trained, folder), "--num-fid-samples", 6)
+    time_before = (folder / "000003.png").stat().st_mtime_ns
+    shutil.copy(folder / "000000.png", folder / "000005.png")
+
+    def interrupt(path, **options):
+        if path.name == "000005.png":
+            raise UserError("interrupted")
+        return atomic_file(path, **options)
+
+    monkeypatch.setattr("dataset.pictures.atomic_file", interrupt)
+    with refused("interrupted"):
+        call("sample", *options(trained, folder))
+    monkeypatch.undo()
+    call("sample", *options(trained, folder))
+    assert files(folder) == files(sampled)
+    assert (folder / "000003.png").stat().st_mtime_ns == time_before
+    for suffix in (".npz", ".png"):
+        assert Path(f"{folder}{suffix}").read_bytes() == Path(f"{sampled}{suffix}").read_bytes()
+
+
+def test_a_smaller_count_is_refused(trained, sampled, refusal):
+    """It would replace the .npz of all by one of some."""
+    line = refusal("sample", [*options(trained, sampled), "--num-fid-samples", 20], "--sample-dir",
+                   folder=sampled.parent)
+    assert "images 21, now 20" in line
+
+
+def test_more_of_each_class_and_step_count_are_measured_with_those_on_disk(trained, reference,
+                                                                           tmp_path, capfd):
+    options = ["--ckpt", trained, "--classes", 4, 7, "--num-sampling-steps", 1, 2, "--fid-ref",
+               reference, "--protocol", "pixels"]
+    for name, count in (("grown", 2), ("grown", 3), ("direct", 3)):
+        call("sample", *options, "--per-class", count, "--sample-dir", tmp_path / name)
+    metrics = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert metrics[2:4] == metrics[4:] and metrics[4]["num_samples"] == 6
+    grown, direct = ({str(path.relative_to(tmp_path)).replace(name, ""): path.read_bytes()
+                      for path in tmp_path.rglob("*") if name in str(path) and path.is_file()
+                      and path.name[0] != "."} for name in ("grown", "direct"))
+    assert grown == direct and len(grown) == 2 * (6 + 2) + 1
 
 
 @pytest.mark.slow
