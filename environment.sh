@@ -1,5 +1,18 @@
-# Sourced by quickstart.sh and run_tests.sh: makes .venv if it is missing or its Python is gone, and
-# installs a requirements file into it whenever a requirements file has changed.
+# Sourced by the other scripts here: makes .venv if it is missing or its Python is gone, and installs
+# a requirements file into it whenever a requirements file has changed.
+
+choose_python() {  # choose_python [PYTHON]: puts it, by default that of .venv, first on the path
+    if [ -z "$1" ]; then
+        prepare requirements.txt
+        set -- "$PWD/.venv/bin/python"
+    fi
+    export PATH="$(dirname "$1"):$PATH"
+}
+
+show() {  # print a command and run it
+    printf '\n$ %s\n' "$*" >&2 || true
+    "$@"
+}
 
 prepare() {  # prepare REQUIREMENTS_FILE
     flock 9 2>/dev/null || true  # one at a time, where the system has flock

@@ -6,12 +6,8 @@
 set -euo pipefail
 trap '' PIPE  # output that nobody reads ends nothing
 cd "$(dirname "$0")"
-if [ -z "${QUICKSTART_PYTHON:-}" ]; then
-    source environment.sh
-    prepare requirements.txt
-    QUICKSTART_PYTHON="$PWD/.venv/bin/python"
-fi
-export PATH="$(dirname "$QUICKSTART_PYTHON"):$PATH"
+source environment.sh
+choose_python "${QUICKSTART_PYTHON:-}"
 data=${QUICKSTART_DATA:-data/digits}
 run=${QUICKSTART_RUN:-results/quickstart}
 training_steps=${QUICKSTART_STEPS:-1950}
@@ -24,11 +20,6 @@ processes = 2 ** (count.bit_length() - 1)
 print(processes, max(1, os.cpu_count() // processes))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 torchrun="torchrun --standalone --nproc_per_node=$processes"
-
-show() {  # print a command and run it
-    printf '\n$ %s\n' "$*" >&2 || true
-    "$@"
-}
 
 show python examples/digits.py write "$data"
 show $torchrun train.py --data-path "$data" --vae none --image-size 8 --model DiT-T/4 \
