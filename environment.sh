@@ -1,4 +1,4 @@
-# Sourced by the other scripts here: makes .venv if it is missing or its Python is gone, and installs
+# Sourced by the scripts beside it: makes .venv if it is missing or its Python is gone, and installs
 # a requirements file into it whenever a requirements file has changed.
 
 choose_python() {  # choose_python [PYTHON]: puts it, by default that of .venv, first on the path

@@ -74,7 +74,7 @@ def test_what_is_no_row_is_refused_with_the_rows(reproduce):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_is_made_by_commands_that_the_scripts_take(row, reproduce, tmp_path):
-    code, out, _, asked = reproduce("imagenet", row, "ref.npz")
+    code, out, _, asked = reproduce("imagenet", row, "ref.npz", found="1")
     encode, training, sampling = (line.split(".py ")[1] for line in asked)
     assert code == 0 and f"| {row} |" in out
     assert encode.split() == ["--data-path", f"{tmp_path}/imagenet", "--out-path",
@@ -193,6 +193,18 @@ def test_without_the_reference_nothing_begins(imagenet, tmp_path):
     with refused("REFERENCE.npz must be ADM's", tmp_path / "ref.npz", "no such file", "download"):
         paper_runs.main(paper_runs.parse_args(["check", *options]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gpus, capability, found", [
+    (0, None, "1 --precision tf32"), (6, (7, 0), "4 --precision tf32"), (8, (9, 0), "8")])
+def test_the_gpus_decide_processes_and_precision(gpus, capability, found, monkeypatch, capsys):
+    """Processes that divide the batch, and bfloat16 where the hardware has it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("paper_runs.check", lambda *parts: None)
+    options = ["--data-path i --out-path l", "--data-path l", "--fid-ref ref.npz"]
+    paper_runs.main(paper_runs.parse_args(["check", *options]))
+    assert capsys.readouterr().out.strip() == found
 
 
 def test_the_report_is_the_row_with_our_figures(tmp_path):
