@@ -7,7 +7,7 @@
 # REPRODUCE_PYTHON, whose packages are used as they are.
 set -euo pipefail
 trap '' PIPE  # output that nobody reads ends nothing
-data=$(realpath -ms -- "${1:-.}")
+data=$(realpath -ms -- "${1:-.}")  # as it is named from here
 reference=$(realpath -ms -- "${3:-VIRTUAL_imagenet256_labeled.npz}")
 cd "$(dirname "$0")"
 
@@ -27,17 +27,18 @@ options() {  # options NAME COLUMN: of a row, after those of every row of its ta
 [ $# -ge 2 ] || refuse "usage: bash reproduce.sh IMAGENET_TRAIN ROW [REFERENCE.npz]; rows:" $rows
 grep -qxF -- "$2" <<< "$rows" ||
     refuse "ROW must be one of $(echo $rows), got $2; choose another"
+row=$2
 source environment.sh
 choose_python "${REPRODUCE_PYTHON:-}"
 
 out=${REPRODUCE_OUT:-results/reproduce}
-folder=$out/${2//\//-}
+folder=$out/${row//\//-}
 training=${folder%-2-steps}/training  # a row NAME-2-steps samples from the training of row NAME
 encode=(--data-path "$data" --out-path "$out/latents-256" --vae mse ${REPRODUCE_ENCODE:-})
 train=(--encoded-data --data-path "$out/latents-256" --vae mse --run-dir "$training"
-       $(options "$2" 5) ${REPRODUCE_TRAIN:-})
+       $(options "$row" 5) ${REPRODUCE_TRAIN:-})
 sample=(--sample-dir "$folder/samples" --fid-ref "$reference" --protocol adm
-        $(options "$2" 6) ${REPRODUCE_SAMPLE:-})
+        $(options "$row" 6) ${REPRODUCE_SAMPLE:-})
 found=$(python examples/paper_runs.py check "${encode[*]@Q}" "${train[*]@Q}" "${sample[*]@Q}")
 read -r processes precision <<< "$found"
 launch=python
@@ -51,7 +52,7 @@ train() {  # in the fewest micro-batches that fit the memory, which change the r
         before=$(wc -l < "$training/log.txt")
         show $launch train.py --grad-accum-steps $parts "${train[@]}" $precision >&2 && return
         code=$?
-        tail -n +$((before + 1)) "$training/log.txt" | grep -q "ended by OutOfMemoryError" ||
+        tail -n +$((before + 1)) "$training/log.txt" | grep "ended by OutOfMemoryError" > /dev/null ||
             return $code
     done
     return $code
@@ -67,5 +68,5 @@ if [ ! -e "$checkpoint" ]; then
 fi
 mkdir -p "$folder"
 show $launch sample.py --ckpt "$checkpoint" "${sample[@]}" > "$folder/evaluation.jsonl"
-python examples/paper_runs.py report "$(grep -F -m 1 "| $2 |" $page)" "$training" \
+python examples/paper_runs.py report "$(grep -F -m 1 "| $row |" $page)" "$training" \
     "$folder/evaluation.jsonl"

@@ -53,9 +53,9 @@ def main(args):
     gpus = torch.cuda.device_count()
     if not gpus:
         print("found no GPU: a CPU is too slow for a row of the page", file=sys.stderr)
-    coarse = gpus and torch.cuda.get_device_capability() >= BFLOAT16_SINCE
-    # A power of two divides the batch
-    print(2 ** (max(gpus, 1).bit_length() - 1), "" if coarse else "--precision tf32")
+    bfloat16 = gpus and torch.cuda.get_device_capability() >= BFLOAT16_SINCE
+    processes = 2 ** (max(gpus, 1).bit_length() - 1)  # which divides the batch
+    print(processes, "" if bfloat16 else "--precision tf32")
 
 
 def check(encoding, training, sampling):
