@@ -52,8 +52,8 @@ train() {  # in the fewest micro-batches that fit the memory, which change the r
         before=$(wc -l < "$training/log.txt")
         show $launch train.py --grad-accum-steps $parts "${train[@]}" $precision >&2 && return
         code=$?
-        tail -n +$((before + 1)) "$training/log.txt" | grep "ended by OutOfMemoryError" > /dev/null ||
-            return $code
+        tail -n +$((before + 1)) "$training/log.txt" |
+            grep "ended by OutOfMemoryError" > /dev/null || return $code
     done
     return $code
 }
