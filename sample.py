@@ -101,13 +101,7 @@ def add_image_options(group):
 def main(args):
     # A rank that has finished waits for the others, which may take hours on a CPU
     with start_processes(args.precision, timeout_hours=7 * 24) as world, ExitStack() as stack:
-        with naming("--ckpt"):
-            state = open_checkpoint(args.ckpt, world)
-            net, config = network_of(state, args.ckpt), state["config"]
-            method = method_of(config, net)
-            if config.get("conditions"):
-                raise BadValue(f"must be of a network whose conditions are labels, got {args.ckpt} "
-                               f"of others; sample from Python, as docs/extend.md does")
+        net, config, method = open_network(args.ckpt, world)
         guidance = choose_guidance(args, config, method)
         classes = find_classes(args.classes, config) if args.classes else None
         if args.per_class:
@@ -138,6 +132,17 @@ def main(args):
                 images = [load_pngs(png_paths(part, rows), config["image_size"]) for part in parts]
             save_picture(parts[0].picture, samplers, images)
             print(f"picture: {parts[0].picture}", file=sys.stderr)
+
+
+def open_network(name, world):
+    """(network, config, method) of a checkpoint. Raises UserError where y is no labels."""
+    with naming("--ckpt"):
+        state = open_checkpoint(name, world)
+        net, config = network_of(state, name), state["config"]
+        if config.get("conditions"):
+            raise BadValue(f"must be of a network whose conditions are labels, got {name} of "
+                           f"others; sample from Python, as docs/extend.md does")
+        return net, config, method_of(config, net)
 
 
 def options_for(args, steps, record):
