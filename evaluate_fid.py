@@ -1,4 +1,4 @@
-"""Evaluate a folder or an .npz of images, by pytorch-fid's protocol, by ADM's, or by pixels.
+"""Evaluate a folder or an .npz of images, by the features of Inception or of another network.
 
     python evaluate_fid.py --samples samples.npz --ref VIRTUAL_imagenet256_labeled.npz
     torchrun --standalone --nproc_per_node=8 evaluate_fid.py --samples samples --ref REF.npz
@@ -7,7 +7,7 @@
 
 prints one JSON line on stdout: counts, names, fid and, with adm, sfid, inception_score, precision
 and recall, if the reference has what they need. --make-ref writes a reference in ADM's layout: mu,
-sigma, mu_s, sigma_s and arr_0. metrics/inception.py describes the protocols.
+sigma, mu_s, sigma_s and arr_0. metrics/extractors.py describes the protocols.
 """
 
 import json
@@ -25,8 +25,8 @@ from engine.distributed import start_processes
 from engine.errors import BadValue, UserError, naming, run_main
 from engine.files import atomic_file, make_folder
 from engine.options import Parser, int_range
+from metrics.extractors import extractor_of, known_protocol
 from metrics.image_sets import open_images
-from metrics.inception import PROTOCOLS, Extractor, dimension
 from metrics.reference import Reference, evaluate, notes
 from metrics.statistics import Statistics
 
@@ -42,15 +42,18 @@ def parse_args(argv=None):
         help="centre-crop images to S x S and convert files to RGB, as train.py does (default: "
              "they must be RGB and of one size already)")
     add = parser.add_argument_group("result").add_argument
-    add("--ref", type=Path, help="reference: an .npz with mu and sigma, or a folder of images")
+    add("--ref", type=Path,
+        help="reference: an .npz with mu and sigma, EDM2's .pkl, or a folder of images")
     add("--make-ref", type=Path, metavar="OUT.npz",
         help="write the samples' statistics as a new reference instead")
-    add("--protocol", choices=PROTOCOLS, default="pytorch-fid",
+    add("--protocol", type=known_protocol, default="pytorch-fid",
         help="pytorch-fid: FID; adm: FID, sFID, Inception Score, precision and recall; pixels: "
-             "Frechet distance of tiny images, without a network")
+             "Frechet distance of tiny images, without a network; dinov2: FD-DINOv2, precision and "
+             "recall; timm:NAME: Frechet distance of features of a network of timm")
     add = parser.add_argument_group("run").add_argument
-    add("--inception", type=Path, metavar="FILE",
-        help="pytorch-fid's weights (default: in the torch hub cache, or downloaded)")
+    add("--weights", type=Path, metavar="FILE",
+        help="weights of the protocol's network: pytorch-fid's, DINOv2's or timm's file (default: "
+             "in the cache of torch hub or Hugging Face, or downloaded)")
     add("--batch-size", type=int_range(1), default=64, help="images per batch")
     add("--num-workers", type=int_range(0), default=4,
         help="processes that read image files, per process; 0 = none")
@@ -58,21 +61,25 @@ def parse_args(argv=None):
     if (args.ref is None) == (args.make_ref is None):
         parser.error(f"--ref or --make-ref must be given, got {args.ref} and {args.make_ref}; name "
                      f"one of the two")
+    if args.weights and args.protocol == "pixels":
+        parser.error(f"--weights must come with a protocol that has a network, got --protocol "
+                     f"pixels and {args.weights}; leave it out")
     return args
 
 
 def main(args):
+    extractor = extractor_of(args.protocol)
     with start_processes() as world:
         with naming("--samples"):
             samples = open_images(args.samples, world, args.image_size, args.num_workers)
-        dimension(args.protocol, samples.image_size)  # refuses what is too large
-        result = (compare(args, samples, world) if args.ref
-                  else make_reference(args, samples, world))
+        extractor.dimension(samples.image_size)  # refuses what is too large
+        result = (compare(args, samples, extractor, world) if args.ref
+                  else make_reference(args, samples, extractor, world))
         if world.main:
             print(json.dumps(result), flush=True)
 
 
-def compare(args, samples, world):
+def compare(args, samples, extractor, world):
     """The metrics of samples on rank 0, None elsewhere."""
     with naming("--ref"):
         if args.ref.is_dir():
@@ -81,12 +88,11 @@ def compare(args, samples, world):
                 raise BadValue(f"must hold images of the samples' size, {samples.image_size}, got "
                                f"{images.image_size} in {args.ref}; crop either with --image-size")
         else:
-            reference = Reference.load(args.ref, args.protocol, samples.image_size, world)
-    extractor = Extractor(args.protocol, world, inception=args.inception)
+            reference = Reference.load(args.ref, extractor, samples.image_size, world)
+    extractor.load(world, args.weights)
     if args.ref.is_dir():
-        adm = args.protocol == "adm"
-        reference = Reference.of(measure(args, "--ref", images, extractor, spatial=adm, points=adm),
-                                 images.name)
+        wants = {part: part in extractor.gives for part in ("spatial", "points")}
+        reference = Reference.of(measure(args, "--ref", images, extractor, **wants), images.name)
     if world.main:
         for line in notes(reference, args.protocol, len(samples), samples.image_size):
             print(line, file=sys.stderr, flush=True)
@@ -104,16 +110,16 @@ def measure(args, option, images, extractor, **wants):
         return statistics.add_all(images.batches, args.batch_size, Path(images.name).name)
 
 
-def make_reference(args, images, world):
+def make_reference(args, images, extractor, world):
     """Write --make-ref, in ADM's layout; returns what was done."""
     path = args.make_ref
     if path.suffix != ".npz" or path.exists():
         raise UserError(f"--make-ref must be a new .npz file, got {path}; choose another name")
     with naming("--make-ref"):
         make_folder(path.parent)
-    extractor = Extractor(args.protocol, world, inception=args.inception)
+    extractor.load(world, args.weights)
     reference = Reference.of(measure(args, "--samples", images, extractor,
-                                     spatial=args.protocol != "pixels"), str(path))
+                                     spatial="spatial" in extractor.gives), str(path))
     if world.main:
         arrays = dict(zip(("mu", "sigma"), reference.pool))
         if reference.spatial is not None:

@@ -23,7 +23,7 @@ from engine.errors import UserError, naming, run_main
 from engine.files import atomic_file, check_folder
 from engine.log import OF_DATA, OF_START, read_records
 from engine.options import Parser, int_range
-from metrics.reference import METRICS, metric_names
+from metrics.reference import metric_names
 
 SOFTWARE = "plot.py of MeanFlow-PyTorch"  # in the PNG file: marks what may be overwritten
 COLUMNS = 3
@@ -107,7 +107,7 @@ def read_run(folder):
         if evaluated := "protocol" in record:  # different evaluations have panels of their own
             evaluation = _one_line(f" ({record['protocol']!s:.40}, "
                                    f"{record.get('num_samples', '?')!s:.20} samples)")
-            titles = {key: name + evaluation
+            titles = {key: _one_line(name) + evaluation
                       for key, name in metric_names(record["protocol"]).items()}
         else:
             titles = {key: TRAINING.get(key) or _short(key) for key in record
@@ -188,7 +188,7 @@ def print_table(rows, form):
 
 def panels_of(runs):
     """The panels of the runs in order: the fixed ones of training, further ones, evaluations."""
-    places = {key: place for place, key in enumerate([*TRAINING, *METRICS])}
+    places = {key: place for place, key in enumerate([*TRAINING, *metric_names("")])}
     return sorted({panel for run in runs for panel in run}, key=lambda panel: (
         panel.evaluated, places.get(panel.key, len(places)), panel))
 

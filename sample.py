@@ -36,7 +36,7 @@ from engine.files import FolderLock, check_folder, list_folder, remove_temporary
 from engine.options import Parser, float_range, int_range
 from meanflow import schedule
 from methods import method_of
-from metrics.inception import PROTOCOLS
+from metrics.extractors import known_protocol
 from metrics.reference import Evaluation, evaluate, notes
 from metrics.statistics import rank_batches
 from weights.hub import file_or_address, open_checkpoint
@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="write the images; without, only measure them by --fid-ref")
     add("--fid-ref", type=Path, metavar="REF.npz",
         help="reference statistics: measure the images while they are made")
-    add("--protocol", choices=PROTOCOLS, default="pytorch-fid",
+    add("--protocol", type=known_protocol, default="pytorch-fid",
         help="how to evaluate; evaluate_fid.py --help says more")
     args = parser.parse_args(argv)
     if args.fid_ref is None and not args.save_images:

@@ -53,7 +53,7 @@ from engine.optimizer import Both, parameter_groups
 from engine.options import Parser, float_range, int_range
 from meanflow import SettingError, rows_of
 from methods import METHODS, default_method, make_method, settings_by_name
-from metrics.inception import PROTOCOLS
+from metrics.extractors import known_protocol
 from metrics.reference import Evaluation, metric_names, notes
 from models import FAMILIES, DiT_models, build, describe, network_class
 from sample import ImageSampler
@@ -211,7 +211,7 @@ def add_run_options(add):
     add("--fid-ref", type=Path, metavar="REF.npz", help="reference statistics for --eval-every")
     add("--eval-samples", type=int_range(2), default=10000,
         help="images per evaluation; published figures use 50000")
-    add("--protocol", choices=PROTOCOLS, default="pytorch-fid", help="as in evaluate_fid.py")
+    add("--protocol", type=known_protocol, default="pytorch-fid", help="as in evaluate_fid.py")
 
 
 def main(args):
@@ -724,8 +724,8 @@ class Run(ExitStack):
         self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed,
                                     conditions=getattr(self.dataset, "conditions", None))
         if state.step and self.is_due(self.args.eval_every, state.step) and not world.broadcast(
-                self.log.has(state.step, "fid")):  # the last run ended in this evaluation
-            self.evaluate(state.step)
+                self.log.has(state.step, self.evaluation.extractor.key)):
+            self.evaluate(state.step)  # in which the last run ended
 
     def _open_folder(self):
         """Lock the folder and check that it is this run's. Returns the newest checkpoint, or None.

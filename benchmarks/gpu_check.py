@@ -606,7 +606,8 @@ def optional(out, what):
 
 def time_inception(out, pixels, again):
     """Images per second of both protocols' networks, with random weights."""
-    from metrics.inception import Extractor, build_inception
+    from metrics.extractors import extractor_of
+    from metrics.inception import build_inception
 
     net = build_inception().to_empty(device="cpu")
     for tensor in (*net.parameters(), *net.buffers()):
@@ -615,7 +616,7 @@ def time_inception(out, pixels, again):
     with start_processes("tf32") as world, tempfile.TemporaryDirectory() as folder:
         torch.save(net.state_dict(), Path(folder, "weights.pt"))
         for protocol in ("pytorch-fid", "adm"):
-            extractor = Extractor(protocol, world, inception=Path(folder, "weights.pt"))
+            extractor = extractor_of(protocol).load(world, Path(folder, "weights.pt"))
             out.add(f"Inception, {protocol}, fp32", timed(partial(extractor, pixels), **again))
 
 

@@ -12,11 +12,14 @@ import torch
 
 from engine.errors import BadValue, naming
 from metrics.distances import NEIGHBOURS, frechet_distance, inception_score, precision, recall
+from metrics.extractors import distance_names, extractor_of
 from metrics.image_sets import NpzImages, reading_npz, verify_npz
-from metrics.inception import SPATIAL, Extractor, dimension
+from metrics.inception import SPATIAL
+from metrics.pickles import read_pickle
 from metrics.statistics import Statistics
 
 PUBLISHED = 50000  # samples behind a published FID
+NEEDS = {"spatial": "mu_s and sigma_s", "points": f"arr_0 of more than {NEIGHBOURS} images"}
 
 
 class Metric(NamedTuple):
@@ -25,10 +28,7 @@ class Metric(NamedTuple):
     value: Callable  # (Statistics, Reference) -> float
 
 
-METRICS = {  # by their keys in the result
-    "fid": Metric("FID", "pool", lambda samples, reference: frechet_distance(
-        samples.pool.numpy(), reference.pool,
-        by_product=samples.extractor.protocol == "pytorch-fid")),  # its number to rounding
+METRICS = {  # by their keys in the result, beside the Frechet distance, whose key the protocol has
     "sfid": Metric("sFID", "spatial", lambda samples, reference: frechet_distance(
         samples.spatial.numpy(), reference.spatial)),
     "inception_score": Metric("Inception Score", "scores", lambda samples, reference:
@@ -40,75 +40,107 @@ METRICS = {  # by their keys in the result
 }
 
 
+def metrics_of(extractor):
+    """The metrics of a protocol by their keys in the result."""
+    distance = Metric(extractor.title, "pool", lambda samples, reference: frechet_distance(
+        samples.pool.numpy(), reference.pool, by_product=extractor.by_product))
+    return {key: metric for key, metric in {extractor.key: distance, **METRICS}.items()
+            if metric.needs in extractor.gives}
+
+
+def metric_names(protocol):
+    """The names of all metrics by key, of the Frechet distances with that of this protocol."""
+    return distance_names(protocol) | {key: metric.title for key, metric in METRICS.items()}
+
+
 @dataclass
 class Reference:
     """What samples are compared with: an .npz in ADM's layout, or images measured here."""
 
     name: str
     pool: tuple  # mean (D,), covariance (D, D)
-    scores: bool  # whether samples get an Inception Score, which needs no reference
+    gives: tuple  # of the extractor
     spatial: tuple | None = None  # the same for sFID
     images: NpzImages | None = None  # arr_0, for precision and recall
-    points: torch.Tensor | None = None  # features (M, POOL), of arr_0 after evaluate
+    points: torch.Tensor | None = None  # features (M, D), of arr_0 after evaluate
     count: int | None = None  # images behind the statistics, if known
     made_with: str | None = None  # protocol behind them, if known
     image_size: tuple | None = None  # (H, W) of the images behind them, if known
 
     @classmethod
-    def load(cls, path, protocol, image_size, world):
-        """Open an .npz with mu and sigma; for adm also mu_s, sigma_s and arr_0, if present. No
-        network runs. Raises BadValue, also for damaged bytes."""
+    def load(cls, path, extractor, image_size, world):
+        """Open an .npz with mu and sigma, and mu_s, sigma_s and arr_0 if the protocol takes them;
+        or a .pkl of EDM2. No network runs. Raises BadValue, also for damaged bytes."""
+        dim = extractor.dimension(image_size)
+        if path.suffix == ".pkl":
+            return cls._load_edm2(path, extractor, dim)
         verify_npz(path, world)
         with reading_npz(path), np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 raise BadValue(f"must have the keys mu and sigma, got {path} with "
                                f"{', '.join(file.files)}; make one by evaluate_fid.py --make-ref")
-            pool = _pair(file, "mu", "sigma", dimension(protocol, image_size), path)
-            reference = cls(str(path), pool, scores=protocol == "adm")
-            if reference.scores and {"mu_s", "sigma_s"} <= set(file.files):
-                reference.spatial = _pair(file, "mu_s", "sigma_s", SPATIAL, path)
-            with nullcontext() if reference.scores else suppress(BadValue):
+            made_with = (" ".join(str(file["protocol"]).split())[:100]
+                         if "protocol" in file.files else None)
+            source = f"{path} of --protocol {made_with}" if made_with else path
+            pool = _pair(file, "mu", "sigma", dim, source, extractor)
+            reference = cls(str(path), pool, extractor.gives, made_with=made_with)
+            if "spatial" in extractor.gives and {"mu_s", "sigma_s"} <= set(file.files):
+                reference.spatial = _pair(file, "mu_s", "sigma_s", SPATIAL, path, extractor)
+            takes_images = "points" in extractor.gives
+            with nullcontext() if takes_images else suppress(BadValue):
                 if "arr_0" in file.files:
                     images = NpzImages(path)
-                    reference.images = images if reference.scores else None
+                    reference.images = images if takes_images else None
                     reference.image_size = images.image_size
             if "num_images" in file.files:
                 reference.count = int(file["num_images"])
-            if "protocol" in file.files:
-                reference.made_with = " ".join(str(file["protocol"]).split())[:40]
             return reference
+
+    @classmethod
+    def _load_edm2(cls, path, extractor, dim):
+        """The reference of a pickle of EDM2 (NVlabs/edm2, calculate_metrics.py), {"fid" or
+        "fd_dinov2": {"mu", "sigma"}, perhaps "num_images"}."""
+        key = extractor.key
+        whole, mean, covariance, count = read_pickle(path, (), (key, "mu"), (key, "sigma"),
+                                                     ("num_images",))
+        pair = {"mu": mean, "sigma": covariance}
+        if not all(isinstance(array, np.ndarray) for array in pair.values()):
+            found = ", ".join(map(str, whole)) if isinstance(whole, dict) else type(whole).__name__
+            raise BadValue(f"must have mu and sigma of {key} for --protocol {extractor.protocol}, "
+                           f"got {path} with {found:.100}; name another file or protocol")
+        return cls(str(path), _pair(pair, "mu", "sigma", dim, path, extractor), extractor.gives,
+                   count=count if type(count) is int and count > 0 else None)
 
     @classmethod
     def of(cls, statistics, name):
         """Statistics measured here, as a reference. Every rank must call it."""
         statistics.merge()
-        spatial = statistics.spatial and statistics.spatial.numpy()
-        protocol = statistics.extractor.protocol
-        return cls(name, statistics.pool.numpy(), protocol == "adm", spatial,
-                   points=statistics.points, count=statistics.count, made_with=protocol,
-                   image_size=statistics.image_size)
+        spatial, extractor = statistics.spatial and statistics.spatial.numpy(), statistics.extractor
+        return cls(name, statistics.pool.numpy(), extractor.gives, spatial,
+                   points=statistics.points, count=statistics.count,
+                   made_with=extractor.protocol, image_size=statistics.image_size)
 
     @property
     def wants(self):
         """The options of Statistics for samples: what the metrics need that it has data for."""
         points = self.images if self.points is None else self.points
-        return {"spatial": self.spatial is not None, "scores": self.scores,
+        return {"spatial": self.spatial is not None, "scores": "scores" in self.gives,
                 "points": points is not None and len(points) > NEIGHBOURS}
 
 
-def _pair(file, mean, covariance, dim, path):
+def _pair(file, mean, covariance, dim, source, extractor):
     """The float64 arrays mean (D,) and covariance (D, D), checked."""
     pair = file[mean], file[covariance]
     if any(array.dtype.kind not in "fiu" for array in pair):
         raise BadValue(f"must have real numbers {mean} and {covariance}, got {pair[0].dtype} and "
-                       f"{pair[1].dtype} in {path}; name another")
+                       f"{pair[1].dtype} in {source}; name another")
     pair = tuple(array.astype(np.float64) for array in pair)
     shapes = [array.shape for array in pair]
     if (shapes != [(dim,), (dim, dim)] or not all((abs(array) < 1e100).all() for array in pair)
             or np.diagonal(pair[1]).min() < 0):
         raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "
-                       f"this protocol and image size, got {shapes[0]} and {shapes[1]} in {path}; "
-                       f"name another")
+                       f"--protocol {extractor.protocol} and this image size, got {shapes[0]} and "
+                       f"{shapes[1]} in {source}; name another")
     return pair
 
 
@@ -127,31 +159,25 @@ def evaluate(statistics, reference):
     result = {"protocol": extractor.protocol, "num_samples": statistics.count}
     with extractor.world.full_precision():
         return result | {key: metric.value(statistics, reference)
-                         for key, metric in METRICS.items()
+                         for key, metric in metrics_of(extractor).items()
                          if getattr(statistics, metric.needs) is not None}
-
-
-def metric_names(protocol):
-    """The names of the metrics by key; a distance without Inception is not called FID."""
-    names = {key: metric.title for key, metric in METRICS.items()}
-    return names | ({"fid": "Frechet distance of pixels"} if protocol == "pixels" else {})
 
 
 def notes(reference, protocol, count, image_size):
     """Lines to print beside the metrics of count images of image_size (H, W): what is left out, and
     warnings."""
     lines = []
-    wants = reference.wants | {"pool": True}
-    missing = [key for key, metric in METRICS.items() if not wants[metric.needs]]
-    if protocol == "adm" and missing:
-        lines.append(f"left out: {', '.join(missing)}; of a reference sfid needs mu_s and sigma_s, "
-                     f"precision and recall arr_0 of more than {NEIGHBOURS} images")
+    missing = {key: NEEDS[metric.needs] for key, metric in METRICS.items()
+               if metric.needs in reference.gives and not reference.wants[metric.needs]}
+    if missing:
+        lines.append(f"left out: {', '.join(missing)}; the reference lacks "
+                     f"{' and '.join(dict.fromkeys(missing.values()))}")
     if reference.made_with not in (None, protocol):
         lines.append(f"warning: {reference.name} was made with --protocol {reference.made_with}, "
                      f"not {protocol}; the difference is part of the result")
     elif reference.made_with is None and protocol == "pytorch-fid":
-        lines.append(f"note: {reference.name} does not record its protocol; ADM's public files are "
-                     f"of TensorFlow's resize, for which take --protocol adm")
+        lines.append(f"note: {reference.name} does not record its protocol; the public files of "
+                     f"ADM and EDM2 are of TensorFlow's resize, for which take --protocol adm")
     if reference.image_size not in (None, image_size):
         sizes = [f"{h} x {w}" for h, w in (reference.image_size, image_size)]
         lines.append(f"warning: {reference.name} is of images of {sizes[0]} pixels, the samples "
@@ -171,8 +197,9 @@ class Evaluation:
     def __init__(self, path, protocol, config, world):
         self.image_size = (config["image_size"], config["image_size"])
         with naming("--fid-ref"):
-            self.reference = Reference.load(path, protocol, self.image_size, world)
-        self.extractor = Extractor(protocol, world)
+            self.extractor = extractor_of(protocol)
+            self.reference = Reference.load(path, self.extractor, self.image_size, world)
+        self.extractor.load(world)
 
     def statistics(self, count):
         """Empty Statistics for count images."""

@@ -4,7 +4,7 @@ import torch
 
 from engine.errors import UserError
 from metrics.distances import NEIGHBOURS
-from metrics.inception import CLASSES, POOL, SPATIAL, dimension
+from metrics.inception import CLASSES, SPATIAL
 
 SPLIT = 5000  # images per split of the Inception Score
 
@@ -52,7 +52,7 @@ class Statistics:
     """What the metrics need of count images of image_size (H, W), gathered in one pass.
 
     spatial, scores, points: gather for sFID, the Inception Score, precision and recall, as
-    Reference.wants says; else they are None. Points take 8 KiB an image. Raises UserError.
+    Reference.wants says; else they are None. Points take 4 D bytes an image. Raises UserError.
     """
 
     def __init__(self, extractor, count, image_size, *, spatial=False, scores=False, points=False):
@@ -60,9 +60,9 @@ class Statistics:
             raise UserError(f"a Frechet distance must have 2 images or more, got {count}; add some")
         device = extractor.world.device
         self.extractor, self.count, self.image_size = extractor, count, tuple(image_size)
-        self.pool = Moments(dimension(extractor.protocol, image_size), device)
+        self.pool = Moments(dim := extractor.dimension(image_size), device)
         self.spatial = Moments(SPATIAL, device) if spatial else None
-        self.points = (torch.zeros(count, POOL, device=device)
+        self.points = (torch.zeros(count, dim, device=device)
                        if points and count > NEIGHBOURS else None)
         splits = (count - 1) // SPLIT + 1  # a row each: sums of p, of p log p, and of 1
         self.scores = (torch.zeros(splits, CLASSES + 2, dtype=torch.float64, device=device)

@@ -2,6 +2,7 @@
 any file. The ``refusal`` of conftest.py checks that."""
 
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -47,6 +48,8 @@ def place(tmp_path, digits, latents, trained, monkeypatch):
              sigma=np.array([print]))
     np.savez(tmp_path / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
     np.savez(tmp_path / "ref.npz", mu=np.zeros(192), sigma=np.eye(192))
+    (tmp_path / "code.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    (tmp_path / "torn.pkl").write_bytes(pickle.dumps({"fid": np.zeros(192)})[:-99])
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     (tmp_path / "torn.pt").write_bytes(trained.read_bytes()[:9999])
     return tmp_path
@@ -122,7 +125,11 @@ REFUSED = {
         dict(samples=LONG), dict(ref="missing.npz"), dict(ref="file.txt"), dict(ref="objects.npz"),
         dict(ref="nan.npz"), dict(ref=LONG), dict(make_ref="ref.npz", ref=None),
         dict(make_ref=f"{LONG}.npz", ref=None),
-        dict(inception=LONG, protocol=None, ref=None, make_ref="new.npz")]}
+        dict(weights=LONG, protocol=None, ref=None, make_ref="new.npz"),
+        dict(weights="foreign.pt", protocol="timm:test_vit", ref=None, make_ref="new.npz"),
+        dict(weights="ok.pt"),  # of pixels, which have no network
+        dict(protocol="dinov3"), dict(protocol="timm:resnet5o"),
+        dict(ref="code.pkl"), dict(ref="torn.pkl"), dict(ref="missing.pkl")]}
 
 
 @pytest.mark.parametrize(("script", "changes"), [

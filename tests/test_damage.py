@@ -16,6 +16,7 @@ from dataset.pictures import load_png, write_pngs
 from engine.checkpoint import load_checkpoint
 from engine.distributed import World
 from engine.errors import UserError
+from metrics.extractors import extractor_of
 from metrics.image_sets import NpzImages, verify_npz
 from metrics.reference import Reference
 
@@ -59,7 +60,7 @@ def read_shards(folder):
 
 def read_reference(path):
     """What evaluation reads of a reference and the images in it."""
-    statistics = Reference.load(path, "pixels", (8, 8), WORLD)
+    statistics = Reference.load(path, extractor_of("pixels"), (8, 8), WORLD)
     return plain([statistics.pool, statistics.count, *NpzImages(path).batches([range(60)])])
 
 

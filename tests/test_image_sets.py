@@ -11,6 +11,7 @@ from conftest import pictures, refused
 from PIL import Image
 
 from dataset.images import center_crop
+from metrics.extractors import extractor_of
 from metrics.image_sets import NpzImages, open_images
 from metrics.reference import Reference
 from metrics.statistics import rank_batches
@@ -76,6 +77,7 @@ def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
     path = tmp_path / "ref.npz"
     np.savez(path, mu=np.zeros(12), sigma=np.eye(12))
     path.write_bytes(path.read_bytes()[:-40] if content == "torn" else content)
-    for read in (NpzImages, lambda path: Reference.load(path, "pixels", (2, 2), ALONE)):
+    pixels = extractor_of("pixels")
+    for read in (NpzImages, lambda path: Reference.load(path, pixels, (2, 2), ALONE)):
         with refused("must be a whole .npz file", path):
             read(path)

@@ -125,7 +125,9 @@ def test_odd_numbers_and_protocols_are_drawn_without_a_word(tmp_path, capfd):
         (float("inf"), {"step": 5}), (1.0, {"step": 10**400}), (1.0, {"step": -1}),
         (1.0, {"step": True}), *(
             (1.0, {"step": 6, "protocol": protocol, "fid": 3.0}) for protocol in
-            ("$x^{", "a\nb", ["list"], {"a": 1}, None, "x" * 10**5, "\ud800", 10**400)))]
+            ("$x^{", "a\nb", ["list"], {"a": 1}, None, "x" * 10**5, "\ud800", 10**400)), *(
+            (1.0, {"step": 6, "protocol": f"timm:{name}", "fd": 3.0}) for name in
+            ("a\n$", "y" * 10**5)))]
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 1' + "0" * 5000]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -136,6 +138,9 @@ def test_odd_numbers_and_protocols_are_drawn_without_a_word(tmp_path, capfd):
     titles = [title for title in axes if title.startswith("FID")]
     assert "FID ($x^{, ? samples)" in titles and "FID (a?b, ? samples)" in titles
     assert len(titles) == 8 and max(map(len, titles)) < 80
+    titles = [title for title in axes if title.startswith("FD of ")]
+    assert "FD of a?$ (timm:a?$, ? samples)" in titles
+    assert len(titles) == 2 and max(map(len, titles)) < 130
 
 
 def test_more_panels_than_a_picture_holds_are_left_out(tmp_path, capfd, monkeypatch):

@@ -8,7 +8,8 @@ from conftest import refused
 
 from engine.distributed import World
 from metrics.distances import inception_score
-from metrics.inception import CLASSES, POOL, SPATIAL, Features
+from metrics.extractors import Features
+from metrics.inception import CLASSES, POOL, SPATIAL
 from metrics.statistics import Moments, Statistics
 
 ALONE = World(0, 1, torch.device("cpu"), "fp32")
@@ -28,6 +29,9 @@ class FakeExtractor:
     """Image i has its first pixel's value as class; features are pixels."""
 
     protocol, world = "adm", ALONE
+
+    def dimension(self, image_size):
+        return POOL
 
     def __call__(self, images):
         logits = 200 * F.one_hot(images[:, 0, 0, 0].long(), CLASSES).double()
