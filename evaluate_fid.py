@@ -6,7 +6,8 @@
     python evaluate_fid.py --samples images --make-ref REF.npz
 
 prints one JSON line on stdout: counts, names, fid and, with adm, sfid, inception_score, precision
-and recall, if the reference has what they need. --make-ref writes a reference in ADM's layout: mu,
+and recall, if the reference has what they need. Of several --samples each has a line, and a last
+one their mean and standard deviation. --make-ref writes a reference in ADM's layout: mu,
 sigma, mu_s, sigma_s and arr_0. metrics/extractors.py describes the protocols.
 """
 
@@ -27,7 +28,8 @@ from engine.files import atomic_file, make_folder
 from engine.options import Parser, int_range
 from metrics.extractors import extractor_of, known_protocol
 from metrics.image_sets import open_images
-from metrics.reference import Reference, evaluate, notes
+from metrics.reference import Reference, evaluate, metrics_of, notes
+from metrics.spread import closeness_notes, spread
 from metrics.statistics import Statistics
 
 STORED_IMAGES = 10000  # images at most in a reference's arr_0, as in ADM's
@@ -36,8 +38,9 @@ STORED_IMAGES = 10000  # images at most in a reference's arr_0, as in ADM's
 def parse_args(argv=None):
     parser = Parser("Evaluate images against a reference, or make a reference of them.")
     add = parser.add_argument_group("images").add_argument
-    add("--samples", type=Path, required=True,
-        help="a folder of RGB files, with its subfolders, or an .npz with arr_0")
+    add("--samples", type=Path, required=True, nargs="+",
+        help="a folder of RGB files, with its subfolders, or an .npz with arr_0; of several each "
+             "is measured, and a last line has mean and standard deviation")
     add("--image-size", type=int_range(1), metavar="S",
         help="centre-crop images to S x S and convert files to RGB, as train.py does (default: "
              "they must be RGB and of one size already)")
@@ -61,6 +64,9 @@ def parse_args(argv=None):
     if (args.ref is None) == (args.make_ref is None):
         parser.error(f"--ref or --make-ref must be given, got {args.ref} and {args.make_ref}; name "
                      f"one of the two")
+    if args.make_ref and len(args.samples) > 1:
+        parser.error(f"--make-ref must come with one --samples, got {len(args.samples)}; put the "
+                     f"images into one folder")
     if args.weights and args.protocol == "pixels":
         parser.error(f"--weights must come with a protocol that has a network, got --protocol "
                      f"pixels and {args.weights}; leave it out")
@@ -71,36 +77,56 @@ def main(args):
     extractor = extractor_of(args.protocol)
     with start_processes() as world:
         with naming("--samples"):
-            samples = open_images(args.samples, world, args.image_size, args.num_workers)
-        extractor.dimension(samples.image_size)  # refuses what is too large
-        result = (compare(args, samples, extractor, world) if args.ref
-                  else make_reference(args, samples, extractor, world))
+            sets = [open_images(path, world, args.image_size, args.num_workers)
+                    for path in args.samples]
+            for images in sets:
+                if images.image_size != sets[0].image_size:
+                    raise BadValue(f"must hold images of one size, got {images.image_size} in "
+                                   f"{images.name} and {sets[0].image_size} in {sets[0].name}; "
+                                   f"crop all with --image-size")
+        extractor.dimension(sets[0].image_size)  # refuses what is too large
+        if args.make_ref:
+            make_reference(args, sets[0], extractor, world)
+        else:
+            compare(args, sets, extractor, world)
+
+
+def compare(args, sets, extractor, world):
+    """Print the metrics of each sample set, and of several their spread."""
+    reference, results = open_reference(args, sets[0].image_size, extractor, world), []
+    for samples in sets:
         if world.main:
-            print(json.dumps(result), flush=True)
+            for line in notes(reference, args.protocol, len(samples), samples.image_size):
+                print(line, file=sys.stderr, flush=True)
+        metrics = evaluate(measure(args, "--samples", samples, extractor, **reference.wants),
+                           reference)
+        if world.main:
+            if "precision" in metrics:
+                metrics["num_reference_images"] = len(reference.points)
+            results.append(metrics | {"num_reference": reference.count, "samples": samples.name,
+                                      "ref": reference.name})
+            print(json.dumps(results[-1]), flush=True)
+    if results[1:]:
+        print(json.dumps(spread(results, metrics_of(extractor), "samples", "samples")), flush=True)
+        for line in closeness_notes(extractor.key, results):
+            print(line, file=sys.stderr)
 
 
-def compare(args, samples, extractor, world):
-    """The metrics of samples on rank 0, None elsewhere."""
+def open_reference(args, image_size, extractor, world):
+    """The Reference that --ref names, for samples of this size, and the extractor loaded."""
     with naming("--ref"):
         if args.ref.is_dir():
             images = open_images(args.ref, world, args.image_size, args.num_workers)
-            if args.protocol == "pixels" and images.image_size != samples.image_size:
-                raise BadValue(f"must hold images of the samples' size, {samples.image_size}, got "
+            if args.protocol == "pixels" and images.image_size != image_size:
+                raise BadValue(f"must hold images of the samples' size, {image_size}, got "
                                f"{images.image_size} in {args.ref}; crop either with --image-size")
         else:
-            reference = Reference.load(args.ref, extractor, samples.image_size, world)
+            reference = Reference.load(args.ref, extractor, image_size, world)
     extractor.load(world, args.weights)
     if args.ref.is_dir():
         wants = {part: part in extractor.gives for part in ("spatial", "points")}
         reference = Reference.of(measure(args, "--ref", images, extractor, **wants), images.name)
-    if world.main:
-        for line in notes(reference, args.protocol, len(samples), samples.image_size):
-            print(line, file=sys.stderr, flush=True)
-    result = evaluate(measure(args, "--samples", samples, extractor, **reference.wants), reference)
-    if result and "precision" in result:
-        result["num_reference_images"] = len(reference.points)
-    return result and result | {"num_reference": reference.count, "samples": samples.name,
-                                "ref": reference.name}
+    return reference
 
 
 def measure(args, option, images, extractor, **wants):
@@ -111,7 +137,7 @@ def measure(args, option, images, extractor, **wants):
 
 
 def make_reference(args, images, extractor, world):
-    """Write --make-ref, in ADM's layout; returns what was done."""
+    """Write --make-ref, in ADM's layout, and print what was done."""
     path = args.make_ref
     if path.suffix != ".npz" or path.exists():
         raise UserError(f"--make-ref must be a new .npz file, got {path}; choose another name")
@@ -131,8 +157,9 @@ def make_reference(args, images, extractor, world):
             np.savez(file, **arrays, num_images=len(images), protocol=args.protocol,
                      arr_0=torch.cat([*batches]).permute(0, 2, 3, 1).numpy())
     world.barrier()
-    return {"protocol": args.protocol, "num_samples": len(images), "samples": images.name,
-            "make_ref": str(path)}
+    if world.main:
+        print(json.dumps({"protocol": args.protocol, "num_samples": len(images),
+                          "samples": images.name, "make_ref": str(path)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from engine.options import Parser, float_range, int_range
 from meanflow import schedule
 from methods import method_of
 from metrics.extractors import known_protocol
-from metrics.reference import Evaluation, evaluate, notes
+from metrics.reference import Evaluation, evaluate, metrics_of, notes
+from metrics.spread import resampling_note, spread
 from metrics.statistics import rank_batches
 from weights.hub import file_or_address, open_checkpoint
 
@@ -62,6 +63,7 @@ def parse_args(argv=None):
     if args.per_class and args.labels == "random":
         parser.error("--per-class must come without --labels random, got both; leave one out")
     args.num_sampling_steps = list(dict.fromkeys(args.num_sampling_steps))  # each once
+    args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
     if args.cfg_interval and args.cfg_interval[0] > args.cfg_interval[1]:
         parser.error(f"--cfg-interval must be two increasing times, got {args.cfg_interval[0]} "
                      f"{args.cfg_interval[1]}; swap them")
@@ -80,7 +82,12 @@ def add_image_options(group):
     add("--num-sampling-steps", type=int_range(1, 10000), nargs="+", default=[1], metavar="STEPS",
         help="network evaluations per image, at equal steps of time; of several counts each has a "
              "sample folder, and one picture shows all")
-    add("--seed", type=int_range(0), default=0, help="fixes the images; no two seeds share one")
+    seed = group.add_mutually_exclusive_group()
+    seed.add_argument("--seed", type=int_range(0), default=0,
+                      help="fixes the images; no two seeds share one")
+    seed.add_argument("--seeds", type=int_range(0), nargs="+", metavar="SEED",
+                      help="several in place of --seed: each has a sample folder, and with "
+                           "--fid-ref a last line has mean and standard deviation")
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="label of image i: i modulo the number of classes, or random")
     add("--classes", nargs="+", metavar="CLASS",
@@ -107,31 +114,28 @@ def main(args):
         if args.per_class:
             args.num_fid_samples = args.per_class * len(classes or range(config["num_classes"]))
         # The content of samples.json: all that the images depend on
-        record = {"images": args.num_fid_samples, "seed": args.seed, "labels": args.labels,
+        record = {"images": args.num_fid_samples, "seed": None, "labels": args.labels,
                   "batch": args.per_proc_batch_size, "precision": args.precision,
                   "vae": args.vae or config["vae"], **({"classes": classes} if classes else {}),
                   **guidance}
         if args.save_images:  # the hash of gigabytes takes a while
             record["weights"] = world.on_main(lambda: fingerprint(net.state_dict()))
-        parts = [options_for(args, steps, record) for steps in args.num_sampling_steps]
+        parts = [options_for(args, steps, seed, record) for steps in args.num_sampling_steps
+                 for seed in args.seeds]
         for part in parts if args.save_images else ():
             check_sample_dir(part)
         evaluation = args.fid_ref and Evaluation(args.fid_ref, args.protocol, config, world)
         codec = codec_of(config, record["vae"], world.device, precision=world.precision)
         net.to(world.device)
-        samplers = [ImageSampler(net, codec, config, world, seed=args.seed, labels=args.labels,
-                                 classes=classes, steps=steps, guidance=guidance)
-                    for steps in args.num_sampling_steps]
-        for part, sampler in zip(parts, samplers):
-            if args.save_images:
-                open_sample_dir(part, world, stack)
-            sample_one_count(part, sampler, evaluation)
-        if args.save_images and world.main:
-            rows = samplers[0].picture_rows(args.num_fid_samples)
-            with naming("--sample-dir"):
-                images = [load_pngs(png_paths(part, rows), config["image_size"]) for part in parts]
-            save_picture(parts[0].picture, samplers, images)
-            print(f"picture: {parts[0].picture}", file=sys.stderr)
+        samplers = [ImageSampler(net, codec, config, world, seed=part.seed, labels=args.labels,
+                                 classes=classes, steps=part.steps, guidance=guidance)
+                    for part in parts]
+        count = len(args.seeds)
+        for first in range(0, len(parts), count):
+            of_steps = slice(first, first + count)
+            sample_seeds(parts[of_steps], samplers[of_steps], evaluation, stack)
+        for seed in range(count) if args.save_images and world.main else ():
+            picture_steps(parts[seed::count], samplers[seed::count])
 
 
 def open_network(name, world):
@@ -145,20 +149,45 @@ def open_network(name, world):
         return net, config, method_of(config, net)
 
 
-def options_for(args, steps, record):
-    """The options for one count of steps, with its record and the picture of all counts. Of several
-    counts each has a folder."""
-    part = argparse.Namespace(**vars(args) | {"record": record | {"steps": steps}})
-    part.picture = output_path(args, ".png")
-    if len(args.num_sampling_steps) > 1:
-        counts = "-".join(map(str, args.num_sampling_steps))
-        part.picture = output_path(args, f"-{counts}-steps.png")
-        part.sample_dir = output_path(args, f"-{steps}-step{'s' if steps > 1 else ''}")
+def options_for(args, steps, seed, record):
+    """The options for one count of steps and one seed, with its record and the picture of all
+    counts. Of several counts or seeds each has a folder."""
+    part = argparse.Namespace(**vars(args) | {
+        "steps": steps, "seed": seed, "record": record | {"seed": seed, "steps": steps}})
+    of_seed = f"-seed-{seed}" if len(args.seeds) > 1 else ""
+    if len(args.num_sampling_steps) == 1:
+        folder, picture = of_seed, of_seed
+    else:
+        folder = f"-{steps}-step{'s' if steps > 1 else ''}{of_seed}"
+        picture = f"-{'-'.join(map(str, args.num_sampling_steps))}-steps{of_seed}"
+    part.picture = output_path(args, f"{picture}.png")
+    if folder:
+        part.sample_dir = output_path(args, folder)
     return part
 
 
-def sample_one_count(args, sampler, evaluation):
-    """Make the images of one count of steps. Print the metrics, or the sample folder, on stdout."""
+def sample_seeds(parts, samplers, evaluation, stack):
+    """Make the images of one count of steps, of each seed. Print the spread of their metrics."""
+    world, args = samplers[0].world, parts[0]
+    if evaluation and world.main:
+        for line in notes(evaluation.reference, args.protocol, args.num_fid_samples,
+                          evaluation.image_size):
+            print(line, file=sys.stderr)
+    results = []
+    for part, sampler in zip(parts, samplers):
+        if part.save_images:
+            open_sample_dir(part, world, stack)
+        results.append(sample_one_part(part, sampler, evaluation))
+    if evaluation and world.main and len(parts) > 1:
+        extractor = evaluation.extractor
+        summary = spread(results, metrics_of(extractor), "seed", "seeds")
+        print(json.dumps(summary))
+        print(resampling_note(extractor.key, summary), file=sys.stderr)
+
+
+def sample_one_part(args, sampler, evaluation):
+    """Make the images of one count of steps and one seed. Print on stdout the metrics, which are
+    returned, or the sample folder."""
     world, count = sampler.world, args.num_fid_samples
     statistics = evaluation.statistics(count) if evaluation else None
     with naming("--sample-dir"):
@@ -169,11 +198,21 @@ def sample_one_count(args, sampler, evaluation):
                       sampler.config["image_size"], world)
     metrics = evaluate(statistics, evaluation.reference) if evaluation else None
     if metrics:
-        for line in notes(evaluation.reference, args.protocol, count, evaluation.image_size):
-            print(line, file=sys.stderr)
-        print_metrics(args, evaluation.reference.count, metrics)
+        metrics |= about(args, evaluation.reference.count)
+        print(json.dumps(metrics))
     elif world.main:
         print(args.sample_dir)
+    return metrics
+
+
+def picture_steps(parts, samplers):
+    """Write the picture of all counts of steps, of one seed."""
+    rows = samplers[0].picture_rows(parts[0].num_fid_samples)
+    with naming("--sample-dir"):
+        images = [load_pngs(png_paths(part, rows), samplers[0].config["image_size"])
+                  for part in parts]
+    save_picture(parts[0].picture, samplers, images)
+    print(f"picture: {parts[0].picture}", file=sys.stderr)
 
 
 def make_images(args, sampler, statistics):
@@ -204,13 +243,12 @@ def make_images(args, sampler, statistics):
             job.result()
 
 
-def print_metrics(args, num_reference, metrics):
-    """Print the metrics, and what they depend on, as one JSON line."""
-    about = {"num_reference": num_reference, "ref": str(args.fid_ref), "ckpt": str(args.ckpt),
-             "sampling_precision": args.precision}  # "precision" is a metric
-    about |= {name: value for name, value in args.record.items()
-              if name not in ("images", "batch", "precision", "weights")}
-    print(json.dumps(metrics | about))
+def about(args, num_reference):
+    """What the metrics depend on, for their JSON line."""
+    return {"num_reference": num_reference, "ref": str(args.fid_ref), "ckpt": str(args.ckpt),
+            "sampling_precision": args.precision,  # "precision" is a metric
+            **{name: value for name, value in args.record.items()
+               if name not in ("images", "batch", "precision", "weights")}}
 
 
 # ---- image i of a network ------------------------------------------------------------------------

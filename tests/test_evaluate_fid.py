@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tqdm import tqdm
 import evaluate_fid
 from engine.distributed import World
 from metrics.distances import frechet_distance
+from metrics.statistics import Statistics
 
 
 def save(images, folder):
@@ -116,6 +118,36 @@ def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd)
     rows = [x.flatten(1).double().numpy() / 127.5 - 1 for x in (a, b)]
     expected = frechet_distance(*((x.mean(0), np.cov(x.T)) for x in rows))
     assert first["fid"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_several_sample_sets_have_a_line_each_and_a_spread(tmp_path, capfd, monkeypatch):
+    """The reference is measured once; sets that are as close as retraining makes them are named."""
+    folders = [save(pictures(count, 8, seed=count), tmp_path / str(count)) for count in (9, 8, 7)]
+    shutil.copytree(folders[0], tmp_path / "same")
+    measured, add_all = [], Statistics.add_all
+
+    def watched(self, batches, size, title):
+        measured.append(title)
+        return add_all(self, batches, size, title)
+
+    monkeypatch.setattr(Statistics, "add_all", watched)
+    pixels = ["--ref", folders[2], "--protocol", "pixels", "--num-workers", 0]
+    sets = [folders[0], folders[1], tmp_path / "same"]
+    call("evaluate_fid", "--samples", *sets, *pixels)
+    out, err = capfd.readouterr()
+    assert measured == ["7", "9", "8", "same"]
+    *results, summary = map(json.loads, out.splitlines())
+    fids = [result["fid"] for result in results]
+    for path, result in zip(sets, results):
+        call("evaluate_fid", "--samples", path, *pixels)
+        assert json.loads(capfd.readouterr().out) == result
+    assert summary == {
+        "protocol": "pixels", "num_reference": 7, "ref": str(folders[2]),
+        "samples": [str(path) for path in sets],
+        "mean": {"fid": pytest.approx(np.mean(fids), rel=1e-6)},
+        "std": {"fid": pytest.approx(np.std(fids, ddof=1), rel=1e-6)}}
+    assert f"fid of {sets[0]}, {sets[2]} differs by 0 % from one to the next" in err
+    assert err.count("note: ") == 1 and fids[0] != fids[1]
 
 
 def test_image_size_crops_files_of_any_size_and_colour(tmp_path, capfd):

@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.files import FolderLock, atomic_file, list_folder
 from improved_meanflow import ImprovedMeanFlow
 from meanflow import MeanFlow
-from metrics.reference import METRICS
+from metrics.reference import metric_names
 
 
 def options(trained, folder):
@@ -29,7 +29,7 @@ def options(trained, folder):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in list_folder(folder)}
+    return {path.name: path.read_bytes() for path in list_folder(folder) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +245,12 @@ def test_two_processes_give_the_bytes_and_metrics_of_one_with_two_threads(measur
     assert np.array_equal(*(np.load(f"{name}.npz")["arr_0"] for name in (two, sampled)))
 
 
-def test_no_option_replaces_a_metric(capsys):
+def test_no_option_replaces_a_metric():
     """The option --precision, tf32, once stood where ADM's precision belongs."""
     args = sample.parse_args(["--ckpt", "x.pt", "--fid-ref", "ref.npz", "--protocol", "adm"])
-    args.record, metrics = {"omega": 2.0}, dict.fromkeys(METRICS, 0.5)
-    sample.print_metrics(args, 5, metrics)
-    printed = json.loads(capsys.readouterr().out)
-    assert printed | metrics == printed and printed["omega"] == 2
+    args.record = {"omega": 2.0, "precision": "tf32"}
+    about = sample.about(args, 5)
+    assert about.keys().isdisjoint(metric_names("adm")) and about["omega"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +269,43 @@ def test_classes_are_chosen_when_sampling():
     assert torch.equal(noise, same)
     assert labels.tolist() == [0, 1, 2, 3] and chosen.tolist() == [3, 1, 5, 3]
     assert len(every.picture_rows(100)) == 80 and len(some.picture_rows(20)) == 20
+
+
+def test_several_seeds_have_their_images_and_metrics_and_a_spread(trained, reference, tmp_path,
+                                                                  capfd):
+    """Each the images that it has alone; a line for each count of steps, beside the results."""
+    command = [*options(trained, tmp_path / "all"), "--num-sampling-steps", 1, 2, "--seeds", 0, 5,
+               5, 9, "--fid-ref", reference, "--protocol", "pixels"]
+    for _ in range(2):  # the second takes the images on disk
+        call("sample", *command)
+        out, err = capfd.readouterr()
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert [(line["steps"], line.get("seed", line.get("seeds"))) for line in lines] == [
+            (steps, seed) for steps in (1, 2) for seed in (0, 5, 9, [0, 5, 9])]
+        for *results, summary in (lines[:4], lines[4:]):
+            fids = [result["fid"] for result in results]
+            assert summary["mean"] == {"fid": pytest.approx(np.mean(fids), rel=1e-6)}
+            assert summary["std"] == {"fid": pytest.approx(np.std(fids, ddof=1), rel=1e-6)}
+            assert len(set(fids)) == 3 and "fid" not in summary
+            assert {"num_samples": 21, "ref": str(reference)}.items() <= summary.items()
+        assert err.count("note: resampling alone moves fid by") == 2
+    call("sample", *options(trained, tmp_path / "alone"), "--seed", 5, "--num-sampling-steps", 2)
+    assert files(tmp_path / "alone") == files(tmp_path / "all-2-steps-seed-5")
+    assert (tmp_path / "all-2-steps-seed-5.npz").exists()
+    assert sorted(path.name for path in tmp_path.glob("all-*.png")) == [
+        f"all-1-2-steps-seed-{seed}.png" for seed in (0, 5, 9)]
+
+
+def test_several_seeds_need_no_reference_and_no_images(trained, reference, tmp_path, capfd):
+    call("sample", *options(trained, tmp_path / "new"), "--seeds", 4, 2)
+    out, err = capfd.readouterr()
+    assert out.split() == [str(tmp_path / f"new-seed-{seed}") for seed in (4, 2)]
+    assert f"picture: {tmp_path / 'new-seed-4.png'}\n" in err and "note" not in err
+    before = files(tmp_path)
+    call("sample", *options(trained, tmp_path / "none"), "--seeds", 4, 2, "--no-save-images",
+         "--fid-ref", reference, "--protocol", "pixels")
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["seeds"] == [4, 2]
+    assert files(tmp_path) == before
 
 
 def test_counts_of_steps_stand_side_by_side(trained, tmp_path, capfd):
