@@ -469,7 +469,6 @@ def arguments(config):
     squares (C, H, H) and the length of signals (C, L), else the tuple of sizes.
     """
     channels, *sides = config["latent_shape"]
-    return {**getattr(constructor_of(config["model"]), "keywords", {}),
-            "input_size": sides[0] if len(set(sides)) == 1 else tuple(sides),
-            "in_channels": channels, "num_classes": config["num_classes"],
-            **(config.get("sizes") or {})}
+    return getattr(constructor_of(config["model"]), "keywords", {}) | dict(
+        input_size=sides[0] if len(set(sides)) == 1 else tuple(sides),
+        in_channels=channels, num_classes=config["num_classes"], **(config.get("sizes") or {}))
