@@ -204,6 +204,12 @@ def test_options_that_do_not_fit_are_refused(trained, tmp_path, refusal, more, n
                                    "diffusers", *more], named)
 
 
+def test_what_is_no_rgb_image_is_refused(tmp_path, refusal):
+    checkpoint = made(tmp_path / "a.pt", "DiT-T/4", "meanflow", latent_shape=[1, 8, 8])
+    refusal("convert_checkpoint", ["--in", checkpoint, "--out", tmp_path / "model", "--format",
+                                   "diffusers"], "[1, 8, 8]")
+
+
 def test_a_vae_that_is_not_there_or_does_not_fit_is_refused(tmp_path, refusal):
     checkpoint = made(tmp_path / "a.pt", "DiT-T/4", "meanflow", vae="/nowhere/vae", **LATENTS)
     wide = save_small_vae(tmp_path / "wide", latent_channels=8)

@@ -159,9 +159,6 @@ class _Export:
             raise UserError(f"--format diffusers must have a checkpoint of {', '.join(PIPELINES)} "
                             f"with labels, whose network is a class, got {config['model']} of "
                             f"{self.method_name}; convert another")
-        if len(config["latent_shape"]) != 3:
-            raise UserError(f"--format diffusers must have a checkpoint of images, got data of "
-                            f"shape {config['latent_shape']}; convert another")
         self.method = method_of(config, self.network)
         self.model = f"{self.network.__name__.lower()}_model", f"{self.network.__name__}Model"
         self.pipeline = (f"{self.method_name.replace('-', '_')}_pipeline",
@@ -232,6 +229,7 @@ def choose_vae(name, config):
     if config["vae"] == "none":
         if name not in (None, "none"):
             raise UserError(f"--vae must be left out for a network of pixels, got {name}")
+        codec_of(config, "none")  # refuses what is no image
         return None, None
     name = name or config["vae"]
     if os.path.isdir(name):
