@@ -348,7 +348,7 @@ class RotaryAttention(nn.Module):
     def forward(self, x, rope):
         q, k, v = (layer(x).reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, N, d)
-        precise = torch.promote_types(x.dtype, torch.float32)  # also under autocast, as official
+        precise = self.q_norm.weight.dtype  # float32 also under autocast, as official
         q, k = self.q_norm(q.to(precise)), self.k_norm(k.to(precise))
         q, k = (rotate(a, rope).to(v.dtype) for a in (q, k))
         x = F.scaled_dot_product_attention(q, k, v)
