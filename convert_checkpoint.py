@@ -26,7 +26,7 @@ from methods import METHODS
 from weights.convert import FORMATS, REPOSITORIES, convert, export
 from weights.diffusers_folder import push_folder, read_figures, write_diffusers_folder
 from weights.foreign_files import read_weights
-from weights.hub import file_or_address, read_file, repository
+from weights.hub import file_or_address, identifier, read_file, repository
 
 
 def parse_args(argv=None):
@@ -69,7 +69,8 @@ def parse_args(argv=None):
 def add_folder_options(add):
     add("--vae", help="decoder: ema, mse, OWNER/REPO, which the folder names, or a local folder, "
                       "which is copied into it (default: the checkpoint's)")
-    add("--license", default="unknown", help="identifier for the model card, such as mit")
+    add("--license", type=identifier, default="unknown",
+        help="identifier for the model card, such as mit")
     add("--figures", type=Path, metavar="FILE",
         help="lines that evaluate_fid.py or sample.py printed, for the model card")
     add("--push", type=repository, metavar="OWNER/REPO", help="upload it to the Hugging Face Hub")
@@ -97,8 +98,10 @@ def main(args):
     with naming("--out"):
         make_folder(args.out.parent)
     if args.format == "diffusers":
-        write_diffusers_folder(args.out, state, vae=args.vae, license=args.license,
-                               figures=figures, repository=args.push, about=foreign.about)
+        decoder = write_diffusers_folder(args.out, state, vae=args.vae, license=args.license,
+                                         figures=figures, repository=args.push,
+                                         about=foreign.about)
+        report.append(f"written: for diffusers; decoder: {decoder}")
     elif args.format == "ours":
         save_checkpoint(args.out, state)
     else:

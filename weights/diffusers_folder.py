@@ -1,30 +1,40 @@
 """A checkpoint as a folder for diffusers, which opens without this repository:
 
     model_index.json                        the pipeline, and what the weights say of the data
-    meanflow_pipeline.py                    its code, made of weights/pipeline.py
-    transformer/dit_model.py                the network's code, made of its file
+    meanflow_pipeline_HASH.py               its code, made of weights/pipeline.py
+    transformer/dit_model_HASH.py           the network's code, made of its file
     transformer/config.json                 the network's sizes
     transformer/*.safetensors               a checkpoint like any other of ours
     vae/                                    an AutoencoderKL, if it is to be inside
     README.md, CODE_LICENSE.txt             the model card, and the licence of the code
+
+diffusers copies the code of all folders into one, where files of one name would replace each other.
 """
 
 import contextlib
+import hashlib
 import inspect
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from dataset.classes import names_of_classes
+from dataset.noise import noise_of
 from dataset.vae import HUB, codec_of
 from engine.checkpoint import save_checkpoint
 from engine.errors import BadValue, UserError
 from engine.files import write_error, write_json
 from methods import default_method, method_of
-from models import arguments, describe, network_class
+from models import arguments, build, describe, network_class
 from weights.foreign_files import DIFFUSERS_WEIGHTS
 from weights.hub import NAME
 from weights.stand_alone import ROOT, stand_alone
@@ -34,6 +44,7 @@ PIPELINES = {"meanflow": "MeanFlowPipeline", "improved-meanflow": "ImprovedMeanF
 PAPERS = {"meanflow": "[MeanFlow](https://arxiv.org/abs/2505.13447)",
           "improved-meanflow": "[improved MeanFlow](https://arxiv.org/abs/2512.02012)",
           "soflow": "[SoFlow](https://arxiv.org/abs/2512.15657)"}
+ROUNDING = 1e-3  # of a network that another process computes, as a share of its largest number
 HEADER = '''"""The {what} of this model, made by convert_checkpoint.py of MeanFlow-PyTorch.
 
 The licence of the code, MIT, is in CODE_LICENSE.txt.
@@ -47,16 +58,26 @@ class {name}Model({name}, ModelMixin, ConfigMixin):
 
     __init__ = register_to_config({name}.__init__)
 '''
+# Opens a folder as others will, without the VAE; its data x go into a file
+OPEN = """
+import json, sys
+import torch
+from diffusers import DiffusionPipeline
+
+folder, settings, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, settings=json.loads(settings), vae=None,
+                                         trust_remote_code=True)
+torch.save(pipe([0], seed=0, output_type="latent").images, out)
+"""
 CARD = '''---
 license: {license}
 library_name: diffusers
 tags:
-- meanflow
-- one-step-generation
+- {tag}
 - class-conditional-image-generation
 ---
 
-# {model}, one step from noise to image
+# {model}
 
 Images of {count} classes at {size} x {size} pixels, by {paper}.
 
@@ -76,7 +97,7 @@ diffusers and torch.
 
 
 def write_diffusers_folder(path, state, *, vae, license, figures, repository, about):
-    """Write a state, as convert returns it, as a new folder.
+    """Write a state, as convert returns it, as a new folder; returns which decoder it has.
 
     vae: ema, mse, a repository of the Hub, which the folder names, or a local folder, which is
     copied into it; None: the checkpoint's. For the card: license, an identifier of the Hub's;
@@ -85,6 +106,7 @@ def write_diffusers_folder(path, state, *, vae, license, figures, repository, ab
     """
     export = _Export(state["config"])
     inside, reference = choose_vae(vae, export.config)
+    decoder = "in the folder" if inside else reference or "none: the network makes pixels"
     sources = export.sources()
     made_with = {"_diffusers_version": version("diffusers")}
     with _new_folder(path) as folder:
@@ -101,10 +123,11 @@ def write_diffusers_folder(path, state, *, vae, license, figures, repository, ab
             "_class_name": export.pipeline, **made_with, "transformer": export.model,
             "vae": ["diffusers", "AutoencoderKL"] if inside else [None, None],
             "settings": export.settings(reference)})
-        decoder = "in this folder" if inside else reference
         (folder / "README.md").write_text(
             export.card(license, figures, repository, decoder, about), encoding="utf-8")
         shutil.copyfile(ROOT / "LICENSE.txt", folder / "CODE_LICENSE.txt")
+        export.check(folder, state)
+    return decoder
 
 
 def push_folder(folder, repository):
@@ -119,7 +142,7 @@ def push_folder(folder, repository):
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--push must be a repository that you may write, got {repository} "
                         f"({reason:.200}); {folder} is whole: hf auth login, then hf upload "
-                        f"{repository} {folder}") from error
+                        f"{repository} {shlex.quote(str(folder))}") from error
 
 
 def read_figures(path):
@@ -160,25 +183,50 @@ class _Export:
                             f"with labels, whose network is a class, got {config['model']} of "
                             f"{self.method_name}; convert another")
         self.method = method_of(config, self.network)
-        self.model = f"{self.network.__name__.lower()}_model", f"{self.network.__name__}Model"
-        self.pipeline = (f"{self.method_name.replace('-', '_')}_pipeline",
-                         PIPELINES[self.method_name])
+
+    def refusal(self, reason):
+        return UserError(f"--format diffusers must have a network whose file can stand alone, got "
+                         f"{self.config['model']} ({reason}); mend its file")
 
     def sources(self):
         """{file: source} of the code. Raises UserError for a network that cannot be carried over.
         """
         try:
             network = stand_alone(Path(inspect.getfile(self.network)), self.network.__name__)
-        except ValueError as error:
-            raise UserError(f"--format diffusers must have a network whose file can stand alone, "
-                            f"got {self.config['model']} ({error}); mend its file") from error
+        except (ValueError, SyntaxError) as error:
+            raise self.refusal(error) from error
         first, rest = network.split("\n\n\n", 1)
         first += ("\nfrom diffusers import ModelMixin"
                   "\nfrom diffusers.configuration_utils import ConfigMixin, register_to_config")
         network = f"{first}\n\n\n{rest}{MODEL.format(name=self.network.__name__)}"
-        pipeline = stand_alone(ROOT / "weights" / "pipeline.py", self.pipeline[1])
-        return {f"transformer/{self.model[0]}.py": HEADER.format(what="network") + network,
-                f"{self.pipeline[0]}.py": HEADER.format(what="pipeline") + pipeline}
+        name = PIPELINES[self.method_name]
+        pipeline = stand_alone(ROOT / "weights" / "pipeline.py", name)
+        pipeline, network = (HEADER.format(what=what) + source for what, source in (
+            ("pipeline", pipeline), ("network", network)))
+        self.pipeline = f"{self.method_name.replace('-', '_')}_pipeline_{_hash(pipeline)}", name
+        name = self.network.__name__
+        self.model = f"{name.lower()}_model_{_hash(network)}", f"{name}Model"
+        return {f"transformer/{self.model[0]}.py": network, f"{self.pipeline[0]}.py": pipeline}
+
+    def check(self, folder, state):
+        """Raise UserError unless a process that cannot see this repository opens the folder, and
+        makes the same of noise as the network here."""
+        net, label = build(self.config).eval(), torch.zeros(1, dtype=torch.int64)
+        net.load_state_dict(state["ema"])
+        x = self.method.sample(net, noise_of([0], self.config["latent_shape"], 0), label,
+                               **self.method.guidance(self.config))
+        del net
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        with tempfile.TemporaryDirectory() as place:
+            done = subprocess.run(
+                [sys.executable, "-c", OPEN, folder.absolute(), json.dumps(self.settings(None)),
+                 "x.pt"], cwd=place, capture_output=True, text=True,
+                env=environment | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": place})
+            if done.returncode:
+                raise self.refusal(f"{done.stderr.strip().splitlines()[-1]:.200}")
+            difference = torch.load(Path(place, "x.pt"), weights_only=True) - x
+        if not difference.abs().max() <= ROUNDING * x.abs().max():
+            raise self.refusal("alone it computes something else")
 
     def settings(self, vae):
         """What the pipeline must know. vae: the repository that holds it, or None."""
@@ -207,20 +255,30 @@ class _Export:
                     f"{name} {_text(value)}" for name, value in vars(self.method).items()
                     if name in self.method.settings())]),
                 "data": f"{self.config['num_classes']} classes, such as {', '.join(names[:3])}",
-                "decoder": vae or "none: the network makes pixels",
+                "decoder": vae,
                 "weights": self.config.get("source", about),
-                "figures": "<br>".join(", ".join(f"{name} {_text(value)}" for name, value in line
-                                                 .items()) for line in figures)}
+                "figures": "; ".join(", ".join(f"{name} {_text(value)}" for name, value in line
+                                               .items()) for line in figures)}
         return CARD.format(
-            license=license, model=self.config["model"], count=self.config["num_classes"],
+            license=license, tag=self.method_name, model=self.config["model"],
+            count=self.config["num_classes"],
             size=self.config["image_size"], paper=PAPERS[self.method_name],
             repository=repository or "path/of/this/folder",
             labels=json.dumps([names[0], len(names) - 1], ensure_ascii=False),
-            rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value))
+            rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value))
 
 
 def _text(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _cell(text):
+    """A text as a cell of a table in Markdown."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _hash(source):
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
 
 
 def choose_vae(name, config):

@@ -33,6 +33,14 @@ def repository(text):
     return text
 
 
+def identifier(text):
+    """An argparse type: a licence as the Hub calls it."""
+    if not re.fullmatch(r"[\w.+-]+", text):
+        raise argparse.ArgumentTypeError(f"must be letters, digits, . + and -, got {text!r}; name "
+                                         f"a licence as the Hub does")
+    return text
+
+
 def open_checkpoint(name, world):
     """The checkpoint of this path or address, as load_checkpoint returns it. Every rank must call
     this: rank 0 verifies the file, and each machine downloads it. Raises BadValue."""

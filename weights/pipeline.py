@@ -10,6 +10,7 @@ import operator
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -37,6 +38,8 @@ class MeanFlowPipeline(DiffusionPipeline):
 
     def __init__(self, transformer: ModelMixin, vae: AutoencoderKL = None, settings: dict = None):
         super().__init__()
+        if settings is None:
+            raise ValueError("settings must be those of a pipeline, pipe.config.settings")
         if vae is None and settings["vae"]:
             vae = AutoencoderKL.from_pretrained(settings["vae"], torch_dtype=transformer.dtype)
         self.register_modules(transformer=transformer, vae=vae)
@@ -63,8 +66,8 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         class_labels: a class, or a list with one for each image: a label from 0, or a name.
         num_inference_steps: a count of equal steps, or times decreasing from 1 to 0.
-        guidance_scale: 1 = none, and guidance_interval: two times in [0, 1] between which it acts,
-            for models of improved MeanFlow; by default those of settings.
+        guidance_scale: omega, 1 = none, and guidance_interval: two times in [0, 1] between which it
+            acts, for models of improved MeanFlow; by default those of settings.
         generator: a torch.Generator, or one for each image. seed: instead, the noise of image i is
             that of image i of MeanFlow-PyTorch's sample.py --seed. latents: instead, the noise
             itself, (B, C, h, w); a method that takes more noise has it from generator or seed.
@@ -77,18 +80,19 @@ class MeanFlowPipeline(DiffusionPipeline):
         guidance = self.guidance(guidance_scale, guidance_interval)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type}")
-        several = isinstance(class_labels, list | tuple | torch.Tensor)
-        labels = [self.label(label) for label in (class_labels if several else [class_labels])]
+        labels = [self.label(label) for label in (class_labels if np.ndim(class_labels) else
+                                                  [class_labels])]
         y = torch.tensor(labels, device=self._execution_device)
-        z1, *later = self.noise(len(y), schedule(num_inference_steps), generator, seed, latents)
+        times = all_times(num_inference_steps)
+        z1, *later = self.noise(len(y), times, generator, seed, latents)
         noise = {"noise": later} if self.takes_noise else {}
-        with self.progress_bar(total=len(schedule(num_inference_steps)) - 1) as bar:
+        with self.progress_bar(total=len(times) - 1) as bar:
             def network(z, *inputs, **options):
                 bar.update()
                 return self.transformer(z.to(self.transformer.dtype), *inputs, **options)
 
             net = velocity_of(network) if self.config.settings["velocity_only"] else network
-            x = self.sampler(net, z1, y, steps=num_inference_steps, **noise, **guidance)
+            x = self.sampler(net, z1, y, steps=times, **noise, **guidance)
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -101,7 +105,7 @@ class MeanFlowPipeline(DiffusionPipeline):
                              "whose guidance is fixed in training; leave them out")
         given = {} if scale is None else {"omega": scale}
         if interval is not None or scale == 1:
-            given["interval"] = interval or [0.0, 1.0]
+            given["interval"] = [0.0, 1.0] if interval is None else interval
         return {**known, **given}
 
     def label(self, label):
@@ -112,7 +116,7 @@ class MeanFlowPipeline(DiffusionPipeline):
                 return find_label(label, names or [[str(i)] for i in range(count)])
             except ValueError as error:
                 raise ValueError(f"class_labels {error}") from None
-        if not 0 <= (label := operator.index(label)) < count:
+        if not 0 <= (label := whole_number(label, "class_labels")) < count:
             raise ValueError(f"class_labels must be from 0 to {count - 1}, got {label}")
         return label
 
@@ -120,15 +124,20 @@ class MeanFlowPipeline(DiffusionPipeline):
         """z1 of so many images, float32, and where the sampler takes more that before each step
         after the first. Raises ValueError."""
         shape, device = self.config.settings["latent_shape"], self._execution_device
+        if not count:
+            raise ValueError("class_labels must have one class or more")
         if generator is not None and seed is not None:
             raise ValueError("generator and seed must not both be given; leave one out")
-        if latents is not None and tuple(latents.shape) != (count, *shape):
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"generator must be one, or a list of {count}, got {len(generator)}")
+        if latents is not None and np.shape(latents) != (count, *shape):
             raise ValueError(f"latents must have the shape {(count, *shape)}, got "
-                             f"{tuple(latents.shape)}")
+                             f"{np.shape(latents)}")
+        seed = None if seed is None else whole_number(seed, "seed")
 
         def draw(step):
             if latents is not None and step == 0:
-                return latents.to(device, torch.float32)
+                return torch.as_tensor(latents).to(device, torch.float32)
             if seed is not None:
                 return noise_of(range(count), shape, seed, step).to(device)
             return randn_tensor((count, *shape), generator, device, torch.float32)
@@ -148,6 +157,22 @@ class MeanFlowPipeline(DiffusionPipeline):
                     .cpu().numpy()]
         x = (x / 2 + 0.5).clamp(0, 1)
         return x if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def all_times(steps):
+    """The times of num_inference_steps. Raises ValueError."""
+    times = schedule(steps if np.ndim(steps) else whole_number(steps, "num_inference_steps"))
+    if (times[0], times[-1]) != (1, 0):
+        raise ValueError(f"num_inference_steps must be a count, or times from 1 to 0, got {times}")
+    return times
+
+
+def whole_number(value, name):
+    """The int that an argument of this name is. Raises ValueError."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r:.60}") from None
 
 
 class ImprovedMeanFlowPipeline(MeanFlowPipeline):

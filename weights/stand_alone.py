@@ -3,6 +3,7 @@
 import ast
 import builtins
 import dis
+import re
 import sys
 import types
 from collections import defaultdict
@@ -20,15 +21,18 @@ def stand_alone(path, name):
     parts = _Definitions()
     parts.add(path, name)
     source = "\n\n\n".join(["\n".join(parts.import_lines()), *parts.sources]) + "\n"
-    known = {*dir(builtins), *parts.names.values(), *(known for *_, known in parts.imports)}
+    known = {*dir(builtins), "__file__", *parts.names.values(),
+             *(known for *_, known in parts.imports)}
     if missing := global_names(compile(source, path.name, "exec")) - known:
         raise ValueError(f"{path.name} has no {' and '.join(sorted(missing))} at its top level")
     return source
 
 
 def global_names(code):
-    """The names that the functions in compiled code take from around them."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    """The names that compiled code, and the functions and classes in it, take from around them."""
+    steps = [*dis.get_instructions(code)]
+    names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")} - {
+        step.argval for step in steps if step.opname == "STORE_NAME"}
     inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
     return names.union(*map(global_names, inner))
 
@@ -42,11 +46,10 @@ class _File:
         for node in ast.parse("\n".join(self.lines)).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.imports |= imported(node)
-            elif isinstance(node, ast.Assign):
-                names = [leaf.id for target in node.targets for leaf in ast.walk(target)
-                         if isinstance(leaf, ast.Name)]
-                self.nodes |= dict.fromkeys(names, node)
-            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = getattr(node, "targets", None) or [node.target]
+                self.nodes |= dict.fromkeys(stored(*targets), node)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 self.nodes[node.name] = node
 
     def place(self, module):
@@ -57,13 +60,14 @@ class _File:
                 return path
         return None
 
-    def source(self, node, names):
-        """The text of a definition with the comment above it. names: (part, text) of it, a text
-        that is not None replaces the part's."""
+    def source(self, node, changed):
+        """The text of a definition with the comment above it. changed: (part, text), the text
+        replaces that of the part."""
         first = min(part.lineno for part in [node, *getattr(node, "decorator_list", ())])
         lines = [line.encode() for line in self.lines[:node.end_lineno]]
-        changed = [(part, text) for part, text in names if text]
         for part, text in sorted(changed, key=lambda pair: -pair[0].col_offset):
+            if part.end_lineno != part.lineno:
+                raise ValueError(f"{self.path.name} has a name on two lines, {part.lineno} and on")
             line = lines[part.lineno - 1]
             lines[part.lineno - 1] = (line[:part.col_offset] + text.encode()
                                       + line[part.end_col_offset:])
@@ -72,10 +76,19 @@ class _File:
         return b"\n".join(lines[first - 1:]).decode()
 
 
+def stored(*nodes):
+    """The names that these nodes give to values, but for those of functions and classes."""
+    parts = [part for node in nodes for part in ast.walk(node)]
+    return {part.id for part in parts if isinstance(part, ast.Name) and
+            isinstance(part.ctx, ast.Store)} | {part.arg for part in parts
+                                                if isinstance(part, ast.arg)}
+
+
 def imported(node):
     """{name: (module, name in it or None)} of an import."""
     if isinstance(node, ast.Import):
-        return {alias.asname or alias.name: (alias.name, None) for alias in node.names}
+        return {alias.asname or alias.name.split(".")[0]: (alias.name, None)
+                for alias in node.names}
     module = "." * node.level + (node.module or "")
     return {alias.asname or alias.name: (module, alias.name) for alias in node.names}
 
@@ -95,15 +108,28 @@ class _Definitions:
         file = self.files[path]
         if name not in file.nodes:
             raise ValueError(f"{path.name} has no {name} at its top level")
-        node, taken = file.nodes[name], set(self.names.values())
+        node, stem = file.nodes[name], re.sub(r"\W", "_", path.stem)
+        taken = {*self.names.values(), *(known for *_, known in self.imports)}
         for other in (other for other in file.nodes if file.nodes[other] is node):
-            self.names[path, other] = f"{path.stem}_{other}" if other in taken else other
-        changed = [(part, self.refer(file, part)) for part in ast.walk(node)]
-        source, new = file.source(node, changed), self.names[path, name]
-        if not isinstance(node, ast.Assign):
-            source = source.replace(f" {name}", f" {new}", 1)  # after def or class
+            self.names[path, other] = f"{stem}_{other}" if other in taken else other
+        changed = [(part, text) for part in ast.walk(node) if (text := self.refer(file, part))]
+        new = self.names[path, name]
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            self.refuse_local(path, node, changed)
+        source = re.sub(rf"^((async )?def|class) {name}\b", rf"\g<1> {new}",
+                        file.source(node, changed), count=1, flags=re.MULTILINE)
         self.sources.append(source)
         return new
+
+    @staticmethod
+    def refuse_local(path, node, changed):
+        """Raise ValueError where a name has another text in the new file, and is also one of a
+        local value, of which the new file would lose track."""
+        renamed = {part.id for part, text in changed
+                   if isinstance(part, ast.Name) and text != part.id}
+        if twice := renamed & stored(node):
+            raise ValueError(f"{path.name} has local values of names that it imports, "
+                             f"{' and '.join(sorted(twice))}")
 
     def refer(self, file, part):
         """The text of a part of a definition in the new file, where it refers to another one."""
@@ -120,6 +146,10 @@ class _Definitions:
             module, name = file.imports[part.id]
             if place := file.place(module):
                 return name and self.add(place, name)
+            others = {known: (module, name) for module, name, known in self.imports}
+            if part.id in self.names.values() or others.get(part.id, (module, name)) != (module,
+                                                                                         name):
+                raise ValueError(f"{part.id} of {file.path.name} has another meaning elsewhere")
             self.imports.add((module, name, part.id))
         return None
 
@@ -129,7 +159,7 @@ class _Definitions:
         for module, name, known in sorted(self.imports, key=str):
             foreign = module.split(".")[0] not in sys.stdlib_module_names
             text = name or module
-            text += f" as {known}" if known != text else ""
+            text += f" as {known}" if known not in (text, text.split(".")[0]) else ""
             if name is None:
                 whole[foreign].append(f"import {text}")
             else:
