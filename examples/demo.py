@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Annotated
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the imports
@@ -169,15 +170,18 @@ class NoiseSampler(ImageSampler):
 
 def build_app(gradio, player, title):
     """A FastAPI application: the page, whose pictures are at /images. title: of the checkpoint."""
-    from fastapi import FastAPI
+    from fastapi import FastAPI, HTTPException, Query
 
-    app = FastAPI()
+    app, count = FastAPI(), player.config["num_classes"]
 
     @app.get("/images")
-    def images(label: int, steps: int, seed_a: float, seed_b: float, place: float,
-               omega: float | None = None):
-        images, network, decoder = player.images(label, steps, int(seed_a), int(seed_b), place,
-                                                 omega)
+    def images(label: Annotated[int, Query(ge=0, lt=count)],
+               steps: Annotated[int, Query(ge=1, le=max(STEPS))], seed_a: int, seed_b: int,
+               place: Annotated[float, Query(ge=0, le=1)], omega: float | None = None):
+        try:
+            images, network, decoder = player.images(label, steps, seed_a, seed_b, place, omega)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
         return {"picture": grid(images),
                 "times": times(network, decoder if player.config["vae"] != "none" else None)}
 

@@ -11,7 +11,6 @@ report prints the row with our figure, the metrics, and what a reader must know 
 import argparse
 import json
 import math
-import re
 import shlex
 import shutil
 import sys
@@ -26,6 +25,7 @@ import train  # noqa: E402
 from dataset.vae import load_codec  # noqa: E402
 from engine.distributed import start_processes  # noqa: E402
 from engine.errors import UserError, run_main  # noqa: E402
+from engine.files import list_folder  # noqa: E402
 from engine.log import read_records  # noqa: E402
 from metrics.reference import Evaluation  # noqa: E402
 from models import DiT_models  # noqa: E402
@@ -77,13 +77,11 @@ def check(encoding, training, sampling):
 
 
 def check_imagenet(folder):
-    """Raise UserError unless the folder holds one of each of ImageNet's classes."""
-    names = [path.name for path in folder.glob("n*") if re.fullmatch(r"n\d{8}", path.name)
-             and path.is_dir()]
-    if len(names) != CLASSES:
-        raise UserError(f"IMAGENET_TRAIN must hold {CLASSES} folders with WordNet numbers such as "
-                        f"n01440764, got {folder} with {len(names)}; name the folder train of "
-                        f"ILSVRC2012")
+    """Raise UserError unless the folder holds as many class folders as ImageNet."""
+    count = sum(path.is_dir() for path in list_folder(folder)) if folder.is_dir() else 0
+    if count != CLASSES:
+        raise UserError(f"IMAGENET_TRAIN must hold {CLASSES} folders, one of each class, got "
+                        f"{folder} with {count}; name the folder train of ILSVRC2012")
 
 
 def checkpoint_size(model):
@@ -94,8 +92,9 @@ def checkpoint_size(model):
 
 def check_space(latents_dir, run_dir, sample_dir, **sizes):
     """Raise UserError unless the disk has room for so many bytes, less what is there."""
-    present = sum(path.stat().st_size for folder in (latents_dir, run_dir, sample_dir.parent)
-                  for path in folder.rglob("*") if path.is_file())
+    present = sum(path.stat().st_size for path in {
+        path for folder in (latents_dir, run_dir, sample_dir.parent) for path in folder.rglob("*")
+        if path.is_file()})
     place = next(place for place in latents_dir.absolute().parents if place.exists())
     needed, free = sum(sizes.values()) - present, shutil.disk_usage(place).free
     if free < needed:

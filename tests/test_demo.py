@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import urllib.error
 import urllib.request
 from base64 import b64decode
 from types import SimpleNamespace
@@ -227,9 +228,12 @@ def end(server):
 
 @pytest.mark.slow
 def test_the_server_answers_and_ends_without_a_browser(server):
-    with urllib.request.urlopen(f"{server.url}images?label=2&steps=2&seed_a=3&seed_b=4&place=0.5"
-                                "&omega=2", timeout=HANG_S) as answer:
+    address = f"{server.url}images?label=2&steps=2&seed_a=3&seed_b=4&place=0.5&omega=2"
+    with urllib.request.urlopen(address, timeout=HANG_S) as answer:
         shown = json.load(answer)
+    for right, wrong in ("label=2", "label=99"), ("steps=2", "steps=9999999"), ("ga=2", "ga=.5"):
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            urllib.request.urlopen(address.replace(right, wrong), timeout=HANG_S)
     images, *_ = server.player.images(2, 2, 3, 4, 0.5, 2.0)
     assert images_of(shown["picture"]).equal(images) and "network" in shown["times"]
     end(server)

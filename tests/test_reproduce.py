@@ -168,21 +168,23 @@ def imagenet(tmp_path_factory):
 
 def test_other_folders_than_imagenet_are_refused(imagenet, tmp_path):
     paper_runs.check_imagenet(imagenet)
-    for folder in (imagenet.parent, tmp_path / "missing"):
-        with refused("IMAGENET_TRAIN must hold 1000 folders", folder, "with 0"):
+    for folder, count in (imagenet.parent, 1), (tmp_path / "missing", 0):
+        with refused("IMAGENET_TRAIN must hold 1000 folders", folder, f"with {count}"):
             paper_runs.check_imagenet(folder)
 
 
 def test_too_small_a_disk_is_refused(tmp_path, monkeypatch):
     """What lies there counts as room."""
-    folders = [tmp_path / name for name in ("latents", "run", "samples")]
+    folders = [tmp_path / name for name in ("latents", "row/run", "row/samples")]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2 * 10**9))
     paper_runs.check_space(*folders, latents=10**9, training=10**9)
     with refused(tmp_path, "3 GB free (latents 1, training 2), got 2; free some"):
         paper_runs.check_space(*folders, latents=10**9, training=2 * 10**9)
-    folders[0].mkdir()
-    os.truncate(os.open(folders[0] / "shard", os.O_CREAT | os.O_WRONLY), 10**9)
+    folders[1].mkdir(parents=True)
+    os.truncate(os.open(folders[1] / "0.pt", os.O_CREAT | os.O_WRONLY), 10**9)
     paper_runs.check_space(*folders, latents=10**9, training=2 * 10**9)
+    with refused("3 GB free (latents 2, training 2)"):
+        paper_runs.check_space(*folders, latents=2 * 10**9, training=2 * 10**9)
     assert paper_runs.checkpoint_size("DiT-B/4") == pytest.approx(16 * 131e6, rel=0.01)
 
 
