@@ -76,19 +76,33 @@ def parse_args(argv=None):
 def main(args):
     extractor = extractor_of(args.protocol)
     with start_processes() as world:
-        with naming("--samples"):
-            sets = [open_images(path, world, args.image_size, args.num_workers)
-                    for path in args.samples]
-            for images in sets:
-                if images.image_size != sets[0].image_size:
-                    raise BadValue(f"must hold images of one size, got {images.image_size} in "
-                                   f"{images.name} and {sets[0].image_size} in {sets[0].name}; "
-                                   f"crop all with --image-size")
+        sets = open_sets(args, world)
         extractor.dimension(sets[0].image_size)  # refuses what is too large
         if args.make_ref:
             make_reference(args, sets[0], extractor, world)
         else:
             compare(args, sets, extractor, world)
+
+
+def open_sets(args, world):
+    """The sample sets, each another one, of one image size and one count: else their metrics are
+    not comparable. Raises UserError."""
+    with naming("--samples"):
+        sets = [open_images(path, world, args.image_size, args.num_workers)
+                for path in args.samples]
+        for images in sets:
+            if images.image_size != sets[0].image_size:
+                raise BadValue(f"must hold images of one size, got {images.image_size} in "
+                               f"{images.name} and {sets[0].image_size} in {sets[0].name}; "
+                               f"crop all with --image-size")
+            if len(images) != len(sets[0]):
+                raise BadValue(f"must hold one number of images, on which a Frechet distance "
+                               f"depends, got {len(images)} in {images.name} and {len(sets[0])} in "
+                               f"{sets[0].name}; take as many of each")
+        if len({path.resolve() for path in args.samples}) < len(sets):
+            raise BadValue(f"must be different sets, got {' '.join(map(str, args.samples))}; name "
+                           f"each once")
+        return sets
 
 
 def compare(args, sets, extractor, world):

@@ -63,7 +63,11 @@ def parse_args(argv=None):
     if args.per_class and args.labels == "random":
         parser.error("--per-class must come without --labels random, got both; leave one out")
     args.num_sampling_steps = list(dict.fromkeys(args.num_sampling_steps))  # each once
-    args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
+    if args.seeds and len({*args.seeds}) < max(2, len(args.seeds)):
+        parser.error(f"--seeds must be two or more, each once, got "
+                     f"{' '.join(map(str, args.seeds))}; leave repeated ones out, and for one seed "
+                     f"use --seed")
+    args.seeds = args.seeds or [args.seed or 0]
     if args.cfg_interval and args.cfg_interval[0] > args.cfg_interval[1]:
         parser.error(f"--cfg-interval must be two increasing times, got {args.cfg_interval[0]} "
                      f"{args.cfg_interval[1]}; swap them")
@@ -83,10 +87,10 @@ def add_image_options(group):
         help="network evaluations per image, at equal steps of time; of several counts each has a "
              "sample folder, and one picture shows all")
     seed = group.add_mutually_exclusive_group()
-    seed.add_argument("--seed", type=int_range(0), default=0,
-                      help="fixes the images; no two seeds share one")
+    seed.add_argument("--seed", type=int_range(0),
+                      help="fixes the images; no two seeds share one (default: 0)")
     seed.add_argument("--seeds", type=int_range(0), nargs="+", metavar="SEED",
-                      help="several in place of --seed: each has a sample folder, and with "
+                      help="two or more in place of --seed: each has a sample folder, and with "
                            "--fid-ref a last line has mean and standard deviation")
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="label of image i: i modulo the number of classes, or random")
@@ -113,6 +117,9 @@ def main(args):
         classes = find_classes(args.classes, config) if args.classes else None
         if args.per_class:
             args.num_fid_samples = args.per_class * len(classes or range(config["num_classes"]))
+        if args.fid_ref and args.num_fid_samples < 2:
+            raise UserError(f"--num-fid-samples must be 2 or more with --fid-ref, got "
+                            f"{args.num_fid_samples}; ask for more images")
         # The content of samples.json: all that the images depend on
         record = {"images": args.num_fid_samples, "seed": None, "labels": args.labels,
                   "batch": args.per_proc_batch_size, "precision": args.precision,

@@ -95,7 +95,8 @@ class Statistics:
         return self
 
     def merge(self):
-        """Join the parts of all ranks, on each of them, once."""
+        """Join the parts of all ranks, on each of them, once. Raises UserError where a feature is
+        NaN or infinite, as of damaged weights: a distance of them would be no number, or 0."""
         world = self.extractor.world
         self.pool.merge(world)
         if self.spatial:
@@ -104,3 +105,7 @@ class Statistics:
             if table is not None:
                 world.total(table)
         assert self.pool.count == self.count, f"{self.pool.count} images came, not {self.count}"
+        if not all(table.isfinite().all() for table in (self.pool.scatter, self.scores)
+                   if table is not None):
+            raise UserError(f"features of --protocol {self.extractor.protocol} must be finite, got "
+                            f"NaN or infinity; get the weights of its network again")

@@ -28,14 +28,17 @@ def place(tmp_path, digits, latents, trained, monkeypatch):
     """A working folder with the things that users point scripts at by mistake."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").write_text("not a folder")
-    for folder in ("empty", "empty class/a", "flat", "torn/ä b", "images", "larger"):
+    for folder in ("empty", "empty class/a", "flat", "torn/ä b", "images", "larger", "three"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "flat" / "image.png").write_bytes(b"")
     for i in range(4):
         (tmp_path / "torn" / "ä b" / f"{i} ünread.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / f"bild {i} ü.png")
         Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / "larger" / f"{i}.png")
-    for name, target in (("digits", digits), ("latents", latents), ("ok.pt", trained)):
+        if i:
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "three" / f"{i}.png")
+    for name, target in (("digits", digits), ("latents", latents), ("ok.pt", trained),
+                         ("linked images", tmp_path / "images")):
         (tmp_path / name).symlink_to(target)
     for folder, name, text in (
             ("nested", "config.json", "[" * 10**5), ("listed", "config.json", "[1, 2]"),
@@ -114,7 +117,9 @@ REFUSED = {
         dict(no_save_images=()), dict(cfg=2), dict(cfg_interval=(0.2, 0.8)), dict(cfg=0.5),
         dict(cfg_interval=(0.8, 0.2)), dict(cfg_interval=(0, 2)),
         dict(per_class=2, labels="random", num_fid_samples=None),
-        dict(seeds=(0, 1), seed=2), dict(seeds=(0, -1)), dict(seeds=())],
+        dict(seeds=(0, 1), seed=2), dict(seed=0, seeds=(1, 2)), dict(seeds=(0, -1)),
+        dict(seeds=()), dict(seeds=(1,)), dict(seeds=(0, 5, 5)),
+        dict(num_fid_samples=1, fid_ref="ref.npz")],
     "encode_imagenet": [
         dict(out_path=None), dict(out_path="digits", data_path="out"), dict(data_path="latents"),
         dict(data_path=LONG), dict(out_path="file.txt/out"), dict(out_path="digits"),
@@ -131,6 +136,7 @@ REFUSED = {
         dict(weights="foreign.pt", protocol="timm:test_vit", ref=None, make_ref="new.npz"),
         dict(make_ref="new.npz", ref=None, samples=("images", "images")),
         dict(samples=("images", "larger"), ref="images"), dict(samples=("images", "missing")),
+        dict(samples=("images", "three")), dict(samples=("images", "linked images")),
         dict(weights="ok.pt"),  # of pixels, which have no network
         dict(protocol="dinov3"), dict(protocol="timm:resnet5o"),
         dict(ref="code.pkl"), dict(ref="torn.pkl"), dict(ref="missing.pkl")]}

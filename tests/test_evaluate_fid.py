@@ -122,7 +122,7 @@ def test_folder_npz_and_reference_file_of_the_same_images_agree(tmp_path, capfd)
 
 def test_several_sample_sets_have_a_line_each_and_a_spread(tmp_path, capfd, monkeypatch):
     """The reference is measured once; sets that are as close as retraining makes them are named."""
-    folders = [save(pictures(count, 8, seed=count), tmp_path / str(count)) for count in (9, 8, 7)]
+    folders = [save(pictures(7, 8, seed=seed), tmp_path / str(seed)) for seed in (9, 8, 7)]
     shutil.copytree(folders[0], tmp_path / "same")
     measured, add_all = [], Statistics.add_all
 
@@ -142,7 +142,7 @@ def test_several_sample_sets_have_a_line_each_and_a_spread(tmp_path, capfd, monk
         call("evaluate_fid", "--samples", path, *pixels)
         assert json.loads(capfd.readouterr().out) == result
     assert summary == {
-        "protocol": "pixels", "num_reference": 7, "ref": str(folders[2]),
+        "protocol": "pixels", "num_samples": 7, "num_reference": 7, "ref": str(folders[2]),
         "samples": [str(path) for path in sets],
         "mean": {"fid": pytest.approx(np.mean(fids), rel=1e-6)},
         "std": {"fid": pytest.approx(np.std(fids, ddof=1), rel=1e-6)}}

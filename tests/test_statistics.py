@@ -57,6 +57,25 @@ def test_inception_score_splits_in_the_given_order_however_batches_come(monkeypa
     assert torch.equal(in_order.points, shuffled.points)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["pool", "logits"])
+def test_features_that_are_not_finite_are_refused(part, value, monkeypatch):
+    """Their distance was reported as 0."""
+    extract = FakeExtractor.__call__
+
+    def spoiled(self, images):
+        features = extract(self, images)
+        getattr(features, part)[-1, 0] = value
+        return features
+
+    statistics = measure(torch.zeros(6, 3, 2, 2, dtype=torch.uint8))
+    statistics.merge()
+    monkeypatch.setattr(FakeExtractor, "__call__", spoiled)
+    statistics = measure(torch.zeros(6, 3, 2, 2, dtype=torch.uint8))
+    with refused("features of --protocol adm must be finite", "weights"):
+        statistics.merge()
+
+
 def test_fewer_than_two_images_are_refused():
     with refused("2 images or more", "got 1"):
         Statistics(FakeExtractor(), 1, (2, 2))
