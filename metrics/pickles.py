@@ -12,6 +12,9 @@ import numpy as np
 from engine.errors import BadValue
 
 LIMIT = 2**30  # bytes of a file: EDM2's have 42 million
+SIZED = {"PUT", "BINPUT", "LONG_BINPUT", "FRAME"}  # the unpickler would make a table so long
+SETS = {"DICT", "EMPTY_SET", "FROZENSET", "ADDITEMS"}  # hash anything; DICT is of protocol 0
+REPLACED = {"EMPTY_DICT": (1, b"cour\ndict\n)R"), "FRAME": (9, b"")}  # bytes, and those instead
 
 
 class _Stub:
@@ -22,6 +25,19 @@ class _Stub:
 
     def __setstate__(self, state):
         raise pickle.UnpicklingError("a state where none belongs")
+
+
+class _Dict(dict):
+    """Stands in for each dict. Its keys are text: the hash of nested tuples takes a deep stack, or
+    as many steps as 2 to the power of the file's length."""
+
+    def __init__(self):  # takes no pairs
+        super().__init__()
+
+    def __setitem__(self, key, value):
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("a key that is no text")
+        super().__setitem__(key, value)
 
 
 class _Dtype(_Stub):
@@ -50,6 +66,8 @@ class _Array(_Stub):
         """The array. Raises UnpicklingError where it claims more or less than the file has."""
         shape, dtype, fortran, data = self.content
         dtype, data = dtype.value(), _bytes(data)
+        if len(shape) > 64 or any(type(n) is not int or abs(n) >= 2**63 for n in shape):
+            raise pickle.UnpicklingError("an array without a shape")
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
             raise pickle.UnpicklingError(f"an array of {shape!s:.40} with {len(data)} bytes")
         return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
@@ -68,6 +86,10 @@ class _Scalar(_Array):
     def __init__(self, dtype, data):
         self.content = (), dtype, False, data
 
+    def value(self):
+        """The plain number."""
+        return super().value().item()
+
 
 class _Encoded(_Stub):
     """_codecs.encode(text, "latin1"), the bytes of protocols 0 to 2."""
@@ -76,10 +98,13 @@ class _Encoded(_Stub):
 def _bytes(data):
     if isinstance(data, _Encoded):
         data = data.arguments[0]
+    if not isinstance(data, str | bytes | bytearray):  # bytes(number) takes that much memory
+        raise pickle.UnpicklingError("an array without bytes")
     return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 
 KNOWN = {("numpy", "ndarray"): None, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _Encoded,
+         ("our", "dict"): _Dict,
          **{(f"numpy.{core}.{name}", function): stub for core in ("core", "_core")
             for name, function, stub in (("multiarray", "_reconstruct", _Array),
                                          ("multiarray", "scalar", _Scalar),
@@ -94,6 +119,22 @@ class _Unpickler(pickle.Unpickler):
         return KNOWN[module, name]
 
 
+def _with_our_dicts(data):
+    """The pickle with a _Dict for each dict. Raises ValueError where it claims what it has not, or
+    has a set."""
+    parts, start = [], 0
+    for code, value, place in pickletools.genops(data):  # which compares sizes with what there is
+        if code.name in SIZED and value > len(data):
+            raise ValueError(f"{code.name} {value}")
+        if code.name in SETS:
+            raise ValueError(f"{code.name}, which such a file does not need")
+        if code.name in REPLACED:
+            length, instead = REPLACED[code.name]
+            parts += [memoryview(data)[start:place], instead]
+            start = place + length
+    return b"".join([*parts, memoryview(data)[start:]])
+
+
 def read_pickle(path, *places):
     """Yields what a pickle file of nested dicts holds at these places, such as ("fid", "mu"): an
     array of numbers, or a plain value; None where there is nothing. Raises BadValue."""
@@ -102,10 +143,7 @@ def read_pickle(path, *places):
             data = file.read(LIMIT + 1)
         if len(data) > LIMIT:
             raise ValueError(f"more than {LIMIT} bytes")
-        for code, value, _ in pickletools.genops(data):  # which compares sizes with what there is
-            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > len(data):
-                raise ValueError(f"{code.name} {value}")  # would allocate a table of that length
-        loaded = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        loaded = _Unpickler(io.BytesIO(_with_our_dicts(data)), encoding="latin1").load()
         for place in places:
             value = loaded
             for key in place:

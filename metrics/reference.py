@@ -109,7 +109,7 @@ class Reference:
             raise BadValue(f"must have mu and sigma of {key} for --protocol {extractor.protocol}, "
                            f"got {path} with {found:.100}; name another file or protocol")
         return cls(str(path), _pair(pair, "mu", "sigma", dim, path, extractor), extractor.gives,
-                   count=count if type(count) is int and count > 0 else None)
+                   count=count if type(count) is int and 0 < count < 2**63 else None)
 
     @classmethod
     def of(cls, statistics, name):
@@ -134,14 +134,14 @@ def _pair(file, mean, covariance, dim, source, extractor):
     if any(array.dtype.kind not in "fiu" for array in pair):
         raise BadValue(f"must have real numbers {mean} and {covariance}, got {pair[0].dtype} and "
                        f"{pair[1].dtype} in {source}; name another")
-    pair = tuple(array.astype(np.float64) for array in pair)
     shapes = [array.shape for array in pair]
     if (shapes != [(dim,), (dim, dim)] or not all((abs(array) < 1e100).all() for array in pair)
             or np.diagonal(pair[1]).min() < 0):
         raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "
                        f"--protocol {extractor.protocol} and this image size, got {shapes[0]} and "
                        f"{shapes[1]} in {source}; name another")
-    return pair
+    mean, covariance = (array.astype(np.float64) for array in pair)
+    return mean, covariance
 
 
 def evaluate(statistics, reference):

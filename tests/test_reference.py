@@ -76,6 +76,13 @@ def test_a_reference_of_another_resolution_is_told(protocol, kind, tmp_path):
                    for line in notes(reference, protocol, 50000, (4, 6)))
 
 
+def test_a_matrix_of_another_size_is_refused_before_it_is_copied():
+    """A compressed file of few bytes has zeros without end."""
+    arrays = {"mu": np.zeros(12), "sigma": np.broadcast_to(np.int8(0), (2**20, 2**20))}
+    with refused("sigma (12, 12)", "got (12,) and (1048576, 1048576) in ref"):
+        module._pair(arrays, "mu", "sigma", 12, "ref", extractor_of("pixels"))
+
+
 def statistics_of(dim, seed):
     """mu and sigma, float64, as EDM2's files have them."""
     mu = np.random.default_rng(seed).standard_normal(dim)
@@ -102,6 +109,14 @@ def test_each_protocol_takes_its_part_of_edm2s_references(tmp_path):
         path.write_bytes(pickle.dumps(content))
         with refused("mu and sigma of fid for --protocol adm", word):
             Reference.load(path, extractor_of("adm"), (8, 8), ALONE)
+
+
+@pytest.mark.parametrize("count, known", [
+    (7, 7), (np.int64(7), 7), (0, None), (-1, None), (2**63, None), ("7", None), (7.0, None)])
+def test_the_count_of_a_pickled_reference_is_a_whole_number(count, known, tmp_path):
+    path = tmp_path / "ref.pkl"
+    path.write_bytes(pickle.dumps({"fid": statistics_of(12, 0), "num_images": count}))
+    assert Reference.load(path, extractor_of("pixels"), (2, 2), ALONE).count == known
 
 
 def test_a_reference_of_other_features_is_refused_with_its_protocol(tmp_path):
