@@ -122,7 +122,7 @@ def compare(args, sets, extractor, world):
             print(json.dumps(results[-1]), flush=True)
     if results[1:]:
         print(json.dumps(spread(results, metrics_of(extractor), "samples", "samples")), flush=True)
-        for line in closeness_notes(extractor.key, results):
+        for line in closeness_notes(results) if extractor.is_fid else ():
             print(line, file=sys.stderr)
 
 

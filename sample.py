@@ -189,7 +189,7 @@ def sample_seeds(parts, samplers, evaluation, stack):
         extractor = evaluation.extractor
         summary = spread(results, metrics_of(extractor), "seed", "seeds")
         print(json.dumps(summary))
-        print(resampling_note(extractor.key, summary), file=sys.stderr)
+        print(resampling_note(extractor, summary), file=sys.stderr)
 
 
 def sample_one_part(args, sampler, evaluation):

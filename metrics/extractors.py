@@ -43,6 +43,7 @@ class Extractor:
     key, title = "fid", "FID"  # of its Frechet distance: in a result, and for a person
     gives = ("pool",)  # of these Statistics are made
     by_product = False  # as in frechet_distance
+    is_fid = False  # whether what is published of FID holds for its distance
 
     def __init__(self, protocol):
         self.protocol = protocol
@@ -81,6 +82,7 @@ class Extractor:
 
 class PytorchFID(Extractor):
     by_product = True  # the published number to rounding
+    is_fid = True
 
     def load_network(self, weights):
         net = load_inception(weights, self.world)
@@ -92,6 +94,7 @@ class PytorchFID(Extractor):
 
 
 class ADM(Extractor):
+    is_fid = True
     gives = ("pool", "spatial", "scores", "points")
 
     def load_network(self, weights):

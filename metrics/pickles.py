@@ -149,6 +149,9 @@ def read_pickle(path, *places):
             for key in place:
                 value = value.get(key) if isinstance(value, dict) else None
             yield value.value() if isinstance(value, _Array) else value
+    except OSError as error:
+        raise BadValue(f"must be a file that can be read, got {path} ({error.strerror}); name "
+                       f"another") from error
     except Exception as error:  # the unpickler raises errors of many kinds
         raise BadValue(f"must be a whole pickle file of NumPy arrays and plain values, got {path} "
                        f"({type(error).__name__}: {error!s:.100}); get it again or name "

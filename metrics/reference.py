@@ -72,7 +72,7 @@ class Reference:
         """Open an .npz with mu and sigma, and mu_s, sigma_s and arr_0 if the protocol takes them;
         or a .pkl of EDM2. No network runs. Raises BadValue, also for damaged bytes."""
         dim = extractor.dimension(image_size)
-        if path.suffix == ".pkl":
+        if path.suffix.lower() == ".pkl":
             return cls._load_edm2(path, extractor, dim)
         verify_npz(path, world)
         with reading_npz(path), np.load(path, allow_pickle=False) as file:

@@ -6,8 +6,6 @@ training a network again from another seed moves FID 3.2 times as much as sampli
 coefficient of variation is 1 to 2 %.
 """
 
-from itertools import pairwise
-
 import numpy as np
 
 RETRAINING = 3.2  # by how many times the spread of resampling FID moves
@@ -26,31 +24,33 @@ def spread(results, metrics, name, names):
                    "std": {key: float(np.std(row, ddof=1)) for key, row in values.items()}}
 
 
-def resampling_note(key, summary):
-    """A line on what the spread of one model's seeds says of other differences in the metric."""
-    mean, std = summary["mean"][key], summary["std"][key]
+def resampling_note(extractor, summary):
+    """A line on what the spread of one model's seeds says of other differences in the distance of
+    an Extractor; of FID also on retraining, of which nothing is published for other distances."""
+    mean, std = summary["mean"][extractor.key], summary["std"][extractor.key]
     share = f" or {100 * std / mean:.2g} %" if mean else ""
-    return (f"note: resampling alone moves {key} by {std:.2g}{share} (standard deviation over "
-            f"{len(summary['seeds'])} seeds): values of one seed each that differ by less than "
-            f"{8**0.5 * std:.2g} say nothing about two models; retraining moves FID {RETRAINING} "
-            f"times as much ({SOURCE})")
+    retraining = (f"; retraining moves FID {RETRAINING} times as much ({SOURCE})"
+                  if extractor.is_fid else "")
+    return (f"note: resampling alone moves {extractor.key} by {std:.2g}{share} (standard deviation "
+            f"over {len(summary['seeds'])} seeds): values of one seed each that differ by less "
+            f"than {8**0.5 * std:.2g} say nothing about two models{retraining}")
 
 
-def closeness_notes(key, results):
-    """Lines on the sample sets whose metrics are so close that retraining alone explains it: in the
-    order of the metric, neighbours closer than LIMIT."""
+def closeness_notes(results):
+    """Lines on the sample sets whose FIDs are so close that retraining alone explains it: in the
+    order of FID, neighbours closer than LIMIT."""
     runs = []
-    for result in sorted(results, key=lambda result: result[key]):
-        if runs and _share(runs[-1][-1][key], result[key]) < LIMIT:
+    for result in sorted(results, key=lambda result: result["fid"]):
+        if runs and _share(runs[-1][-1], result) < LIMIT:
             runs[-1].append(result)
         else:
             runs.append([result])
-    return [f"note: {key} of {', '.join(result['samples'] for result in run)} differs by "
-            f"{100 * max(_share(a[key], b[key]) for a, b in pairwise(run)):.2g} % from one to the "
+    return [f"note: fid of {', '.join(result['samples'] for result in run)} differs by "
+            f"{100 * max(map(_share, run, run[1:])):.2g} % from one to the "
             f"next: retraining alone moves FID by 1 to 2 % ({SOURCE}), which tells no models apart"
             for run in runs if len(run) > 1]
 
 
 def _share(low, high):
-    """Their difference as a share of the larger."""
-    return (high - low) / high if high else 0.0
+    """The difference of the FIDs of two results as a share of the larger."""
+    return (high["fid"] - low["fid"]) / high["fid"] if high["fid"] else 0.0

@@ -114,7 +114,9 @@ def test_each_protocol_takes_its_part_of_edm2s_references(tmp_path):
 @pytest.mark.parametrize("count, known", [
     (7, 7), (np.int64(7), 7), (0, None), (-1, None), (2**63, None), ("7", None), (7.0, None)])
 def test_the_count_of_a_pickled_reference_is_a_whole_number(count, known, tmp_path):
-    path = tmp_path / "ref.pkl"
+    path = tmp_path / "ref.PKL"
+    with refused("must be a file that can be read", "ref.PKL (No such file"):
+        Reference.load(path, extractor_of("pixels"), (2, 2), ALONE)
     path.write_bytes(pickle.dumps({"fid": statistics_of(12, 0), "num_images": count}))
     assert Reference.load(path, extractor_of("pixels"), (2, 2), ALONE).count == known
 
