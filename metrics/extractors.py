@@ -167,11 +167,10 @@ class DINOv2(TimmNetwork):
 
     key, title = "fd_dinov2", "FD-DINOv2"
     gives = ("pool", "points")
+    name = "vit_large_patch14_dinov2.lvd142m"
     plan = Plan(1024, (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-    def __init__(self, protocol):
-        Extractor.__init__(self, protocol)
-        self.name = "vit_large_patch14_dinov2.lvd142m"
+    __init__ = Extractor.__init__
 
     def load_network(self, weights):
         return set_size_like_dinov2(super().load_network(weights), self.plan.size[0])

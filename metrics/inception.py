@@ -28,19 +28,29 @@ def load_inception(path, world):
             torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached))
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"cannot download the Inception weights ({error}): put {cached.name} "
-                            f"from {FID_WEIGHTS_URL} into {cached.parent}, or name it with "
-                            f"--weights") from error
+                            f"from {FID_WEIGHTS_URL} into {cached.parent}, or give "
+                            f"evaluate_fid.py --weights") from error
 
     if path is None:
         world.on_main(lambda: cached.is_file() or download())
     path = path or cached
     try:
         net = build_inception()
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+        fill(net, torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:  # torch.load raises errors of many kinds
         raise UserError(f"--weights must be a whole file of pytorch-fid's Inception weights, got "
                         f"{path}; get it again, or leave the option out to download it") from error
     return net.float().eval().requires_grad_(False)
+
+
+def fill(net, tensors, **options):
+    """Load a state dict, which must have the network's names, shapes, and fractions where it has
+    them; PyTorch would round. Raises errors of many kinds."""
+    own = net.state_dict()
+    net.load_state_dict(tensors, **options)
+    for key, value in own.items():
+        if value.is_floating_point() and not tensors[key].is_floating_point():
+            raise ValueError(f"{key} of {tensors[key].dtype}")
 
 
 def build_inception():

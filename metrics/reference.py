@@ -135,13 +135,14 @@ def _pair(file, mean, covariance, dim, source, extractor):
         raise BadValue(f"must have real numbers {mean} and {covariance}, got {pair[0].dtype} and "
                        f"{pair[1].dtype} in {source}; name another")
     shapes = [array.shape for array in pair]
-    if (shapes != [(dim,), (dim, dim)] or not all((abs(array) < 1e100).all() for array in pair)
-            or np.diagonal(pair[1]).min() < 0):
-        raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite, for "
-                       f"--protocol {extractor.protocol} and this image size, got {shapes[0]} and "
-                       f"{shapes[1]} in {source}; name another")
-    mean, covariance = (array.astype(np.float64) for array in pair)
-    return mean, covariance
+    if shapes == [(dim,), (dim, dim)]:
+        pair = _, s = tuple(array.astype(np.float64) for array in pair)
+        if (all((abs(array) < 1e100).all() for array in pair) and np.diagonal(s).min() >= 0
+                and np.allclose(s, s.T)):
+            return pair
+    raise BadValue(f"must have {mean} ({dim},) and {covariance} ({dim}, {dim}), finite and "
+                   f"symmetric, for --protocol {extractor.protocol} and this image size, got "
+                   f"{shapes[0]} and {shapes[1]} in {source}; name another")
 
 
 def evaluate(statistics, reference):

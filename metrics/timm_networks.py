@@ -2,7 +2,9 @@
 the position table of DINOv2."""
 
 import difflib
+import functools
 import logging
+import re
 import sys
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import BadValue, UserError
+from metrics.inception import fill
 from weights.foreign_files import reader_of
 
 
@@ -39,6 +42,7 @@ def check_name(name):
                           "timm.list_models() in Python lists them"))
 
 
+@functools.cache
 def plan_of(name):
     """The Plan of a network, from its structure and timm's data configuration; no weights are read.
     Raises BadValue for an unknown network, and for one that makes no vector of an RGB image."""
@@ -65,38 +69,49 @@ def load_network(name, weights, world):
         net = load_file(name, weights)
     else:
         first = []  # rank 0's
-        world.on_main(lambda: first.append(load_published(name)))
-        net = first[0] if first else load_published(name)
+        world.on_main(lambda: first.append(load_published(name, world)))
+        net = first[0] if first else load_published(name, world)
     return net.float().eval().requires_grad_(False)
 
 
-def load_published(name):
+def load_published(name, world):
     """The network with the weights that timm names. Raises UserError."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each of its attempts
-    print(f"loading {name}, downloaded if it is not in Hugging Face's cache", file=sys.stderr)
+    if world.main:
+        print(f"loading {name}, downloaded if it is not in Hugging Face's cache", file=sys.stderr)
     try:
         return create(name, pretrained=True)
     except Exception as error:  # of timm, safetensors, the hub's client or the network
         raise UserError(f"cannot load the weights of {name} ({' '.join(str(error).split()):.200}): "
-                        f"connect once, or name a file of them with --weights") from error
+                        f"connect once, fill its cache, or give evaluate_fid.py "
+                        f"--weights") from error
 
 
 def load_file(name, path):
     """The network with the state dict of a .safetensors or PyTorch file, opened as data, which must
     have its names and shapes. Raises UserError."""
     net = create(name)
-    classifier = net.pretrained_cfg.get("classifier") or ()
-    layers = (classifier,) if isinstance(classifier, str) else classifier
-    left_out = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    left_out.add("mask_token")  # in DINOv2's own files; for training alone
+    left_out = ("mask_token", *classifier_of(net))  # the first, in DINOv2's files, is for training
     try:
         tensors = reader_of(path)(path, "ema")
-        net.load_state_dict({key: value for key, value in tensors.items() if key not in left_out})
+        fill(net, {key: value for key, value in tensors.items() if not key.startswith(left_out)})
     except Exception as error:  # torch.load raises errors of many kinds
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {code[1]}, code that is not run" if code else str(error)
         raise UserError(f"--weights must be a whole file of the weights of timm's {name}, got "
-                        f"{path} ({' '.join(str(error).split()):.200}); get it again or name "
+                        f"{path} ({' '.join(reason.split()):.200}); get it again or name "
                         f"another") from error
     return net
+
+
+def classifier_of(net):
+    """What the names of the classifier's weights begin with, in files of the network that net is
+    without it: its layers, or what holds them and is gone as well, such as a batch norm."""
+    layers = net.pretrained_cfg.get("classifier") or ()
+    for layer in (layers,) if isinstance(layers, str) else layers:
+        parent = layer.rpartition(".")[0]
+        gone = parent and not any(key.startswith(f"{parent}.") for key in net.state_dict())
+        yield f"{parent if gone else layer}."
 
 
 def create(name, **options):

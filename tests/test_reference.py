@@ -27,6 +27,7 @@ ALONE = World(0, 1, torch.device("cpu"), "fp32")
     ({"mu": np.zeros(12), "sigma": np.eye(12, dtype="c8")}, "float64 and complex64"),
     ({"mu": np.zeros(12), "sigma": np.full((12, 12), 1e308)}, "finite"),
     ({"mu": np.zeros(12), "sigma": -np.eye(12)}, "finite"),
+    ({"mu": np.zeros(12), "sigma": np.triu(np.ones((12, 12)))}, "symmetric"),
     ({"mu": np.zeros(12, dtype="U1"), "sigma": np.eye(12)}, "<U1 and float64"),
     ({"mu": np.array([{}] * 12), "sigma": np.eye(12)}, "plain arrays")])
 def test_a_reference_that_does_not_serve_is_refused(arrays, message, tmp_path):

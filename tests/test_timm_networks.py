@@ -15,7 +15,14 @@ from torchvision.transforms.functional import normalize, to_tensor
 
 from engine.distributed import World
 from metrics.extractors import DINOv2, extractor_of
-from metrics.timm_networks import Plan, create, load_network, set_size_like_dinov2
+from metrics.timm_networks import (
+    Plan,
+    create,
+    load_network,
+    load_published,
+    plan_of,
+    set_size_like_dinov2,
+)
 
 ALONE = World(0, 1, torch.device("cpu"), "fp32")
 VIT = "test_vit.r160_in1k"
@@ -155,6 +162,7 @@ def test_the_position_table_is_interpolated_by_dinov2s_factor(small_dinov2):
     lambda state, path: torch.save({"weight": torch.zeros(3)}, path),
     lambda state, path: torch.save({key: state[key] for key in [*state][1:]}, path),
     lambda state, path: torch.save(state | {"cls_token": torch.zeros(1, 1, 63)}, path),
+    lambda state, path: torch.save({key: value.long() for key, value in state.items()}, path),
     lambda state, path: torch.save([state], path), lambda state, path: torch.save(print, path),
     lambda state, path: path.write_bytes(path.read_bytes()[:-9999]),
     lambda state, path: flip_bit(path, 99999), lambda state, path: path.unlink()])
@@ -169,14 +177,38 @@ def test_a_file_that_does_not_serve_is_refused(spoil, vit, tmp_path):
         load_network(VIT, path, ALONE)
 
 
+@pytest.mark.parametrize("name", ["levit_128s", "repvit_m0_9", "convnext_atto"])
+def test_whole_files_of_timm_serve_whatever_their_classifier_holds(name, tmp_path):
+    """Of the first two it has a batch norm; of the last a norm beside it belongs to the features.
+    """
+    with torch.device("meta"):
+        state = timm.create_model(name).to_empty(device="cpu").state_dict()
+    save_file(state, tmp_path / "whole.safetensors")
+    net = load_network(name, tmp_path / "whole.safetensors", ALONE)
+    assert state.keys() > net.state_dict().keys()
+    save_file(state | {"heads.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with refused("--weights", "heads.weight"):
+        load_network(name, tmp_path / "foreign.safetensors", ALONE)
+
+
+def test_a_pickled_network_is_named_and_not_run(vit, tmp_path):
+    torch.save(vit, tmp_path / "net.pth")
+    with refused("it names timm.models.vision_transformer.VisionTransformer, code that is not run"):
+        load_network(VIT, tmp_path / "net.pth", ALONE)
+
+
 def test_weights_that_cannot_be_downloaded_are_named(monkeypatch, capsys):
     def fail(*words, **options):
         raise OSError("no network")
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", fail)
-    with refused("cannot load the weights of test_vit.r160_in1k (no network)", "--weights"):
+    with refused("cannot load the weights of test_vit.r160_in1k (no network)",
+                 "evaluate_fid.py --weights"):
         extractor_of(f"timm:{VIT}").load(ALONE)
     assert capsys.readouterr().err.startswith("loading test_vit.r160_in1k, downloaded if")
+    with refused("no network"):
+        load_published(VIT, World(1, 2, torch.device("cpu"), "fp32"))
+    assert not capsys.readouterr().err
 
 
 def test_published_weights_come_from_the_hub_and_leave_random_numbers_as_they_were(
@@ -201,6 +233,7 @@ def test_unknown_networks_are_refused_with_near_names(name, words):
 
 
 def test_a_network_without_one_vector_an_image_is_refused(monkeypatch):
+    plan_of.cache_clear()
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, global_pool=""))
     with refused("one vector as output", VIT, "(1, 101, 64)"):
         extractor_of(f"timm:{VIT}").dimension((8, 8))
