@@ -724,7 +724,7 @@ class Run(ExitStack):
         self.sampler = ImageSampler(state.ema, self.codec, self.config, world, seed=self.args.seed,
                                     conditions=getattr(self.dataset, "conditions", None))
         if state.step and self.is_due(self.args.eval_every, state.step) and not world.broadcast(
-                self.log.has(state.step, self.evaluation.extractor.key)):
+                self.log.has(state.step, "protocol", self.args.protocol)):
             self.evaluate(state.step)  # in which the last run ended
 
     def _open_folder(self):

@@ -73,10 +73,10 @@ class Log(contextlib.AbstractContextManager):
                     {"tag": name, "simple_value": value} for name, value in values.items()
                     if not isinstance(value, str)]})
 
-    def has(self, step, name):
-        """Whether a value of this name is recorded for this step."""
-        return self.active and any(record["step"] == step and name in record for record in
-                                   read_records(self.folder / "metrics.jsonl")[0])
+    def has(self, step, name, value):
+        """Whether this value of this name is recorded for this step."""
+        return self.active and any(record["step"] == step and record.get(name) == value
+                                   for record in read_records(self.folder / "metrics.jsonl")[0])
 
     def to_disk(self):
         """Wait until text and metrics would survive a power cut."""

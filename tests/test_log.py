@@ -23,7 +23,8 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path, capfd):
     path.write_bytes(b"\n".join([lines[0], b'{"step": 1, "err\xffr": 1}', b"[1]", *lines[1:],
                                  b'{"step": 4, "err']))
     with Log(tmp_path, active=True, step=2) as log:
-        assert log.has(2, "error") and not log.has(3, "error") and not log.has(2, "fid")
+        assert log.has(2, "error", 2.0) and not log.has(3, "error", 3.0)
+        assert not log.has(2, "error", 3.0) and not log.has(2, "fid", 2.0)
         log.record(3, error=30.0)
     assert read_records(path) == ([{"step": 1, "error": 1.0}, {"step": 2, "error": 2.0},
                                    {"step": 3, "error": 30.0}], 0)
@@ -35,7 +36,7 @@ def test_the_log_of_other_processes_is_silent(tmp_path, capfd):
     with Log(tmp_path, active=False) as log:
         log.say("nothing")
         log.record(1, error=0.0)
-        assert not log.has(1, "error")
+        assert not log.has(1, "error", 0.0)
     assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
 
 

@@ -507,6 +507,16 @@ def test_the_log_says_what_was_measured(one):
     assert "60 samples against 200 of the reference" in log
 
 
+def test_an_evaluation_by_another_protocol_is_none_of_this_one(one, digits, method, evaluation,
+                                                                tmp_path):
+    """Both give a "fid"."""
+    run, before = shutil.copytree(one, tmp_path / "run"), records(one, "fid")
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"protocol": "pixels"', '"protocol": "adm"'))
+    call("train", *tiny(digits, run), *method, *evaluation)
+    assert records(run, "fid") == [*({**record, "protocol": "adm"} for record in before), before[1]]
+
+
 def test_an_evaluation_that_was_cut_short_is_redone(one, digits, method, evaluation, tmp_path):
     run, before = shutil.copytree(one, tmp_path / "run"), records(one, "fid")
     path = run / "metrics.jsonl"
