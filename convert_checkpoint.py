@@ -24,9 +24,9 @@ from engine.files import check_folder, make_folder
 from engine.options import Parser, int_range
 from methods import METHODS
 from weights.convert import FORMATS, REPOSITORIES, convert, export
-from weights.diffusers_folder import push_folder, read_figures, write_diffusers_folder
+from weights.diffusers_folder import read_figures, write_diffusers_folder
 from weights.foreign_files import read_weights
-from weights.hub import file_or_address, identifier, read_file, repository
+from weights.hub import file_or_address, identifier, push_folder, read_file, repository
 
 
 def parse_args(argv=None):

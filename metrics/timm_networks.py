@@ -4,7 +4,6 @@ the position table of DINOv2."""
 import difflib
 import functools
 import logging
-import re
 import sys
 from typing import NamedTuple
 
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 
 from engine.errors import BadValue, UserError
 from metrics.inception import fill
-from weights.foreign_files import reader_of
+from weights.foreign_files import code_in, reader_of
+from weights.hub import one_line
 
 
 class Plan(NamedTuple):
@@ -82,9 +82,8 @@ def load_published(name, world):
     try:
         return create(name, pretrained=True)
     except Exception as error:  # of timm, safetensors, the hub's client or the network
-        raise UserError(f"cannot load the weights of {name} ({' '.join(str(error).split()):.200}): "
-                        f"connect once, fill its cache, or give evaluate_fid.py "
-                        f"--weights") from error
+        raise UserError(f"cannot load the weights of {name} ({one_line(error)}): connect once, "
+                        f"fill its cache, or give evaluate_fid.py --weights") from error
 
 
 def load_file(name, path):
@@ -96,11 +95,10 @@ def load_file(name, path):
         tensors = reader_of(path)(path, "ema")
         fill(net, {key: value for key, value in tensors.items() if not key.startswith(left_out)})
     except Exception as error:  # torch.load raises errors of many kinds
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {code[1]}, code that is not run" if code else str(error)
+        code = code_in(error)
+        reason = f"it names {code}, code that is not run" if code else one_line(error)
         raise UserError(f"--weights must be a whole file of the weights of timm's {name}, got "
-                        f"{path} ({' '.join(reason.split()):.200}); get it again or name "
-                        f"another") from error
+                        f"{path} ({reason}); get it again or name another") from error
     return net
 
 

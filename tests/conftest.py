@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from soak import THREADS, Child, ranks
 from torch import nn
 
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.errors import UserError, run_main
 from engine.files import LOCK
 from engine.sharding import SHARDING_SINCE
@@ -186,6 +186,27 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return hub
+
+
+def save_random(path, model, method=None, **config):
+    """A checkpoint with random weights, in pixel space by default, whose images differ by label,
+    noise and guidance: a new network's output is zero. Returns its path."""
+    torch.manual_seed(0)
+    config = {"model": model, "method": method, "sizes": None, "num_classes": 10, "image_size": 8,
+              "latent_shape": [3, 8, 8], "vae": "none", "scale": 1.0, "run_dir": "results/run",
+              "data_path": str(Path(path).parent), "classes": ["b 0", *map(str, range(1, 10))],
+              **config}
+    net = build(config)
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.7 / module.in_features ** 0.5)
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.3)
+    weights = net.state_dict()
+    save_checkpoint(path, {"step": 40, "model": weights, "ema": weights, "opt": None,
+                           "config": config})
+    return path
 
 
 PHOTO = Image.fromarray(load_sample_images().images[0])  # a real photograph, 640 x 427

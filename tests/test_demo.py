@@ -17,16 +17,20 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, Child, call, save_small_vae  # soak.py, its import, finds examples/
+from conftest import (  # soak.py, its import, finds examples/
+    ROOT,
+    Child,
+    call,
+    save_random,
+    save_small_vae,
+)
 from demo import Player, add_controls, grid, labelled_names, milliseconds, mix, times
 from PIL import Image
 from soak import HANG_S
 
 from dataset.pictures import load_pngs
 from dataset.vae import codec_of
-from engine.checkpoint import save_checkpoint
 from engine.distributed import start_processes
-from models import build
 from sample import open_network
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -34,25 +38,12 @@ FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
          "--disable-component-update", "--disable-sync"]
 MS = 60_000  # for a wait in the browser; it takes milliseconds
 
-PIXELS = {"vae": "none", "image_size": 8, "latent_shape": [3, 8, 8], "scale": 1.0}
-KINDS = {"meanflow": {"model": "DiT-T/4", **PIXELS},
-         "soflow": {"model": "DiT-T/4", "method": "soflow", **PIXELS},
-         "imf": {"model": "iMF-T/4", "omega_max": 4.0, **PIXELS},
+CLASSES = {"num_classes": 3, "classes": ["cat", "radio", "<b>owl</b>"]}
+KINDS = {"meanflow": {"model": "DiT-T/4", **CLASSES},
+         "soflow": {"model": "DiT-T/4", "method": "soflow", **CLASSES},
+         "imf": {"model": "iMF-T/4", "omega_max": 4.0, **CLASSES},
          "latents": {"model": "DiT-T/4", "vae": "vae", "image_size": 64,
-                     "latent_shape": [4, 8, 8], "scale": 0.18215}}
-
-
-def write_checkpoint(path, **config):
-    """A checkpoint of random weights: a new network's last layer is zero."""
-    config = {"num_classes": 3, "classes": ["cat", "radio", "<b>owl</b>"], **config}
-    torch.manual_seed(0)
-    net = build(config)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    weights = net.state_dict()
-    save_checkpoint(path, {"step": 1, "model": weights, "ema": weights, "opt": None,
-                           "config": config})
-    return path
+                     "latent_shape": [4, 8, 8], "scale": 0.18215, **CLASSES}}
 
 
 def player_of(path):
@@ -73,7 +64,7 @@ def test_at_the_ends_are_the_images_of_sample(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if kind == "latents":
         save_small_vae("vae")
-    path = write_checkpoint("random.pt", **KINDS[kind])
+    path = save_random("random.pt", **KINDS[kind])
     player, guidance = player_of(path), {"omega": 2.5} if kind == "imf" else {}
     shown = {}
     for seed, place in (5, 0.0), (7, 1.0):
@@ -93,7 +84,7 @@ def test_at_the_ends_are_the_images_of_sample(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("config, count", [
     (KINDS["meanflow"], 4), (KINDS["imf"], 5), (KINDS["imf"] | {"omega_max": 1.0}, 4)])
 def test_guidance_can_be_chosen_where_it_has_a_range(config, count, tmp_path):
-    player = player_of(write_checkpoint(tmp_path / "random.pt", **config))
+    player = player_of(save_random(tmp_path / "random.pt", **config))
     assert len(add_controls(MagicMock(), player)) == count
 
 
@@ -144,7 +135,7 @@ def test_a_port_in_use_is_refused(refusal):
 def server(tmp_path):
     """The demo of an iMF model, which has every control, in a process of its own; and a player of
     the same checkpoint."""
-    path = write_checkpoint(tmp_path / "random.pt", **KINDS["imf"])
+    path = save_random(tmp_path / "random.pt", **KINDS["imf"])
     child = Child(ROOT / "examples" / "demo.py", "--ckpt", path, "--port", 0,
                   output=tmp_path / "output.txt")
     child.wait_for("/\n")

@@ -13,13 +13,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import call, save_small_vae
+from conftest import call, save_random, save_small_vae
 from safetensors import safe_open
 from torch import nn
 
 import models
-from engine.checkpoint import load_checkpoint, save_checkpoint
-from models import build
+from engine.checkpoint import load_checkpoint
 from weights.pipeline import ImprovedMeanFlowPipeline, MeanFlowPipeline, SoFlowPipeline
 
 LABELS, STEPS = [3, 7, 3, 7], 3
@@ -53,22 +52,6 @@ for case in json.loads(sys.argv[1]):
 """
 
 
-def made(path, model, method, **config):
-    """A checkpoint with random weights, whose images differ by label and noise."""
-    torch.manual_seed(0)
-    config = {"model": model, "method": method, "sizes": None, "num_classes": 10, "image_size": 8,
-              "latent_shape": [3, 8, 8], "vae": "none", "scale": 1.0, "data_path": str(path.parent),
-              "classes": ["b 0", *map(str, range(1, 10))], "run_dir": "results/run", **config}
-    net = build(config)
-    for module in net.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.7 / module.in_features ** 0.5)
-    weights = net.state_dict()
-    save_checkpoint(path, {"step": 40, "model": weights, "ema": weights, "opt": None,
-                           "config": config})
-    return path
-
-
 LATENTS = {"image_size": 64, "latent_shape": [4, 8, 8]}
 PER_CHANNEL = {"latent_mean": [0.1, 0, -0.1, 0.2], "latent_std": [4.0, 5.0, 4.0, 3.0]}
 
@@ -94,17 +77,17 @@ def cases(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("folders")
     vae = save_small_vae(folder / "local-vae")
     put_into_cache(cache, "stabilityai/sd-vae-ft-ema", vae)
-    soflow = made(folder / "soflow.pt", "DiT-T/4", "soflow")
+    soflow = save_random(folder / "soflow.pt", "DiT-T/4", "soflow")
     found = []
     for name, checkpoint, more, options in (
-            ("pixels", made(folder / "meanflow.pt", "DiT-T/4", "meanflow"), [], {}),
-            ("flow", made(folder / "flow.pt", "DiT-T/4", None, ratio=0.0), [], {}),
+            ("pixels", save_random(folder / "meanflow.pt", "DiT-T/4", "meanflow"), [], {}),
+            ("flow", save_random(folder / "flow.pt", "DiT-T/4", None, ratio=0.0), [], {}),
             ("noise", soflow, [], {}),
-            ("inside", made(folder / "imf.pt", "iMF-T/4", "improved-meanflow", vae=str(vae),
+            ("inside", save_random(folder / "imf.pt", "iMF-T/4", "improved-meanflow", vae=str(vae),
                             **LATENTS, **PER_CHANNEL), [],
              {"guidance_scale": 3.0, "guidance_interval": [0.2, 0.9]}),
-            ("reference", made(folder / "latents.pt", "DiT-T/4", "meanflow", vae="ema", scale=0.3,
-                               **LATENTS), ["--vae", "ema"], {})):
+            ("reference", save_random(folder / "latents.pt", "DiT-T/4", "meanflow", vae="ema",
+                                      scale=0.3, **LATENTS), ["--vae", "ema"], {})):
         out, samples = folder / name, folder / f"{name}-samples"
         call("convert_checkpoint", "--in", checkpoint, "--out", out, "--format", "diffusers", *more)
         guidance = ["--cfg", 3, "--cfg-interval", 0.2, 0.9] if options else []
@@ -206,13 +189,14 @@ def test_options_that_do_not_fit_are_refused(trained, tmp_path, refusal, more, n
 
 
 def test_what_is_no_rgb_image_is_refused(tmp_path, refusal):
-    checkpoint = made(tmp_path / "a.pt", "DiT-T/4", "meanflow", latent_shape=[1, 8, 8])
+    checkpoint = save_random(tmp_path / "a.pt", "DiT-T/4", "meanflow", latent_shape=[1, 8, 8])
     refusal("convert_checkpoint", ["--in", checkpoint, "--out", tmp_path / "model", "--format",
                                    "diffusers"], "[1, 8, 8]")
 
 
 def test_a_vae_that_is_not_there_or_does_not_fit_is_refused(tmp_path, refusal):
-    checkpoint = made(tmp_path / "a.pt", "DiT-T/4", "meanflow", vae="/nowhere/vae", **LATENTS)
+    checkpoint = save_random(tmp_path / "a.pt", "DiT-T/4", "meanflow", vae="/nowhere/vae",
+                             **LATENTS)
     wide = save_small_vae(tmp_path / "wide", latent_channels=8)
     for more in [], ["--vae", "emma"], ["--vae", wide]:
         refusal("convert_checkpoint", ["--in", checkpoint, "--out", tmp_path / "model", "--format",
@@ -254,7 +238,7 @@ def test_a_network_of_ones_own_file_goes_along(tmp_path, monkeypatch, refusal, r
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_network", raising=False)
     monkeypatch.setitem(models.DiT_models, "Own", __import__("own_network").Own)
-    checkpoint, out = made(tmp_path / "own.pt", "Own", "meanflow"), tmp_path / "folder"
+    checkpoint, out = save_random(tmp_path / "own.pt", "Own", "meanflow"), tmp_path / "folder"
     options = ["--in", checkpoint, "--out", out, "--format", "diffusers"]
     if fault:
         assert fault in refusal("convert_checkpoint", options, "--format")

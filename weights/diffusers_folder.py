@@ -11,13 +11,11 @@
 diffusers copies the code of all folders into one, where files of one name would replace each other.
 """
 
-import contextlib
 import hashlib
 import inspect
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +30,7 @@ from dataset.noise import noise_of
 from dataset.vae import HUB, codec_of
 from engine.checkpoint import save_checkpoint
 from engine.errors import BadValue, UserError
-from engine.files import write_error, write_json
+from engine.files import atomic_folder, write_json
 from methods import default_method, method_of
 from models import arguments, build, describe, network_class
 from weights.foreign_files import DIFFUSERS_WEIGHTS
@@ -107,11 +105,10 @@ def write_diffusers_folder(path, state, *, vae, license, figures, repository, ab
     export = _Export(state["config"])
     inside, reference = choose_vae(vae, export.config)
     decoder = "in the folder" if inside else reference or "none: the network makes pixels"
-    sources = export.sources()
     made_with = {"_diffusers_version": version("diffusers")}
-    with _new_folder(path) as folder:
+    with atomic_folder(path) as folder:
         (folder / "transformer").mkdir()
-        for name, source in sources.items():
+        for name, source in export.code.items():
             (folder / name).write_text(source, encoding="utf-8")
         if inside:
             inside.model.register_to_config(_name_or_path="vae")  # not the path on this machine
@@ -130,21 +127,6 @@ def write_diffusers_folder(path, state, *, vae, license, figures, repository, ab
     return decoder
 
 
-def push_folder(folder, repository):
-    """Upload a folder to OWNER/REPO on the Hub, which is made if it is missing. Raises UserError.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().create_repo(repository, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # of the client, of httpx, and of requests, which older versions use
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--push must be a repository that you may write, got {repository} "
-                        f"({reason:.200}); {folder} is whole: hf auth login, then hf upload "
-                        f"{repository} {shlex.quote(str(folder))}") from error
-
-
 def read_figures(path):
     """The JSON lines of a file, as evaluate_fid.py and sample.py print them, without paths but the
     reference's name. Raises BadValue."""
@@ -155,20 +137,6 @@ def read_figures(path):
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise BadValue(f"must be a file of lines that evaluate_fid.py printed, got {path} "
                        f"({error!s:.100}); write them anew") from error
-
-
-@contextlib.contextmanager
-def _new_folder(path):
-    """Yields a temporary folder; at the end it is renamed to path, which must not exist."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Export:
@@ -183,30 +151,33 @@ class _Export:
                             f"with labels, whose network is a class, got {config['model']} of "
                             f"{self.method_name}; convert another")
         self.method = method_of(config, self.network)
+        pipeline, network = PIPELINES[self.method_name], self.network.__name__
+        sources = [HEADER.format(what=what) + source for what, source in (
+            ("pipeline", stand_alone(ROOT / "weights" / "pipeline.py", pipeline)),
+            ("network", self.network_source()))]
+        method = self.method_name.replace("-", "_")
+        # A module and its class; the code by file
+        self.pipeline = f"{method}_pipeline_{_hash(sources[0])}", pipeline
+        self.model = f"{network.lower()}_model_{_hash(sources[1])}", f"{network}Model"
+        self.code = {f"{self.pipeline[0]}.py": sources[0],
+                     f"transformer/{self.model[0]}.py": sources[1]}
 
     def refusal(self, reason):
         return UserError(f"--format diffusers must have a network whose file can stand alone, got "
                          f"{self.config['model']} ({reason}); mend its file")
 
-    def sources(self):
-        """{file: source} of the code. Raises UserError for a network that cannot be carried over.
-        """
+    def network_source(self):
+        """The network's code as a model of diffusers. Raises UserError where it cannot be carried
+        over."""
+        name = self.network.__name__
         try:
-            network = stand_alone(Path(inspect.getfile(self.network)), self.network.__name__)
+            network = stand_alone(Path(inspect.getfile(self.network)), name)
         except (ValueError, SyntaxError) as error:
             raise self.refusal(error) from error
-        first, rest = network.split("\n\n\n", 1)
-        first += ("\nfrom diffusers import ModelMixin"
-                  "\nfrom diffusers.configuration_utils import ConfigMixin, register_to_config")
-        network = f"{first}\n\n\n{rest}{MODEL.format(name=self.network.__name__)}"
-        name = PIPELINES[self.method_name]
-        pipeline = stand_alone(ROOT / "weights" / "pipeline.py", name)
-        pipeline, network = (HEADER.format(what=what) + source for what, source in (
-            ("pipeline", pipeline), ("network", network)))
-        self.pipeline = f"{self.method_name.replace('-', '_')}_pipeline_{_hash(pipeline)}", name
-        name = self.network.__name__
-        self.model = f"{name.lower()}_model_{_hash(network)}", f"{name}Model"
-        return {f"transformer/{self.model[0]}.py": network, f"{self.pipeline[0]}.py": pipeline}
+        imports, rest = network.split("\n\n\n", 1)
+        imports += ("\nfrom diffusers import ModelMixin"
+                    "\nfrom diffusers.configuration_utils import ConfigMixin, register_to_config")
+        return f"{imports}\n\n\n{rest}{MODEL.format(name=name)}"
 
     def check(self, folder, state):
         """Raise UserError unless a process that cannot see this repository opens the folder, and

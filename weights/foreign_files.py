@@ -54,8 +54,8 @@ def read_weights(path, *, raw=False):
         raise refusal("be a file that this Python can open", f"{path} without the {error.name} "
                       f"package", f"pip install {error.name}") from error
     except Exception as error:  # the unpickler and the libraries raise errors of many kinds
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise refusal("hold only tensors and plain values", f"{path}, which names {code[1]}, "
+        if code := code_in(error):
+            raise refusal("hold only tensors and plain values", f"{path}, which names {code}, "
                           f"code that is not run", "save its state dict anew") from error
         raise refusal("be a whole file of PyTorch, safetensors, flax or orbax", f"{path} (torn, "
                       f"damaged or of another kind: {type(error).__name__} {error!s:.100})",
@@ -67,6 +67,12 @@ def read_weights(path, *, raw=False):
         origin += "\nthat format has no checksum: compare the SHA-256 with its owner's"
     return choose_weights(state, raw, path)._replace(jax=read in (read_msgpack, read_ocdbt),
                                                      origin=origin)
+
+
+def code_in(error):
+    """The code that a file names, by torch.load's error, or None."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    return code and code[1]
 
 
 def choose_weights(state, raw, path):

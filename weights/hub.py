@@ -3,13 +3,14 @@
 import argparse
 import logging
 import re
+import shlex
 import sys
 import urllib.parse
 import warnings
 from pathlib import Path
 
 from engine.checkpoint import load_checkpoint
-from engine.errors import BadValue
+from engine.errors import BadValue, UserError
 from engine.files import sha256
 
 NAME, REVISION = r"(?!\.\.?[/@])[^/@\s]+", r"refs/\w+/\w+|(?!\.\.?/)[^/@\s]+"  # neither . nor ..
@@ -88,9 +89,8 @@ def local_file(name, *, again=False):
         return download(place.groupdict(), name, again)
     except Exception as error:  # httpx and requests, which older versions use, have their own kinds
         cause = isinstance(error, LocalEntryNotFoundError) and error.__cause__ or error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
         remedy = "check the address, the network and HF_HOME, or give the path of a copy"
-        raise BadValue(f"must be cached or downloadable, got {name} ({reason:.200}); "
+        raise BadValue(f"must be cached or downloadable, got {name} ({one_line(cause)}); "
                        f"{suggestion(text) or remedy}") from error
 
 
@@ -108,6 +108,25 @@ def download(place, name, again):
     with warnings.catch_warnings():  # of a full disk: the error says it
         warnings.simplefilter("ignore")
         return Path(hf_hub_download(**place, **({"force_download": True} if again else {})))
+
+
+def push_folder(folder, repository):
+    """Upload a folder to OWNER/REPO on the Hub, which is made if it is missing. Raises UserError.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # as in local_file
+        raise UserError(f"--push must be a repository that you may write, got {repository} "
+                        f"({one_line(error)}); {folder} is whole: hf auth login, then hf upload "
+                        f"{repository} {shlex.quote(str(folder))}") from error
+
+
+def one_line(error):
+    """What an error of another package says, in one line."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
 
 
 def suggestion(text):

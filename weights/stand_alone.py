@@ -21,8 +21,7 @@ def stand_alone(path, name):
     parts = _Definitions()
     parts.add(path, name)
     source = "\n\n\n".join(["\n".join(parts.import_lines()), *parts.sources]) + "\n"
-    known = {*dir(builtins), "__file__", *parts.names.values(),
-             *(known for *_, known in parts.imports)}
+    known = {*dir(builtins), "__file__", *parts.names.values(), *parts.imports}
     if missing := global_names(compile(source, path.name, "exec")) - known:
         raise ValueError(f"{path.name} has no {' and '.join(sorted(missing))} at its top level")
     return source
@@ -97,7 +96,8 @@ class _Definitions:
     """Definitions in the order of their use, each under a name of its own."""
 
     def __init__(self):
-        self.files, self.names, self.sources, self.imports = {}, {}, [], set()
+        self.files, self.names, self.sources = {}, {}, []
+        self.imports = {}  # of other packages: name -> (module, name in it or None)
 
     def add(self, path, name):
         """Add a definition after all that it refers to; returns its name in the new file."""
@@ -109,7 +109,7 @@ class _Definitions:
         if name not in file.nodes:
             raise ValueError(f"{path.name} has no {name} at its top level")
         node, stem = file.nodes[name], re.sub(r"\W", "_", path.stem)
-        taken = {*self.names.values(), *(known for *_, known in self.imports)}
+        taken = {*self.names.values(), *self.imports}
         for other in (other for other in file.nodes if file.nodes[other] is node):
             self.names[path, other] = f"{stem}_{other}" if other in taken else other
         changed = [(part, text) for part in ast.walk(node) if (text := self.refer(file, part))]
@@ -146,17 +146,15 @@ class _Definitions:
             module, name = file.imports[part.id]
             if place := file.place(module):
                 return name and self.add(place, name)
-            others = {known: (module, name) for module, name, known in self.imports}
-            if part.id in self.names.values() or others.get(part.id, (module, name)) != (module,
-                                                                                         name):
+            known = self.imports.setdefault(part.id, (module, name))
+            if known != (module, name) or part.id in self.names.values():
                 raise ValueError(f"{part.id} of {file.path.name} has another meaning elsewhere")
-            self.imports.add((module, name, part.id))
         return None
 
     def import_lines(self):
         """The imports of other packages, Python's own first."""
         whole, parts = defaultdict(list), defaultdict(list)
-        for module, name, known in sorted(self.imports, key=str):
+        for known, (module, name) in sorted(self.imports.items()):
             foreign = module.split(".")[0] not in sys.stdlib_module_names
             text = name or module
             text += f" as {known}" if known not in (text, text.split(".")[0]) else ""
