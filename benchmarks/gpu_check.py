@@ -11,13 +11,15 @@ goes: results.jsonl, one line per finding; results.md, the same as tables; NAME.
 NAME printed; work/, what parts make, which the next check removes. The exit code is 1 if a check
 failed or a part did not end.
 
-Time is that of the GPU's events, warm, in medians; beside it stand FLOPs and bytes. Networks have
-random weights. Parts that need diffusers, pytorch-fid or a download say so where these are missing;
---wheels names a folder of wheels to take the packages from. Parts run in the order of what they
-tell a second: does it work, then how fast is it.
+Time is that of the GPU's events, warm, in medians; beside it stand FLOPs and bytes. Of a guided
+step each kind of kernel has its milliseconds; the rest of the step the GPU waits for the host.
+Networks have random weights. Parts that need diffusers, pytorch-fid or a download say so where
+these are missing; --wheels names a folder of wheels to take the packages from. Parts run in the
+order of what they tell a second: does it work, then how fast is it.
 """
 
 import contextlib
+import copy
 import json
 import math
 import multiprocessing
@@ -53,8 +55,14 @@ SECOND_CALL = ("compiled_b2", "compiled_xl2", "compiled_imf", "host", "fashion")
 TOLERANCES = {"fp64": 3e-7, "fp32": 1e-5, "tf32": 2e-2, "bf16": 2e-1}
 GREY_LEVELS = {"fp32": 1, "tf32": 2, "bf16": 16}  # of 255, by which samples may differ
 # Rows of train_step.py
-FLOW, GUIDED, FASTGEN = ("flow matching", "ours, kappa = .5",
-                         "JVP of all rows without graph, then a forward")
+FLOW, GUIDED, GUIDED_IMF, FASTGEN = ("flow matching", "ours, kappa = .5", "ours, omega_max = 8",
+                                     "JVP of all rows without graph, then a forward")
+# What the names of a GPU's kernels, or a CPU's operators, contain; the first group that fits, as
+# those of compiled kernels list the operators before and after them
+KERNELS = {"compiled": ("triton",),
+           "attention": ("flash", "fmha", "sdpa", "attention", "softmax"),
+           "matrix products": ("gemm", "nvjet", "xmma", "cutlass", "::mm", "addmm", "bmm"),
+           "copies": ("memcpy", "memset", "copy"), "others": ("",)}
 
 
 def part(limit, least=5):
@@ -147,6 +155,26 @@ def timed(work, *, flops=0, moved=0, images=0, **options):
     found = {"ms": 1e3 * taken, "TFLOP/s": flops / taken / 1e12, "TB/s": moved / taken / 1e12,
              "images/s": images / taken}
     return {name: float(f"{value:.4g}") for name, value in found.items() if value}
+
+
+def kernel_milliseconds(work):
+    """{group of KERNELS: milliseconds} of work(), and how many kernels it starts."""
+    profiler = torch.profiler
+    kind = device().type.upper()
+    work()
+    with profiler.profile(activities=[getattr(profiler.ProfilerActivity, kind)]) as profile:
+        work()
+        if kind == "CUDA":
+            torch.cuda.synchronize()
+    found, count = dict.fromkeys(KERNELS, 0.0), 0
+    for event in profile.key_averages():
+        if event.device_type.name == kind:
+            group = next(group for group, parts in KERNELS.items()
+                         if any(part in event.key.lower() for part in parts))
+            taken = event.self_device_time_total if kind == "CUDA" else event.self_cpu_time_total
+            found[group] += taken / 1e3
+            count += event.count
+    return {group: round(taken, 2) for group, taken in found.items()} | {"kernels": count}
 
 
 def peak_gigabytes():
@@ -487,34 +515,53 @@ def fits(args, out):
 
 
 def peaks_of_steps(out, name, world):
-    """{batch: peak GB of a whole step}. Also times what follows the backward."""
+    """{batch: peak GB of a whole step}. Also times what its weights cost."""
     import memory
-    from gpu_hours import UPDATE_BYTES
 
-    from train import update_average
-
-    net, ema = random_network(name), random_network(name).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    peaks = {}
-
-    def update():
-        torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
-        optimizer.step()
-        update_average(ema, net, 0.9999)
-
+    net = random_network(name)
+    update, peaks = update_of(net), {}
     for batch in (8, 24):
         if device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step = memory.make_step(net, name, batch, world)
         for _ in range(2):
             # All gradients are held all the time, as in the buckets of DistributedDataParallel
-            optimizer.zero_grad(set_to_none=False)
+            net.zero_grad(set_to_none=False)
             step()
             update()
         peaks[batch] = peak_gigabytes()
-    moved = UPDATE_BYTES * sum(p.numel() for p in net.parameters())
-    out.add(f"norm, AdamW and average of {name}", timed(update, moved=moved))
+    time_weights(out, name, net, update)
     return peaks
+
+
+def update_of(net):
+    """() -> None: what follows the backward of a step. Gives the network gradients, zeros."""
+    from train import update_average
+
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def update():
+        torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+        optimizer.step()
+        update_average(ema, net, 0.9999)
+    return update
+
+
+def time_weights(out, name, net, update):
+    """Time the update, and the rounding of all matrices to bfloat16, which under autocast each
+    pass does for itself: a copy that all passes share would save it in all but one."""
+    from gpu_hours import UPDATE_BYTES
+
+    everything = sum(p.numel() for p in net.parameters())
+    out.add(f"norm, AdamW and average of {name}", timed(update, moved=UPDATE_BYTES * everything))
+    matrices = [p.detach() for p in net.parameters() if p.dim() > 1]
+    rounded = [torch.empty_like(matrix, dtype=torch.bfloat16) for matrix in matrices]
+    moved = sum(a.nbytes + b.nbytes for a, b in zip(matrices, rounded))
+    out.add(f"all matrices of {name} to bf16",
+            timed(lambda: torch._foreach_copy_(rounded, matrices), moved=moved))
 
 
 def table(args, out, name, batch, mode, *, blocks=None, only=None):
@@ -523,7 +570,7 @@ def table(args, out, name, batch, mode, *, blocks=None, only=None):
 
     if args.tiny:
         name, batch, blocks = ("iMF-T/4" if name.startswith("iMF") else "DiT-T/4"), 4, 2
-        only = only or (FLOW, "ours", FASTGEN)
+        only = only or (FLOW, "ours", FASTGEN, GUIDED, GUIDED_IMF)
     with start_processes("bf16") as world:
         net = random_network(name, blocks)
         x = torch.randn(batch, 4, 32, 32, device=device())
@@ -537,7 +584,15 @@ def table(args, out, name, batch, mode, *, blocks=None, only=None):
         flops = {name: v.flops or train_step.count_flops(v, net, world)
                  for name, v in eager.items() if not v.failure}
         ceiling = train_step.product_ceiling(world, 128 if args.tiny else 8192)
-    network = f"{name}{f', {len(list_blocks(net))} blocks' if blocks else ''}, batch {batch}"
+        network = f"{name}{f', {len(list_blocks(net))} blocks' if blocks else ''}, batch {batch}"
+        add_rows(out, network, batch, variants, flops, ceiling)
+        for v in [v for v in variants if v.name in (GUIDED, GUIDED_IMF) and not v.failure]:
+            out.add(f"{network}, {v.mode}: kernels of {v.name}, ms",
+                    kernel_milliseconds(partial(train_step.step, v, net, world)))
+
+
+def add_rows(out, network, batch, variants, flops, ceiling):
+    """A finding for each variant; the first is flow matching."""
     flow = statistics.median(variants[0].seconds or [float("nan")])  # where it fails
     for v in variants:
         if v.failure:
@@ -652,13 +707,15 @@ def compiled_xl2(args, out):
 def compiled_imf(args, out):
     """a step of iMF-B/2 compiled, of 4 blocks a path"""
     table(args, out, "iMF-B/2", 64, "compiled", blocks=4,
-          only=(FLOW, "ours, omega_max = 8"))
+          only=(FLOW, GUIDED_IMF))
 
 
 @part(limit=120, least=50)
 def host(args, out):
-    """what the host costs: 4 blocks of DiT-B/4, CUDA graphs, C++ wrappers"""
-    only = (FLOW, GUIDED)
+    """what DiT-B/4's host and weights cost: CUDA graphs and C++ wrappers (4 blocks), rounding"""
+    name, only = "DiT-T/4" if args.tiny else "DiT-B/4", (FLOW, GUIDED)
+    net = random_network(name)
+    time_weights(out, name, net, update_of(net))
     table(args, out, "DiT-B/4", 32, "CUDA graphs" if device().type == "cuda" else "compiled",
           blocks=4, only=only)
     if device().type == "cuda":

@@ -25,7 +25,7 @@ def check(program, folder, *parts):
 
 # Parts, and how many of their checks can be made without a GPU; those of what is missing none
 GROUPS = [("environment golden faults same_images loading fits", 32), ("golden_compiled", 4),
-          ("digits", 1), ("training", 2), ("step_b2 step_xl2 step_imf images fashion", 6),
+          ("digits", 1), ("training", 2), ("step_b2 step_xl2 step_imf images fashion", 9),
           ("compiled_b2 compiled_xl2 compiled_imf host", 7)]
 
 
@@ -46,6 +46,15 @@ def test_every_part_is_tried(monkeypatch):
     monkeypatch.syspath_prepend(PROGRAM.parent)
     gpu_check = importlib.import_module("gpu_check")
     assert {name for parts, _ in GROUPS for name in parts.split()} == set(gpu_check.PARTS)
+
+
+def test_milliseconds_stand_with_their_kind_of_kernel(monkeypatch):
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    gpu_check = importlib.import_module("gpu_check")
+    a = torch.ones(500, 500)
+    found = gpu_check.kernel_milliseconds(lambda: a @ a)
+    assert found["kernels"] and found["matrix products"] > 0.8 * sum(
+        found[group] for group in gpu_check.KERNELS)
 
 
 @pytest.mark.slow
