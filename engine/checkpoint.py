@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map_only
 
-from engine.errors import BadValue
+from engine.errors import BadValue, one_line
 from engine.files import atomic_file, find_damage, utf8_path
 from engine.optimizer import check_state
 from engine.sharding import full_tensor, shard_like
@@ -327,8 +327,7 @@ def _fitting(name):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadValue(f"must hold weights that fit its config, got {name} ({reason:.200}); "
+        raise BadValue(f"must hold weights that fit its config, got {name} ({one_line(error)}); "
                        f"{REMEDY}") from error
 
 

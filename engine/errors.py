@@ -33,6 +33,11 @@ class LostError(RunError):
     """Another process or its machine is gone. Each rank prints its own line at once."""
 
 
+def one_line(error):
+    """What an error of another package says, in one line."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
+
+
 @contextlib.contextmanager
 def naming(option):
     """Within ``with``, a BadValue becomes a UserError that begins with the option."""

@@ -200,8 +200,10 @@ def known_protocol(text):
 
 def distance_names(protocol):
     """The names of the Frechet distances by key, with that of this protocol, if it is one."""
-    names = {kind.key: kind.title for kind in reversed(EXTRACTORS.values())}
+    names = {}
+    for kind in EXTRACTORS.values():
+        names.setdefault(kind.key, kind.title)
     with suppress(BadValue):
         extractor = extractor_of(str(protocol))
         names[extractor.key] = extractor.title
-    return dict(reversed(names.items()))
+    return names

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.errors import BadValue, UserError
+from engine.errors import BadValue, UserError, one_line
 from metrics.inception import fill
 from weights.foreign_files import code_in, reader_of
-from weights.hub import one_line
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,5 @@
 """A single flipped bit in a file that is read is refused in one line, or changes nothing."""
 
-import collections
 import contextlib
 import json
 import random
@@ -164,7 +163,8 @@ def test_odd_inputs_of_every_kind_are_used_or_refused(tmp_path):
     in it, must not do."""
     code, said = Child(ROOT / "tests" / "mutations.py", "--count", 24,
                        output=tmp_path / "said.txt").wait()
-    assert code == 0, said
-    counts = collections.Counter(json.loads(said.splitlines()[-1]))
+    counts = json.loads(said.splitlines()[-1])
+    assert code == 0 and not counts.pop("failures"), said
+    assert counts.pop("seed") == 0 and sum(counts.values()) == 24
     for kind in KINDS:
         assert counts[f"{kind.__name__} used"] and counts[f"{kind.__name__} refused"]

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from engine.checkpoint import load_checkpoint
-from engine.errors import BadValue, UserError
+from engine.errors import BadValue, UserError, one_line
 from engine.files import sha256
 
 NAME, REVISION = r"(?!\.\.?[/@])[^/@\s]+", r"refs/\w+/\w+|(?!\.\.?/)[^/@\s]+"  # neither . nor ..
@@ -122,11 +122,6 @@ def push_folder(folder, repository):
         raise UserError(f"--push must be a repository that you may write, got {repository} "
                         f"({one_line(error)}); {folder} is whole: hf auth login, then hf upload "
                         f"{repository} {shlex.quote(str(folder))}") from error
-
-
-def one_line(error):
-    """What an error of another package says, in one line."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
 
 
 def suggestion(text):
